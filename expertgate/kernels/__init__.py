@@ -1,0 +1,1 @@
+"""The masked mixture-of-experts layer. torch and triton alone."""

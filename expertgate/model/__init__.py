@@ -1,0 +1,1 @@
+"""FlexOlmo inside vLLM: plug-in, layers, per-request masks, catalogue."""

@@ -1,0 +1,133 @@
+"""A FlexOlmo checkpoint on disk: its configuration and its experts' weights, without vLLM."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from expertgate.policies.expert_set import MAX_EXPERTS
+
+ARCHITECTURE = "FlexOlmoForCausalLM"
+
+_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_CHUNK_BYTES = 1 << 24
+
+
+class CheckpointError(ValueError):
+    """A folder that holds no FlexOlmo checkpoint we can serve; one line that says why."""
+
+
+def locate(model: str, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: `model` itself, or the Hub's id, downloaded by its revision.
+
+    Raises CheckpointError where there is neither.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return folder.resolve()
+    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise CheckpointError(f"no such model folder: {model}")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the Hub's client has a dozen kinds; each says what failed
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{model} is no folder, and could not be fetched from the Hub: {reason}"
+        ) from None
+
+
+class Checkpoint:
+    """Reads safetensors headers only; a tensor's bytes are read when they are hashed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        path = folder / "config.json"
+        try:
+            self.config: dict[str, Any] = json.loads(path.read_bytes())
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror or error}") from None
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        if ARCHITECTURE not in (self.config.get("architectures") or []):
+            raise CheckpointError(
+                f"{path}: architectures is {self.config.get('architectures')}, "
+                f"but this server serves {ARCHITECTURE}"
+            )
+        if not 1 <= self.num_experts <= MAX_EXPERTS:
+            raise CheckpointError(
+                f"{path}: num_experts is {self.num_experts}; 1 to {MAX_EXPERTS} can be served"
+            )
+
+    @property
+    def num_experts(self) -> int:
+        return int(self.config.get("num_experts", 7))
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config.get("num_hidden_layers", 32))
+
+    def expert_digests(self, indices: Iterable[int]) -> dict[int, str]:
+        """Index → SHA-256 over an expert's router row, bias and FFN in every layer.
+
+        Each tensor is fed as its name within the layer, its dtype, its shape and its bytes, in a
+        fixed order, so the digest does not depend on how the checkpoint is cut into files.
+        Raises CheckpointError where a tensor is missing.
+        """
+        chosen = list(indices)
+        with ThreadPoolExecutor() as pool:
+            return dict(zip(chosen, pool.map(self._expert_digest, chosen), strict=True))
+
+    def _expert_digest(self, index: int) -> str:
+        digest = hashlib.sha256(b"expertgate/expert-weights/1\n")
+        for layer in range(self.num_layers):
+            mlp = f"model.layers.{layer}.mlp"
+            self._feed(digest, f"{layer}.router", f"{mlp}.gate.weight", row=index)
+            if index and f"{mlp}.gate.expert_bias" in self._tensors:
+                self._feed(digest, f"{layer}.bias", f"{mlp}.gate.expert_bias", row=index - 1)
+            for part in ("gate_proj", "up_proj", "down_proj"):
+                self._feed(digest, f"{layer}.{part}", f"{mlp}.experts.{index}.{part}.weight")
+        return digest.hexdigest()
+
+    def _feed(self, digest: Any, label: str, name: str, row: int | None = None) -> None:
+        try:
+            path, dtype, shape, start = self._tensors[name]
+        except KeyError:
+            raise CheckpointError(f"{self.folder}: tensor {name} is missing") from None
+        if row is not None:
+            shape = shape[1:]
+        size = _DTYPE_BYTES[dtype]
+        for dimension in shape:
+            size *= dimension
+        digest.update(f"{label} {dtype} {shape}\n".encode())
+        with path.open("rb") as file:
+            file.seek(start + (row or 0) * size)
+            while size:
+                chunk = file.read(min(size, _CHUNK_BYTES))
+                if not chunk:
+                    raise CheckpointError(f"{path}: ends within tensor {name}")
+                digest.update(chunk)
+                size -= len(chunk)
+
+    @cached_property
+    def _tensors(self) -> dict[str, tuple[Path, str, list[int], int]]:
+        """Tensor name → file, dtype, shape, offset of its first byte in the file."""
+        found: dict[str, tuple[Path, str, list[int], int]] = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            # The format: eight bytes of length, a JSON header, the tensors' bytes.
+            with path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                start = 8 + length + entry["data_offsets"][0]
+                found[name] = (path, entry["dtype"], entry["shape"], start)
+        if not found:
+            raise CheckpointError(f"{self.folder}: no *.safetensors files")
+        return found

@@ -1,0 +1,1 @@
+"""HTTP: identity, schemas, routes, the guarded engine, command line."""
