@@ -65,7 +65,7 @@ class Catalogue(BaseModel):
 
     @classmethod
     def default(cls, count: int) -> "Catalogue":
-        """For a checkpoint without a catalogue: `public`, `expert-1`, `expert-2`, …
+        """For a checkpoint without one: `public`, `expert-1`, `expert-2` and so on.
 
         Which dataset an index stands for is nowhere in a checkpoint, so nothing is guessed.
         """

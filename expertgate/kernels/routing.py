@@ -1,0 +1,71 @@
+"""Masked routing: which experts a token consults, and with what weight.
+
+Dimensions: T tokens, E experts, K = min(top_k, E) slots.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+NO_EXPERT = -1
+_TINY = torch.finfo(torch.float32).tiny
+
+
+class RoutingPlan(NamedTuple):
+    """`weights` [T, K] float32 and `experts` [T, K] int32, the best expert first.
+
+    A token with fewer than K allowed experts has NO_EXPERT, with weight 0, in its last slots: they
+    stand for no work, and no weight of any expert may be read for them.
+    """
+
+    weights: torch.Tensor
+    experts: torch.Tensor
+
+
+def mask_logits(
+    router_logits: torch.Tensor, allowed: torch.Tensor, router_bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Logits [T, E] as float32 with -inf for every expert that a token may not consult.
+
+    `allowed` [T] int64: bit e set means that expert e may be consulted. `router_bias` [E-1] for
+    experts 1..: min(bias, 0) is added, as FlexOlmo's negative bias is (arXiv 2507.07024, §3.3.2).
+    Excluded logits are replaced, not added to, so that a NaN among them goes nowhere.
+    """
+    logits = router_logits.float()
+    if router_bias is not None:
+        logits = torch.cat([logits[:, :1], logits[:, 1:] + router_bias.float().clamp(max=0)], dim=1)
+    indices = torch.arange(logits.shape[1], device=logits.device)
+    forbidden = (allowed[:, None] >> indices & 1) == 0
+    return logits.masked_fill(forbidden, -torch.inf)
+
+
+def select(masked_logits: torch.Tensor, *, top_k: int, renormalize: bool = False) -> RoutingPlan:
+    """The K = min(top_k, E) best experts of each token among those whose logit is not -inf.
+
+    `masked_logits` [T, E] float32, from `mask_logits`. The softmax runs over the allowed experts
+    only, as it would if the other rows did not exist; equal weights go to the lower index.
+    """
+    weights = torch.softmax(masked_logits, dim=-1)
+    excluded = masked_logits == -torch.inf
+    # Sorted by the logits, not by the weights: weights that underflow to 0 keep their order.
+    order = torch.argsort(masked_logits, dim=-1, descending=True, stable=True)[:, :top_k]
+    weights = weights.gather(1, order)
+    empty = excluded.gather(1, order)
+    # A token with an empty mask has only -inf, whose softmax is NaN: filled here as well.
+    weights = weights.masked_fill(empty, 0.0)
+    if renormalize:
+        weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(_TINY)
+    return RoutingPlan(weights, order.to(torch.int32).masked_fill(empty, NO_EXPERT))
+
+
+def route(
+    router_logits: torch.Tensor,
+    allowed: torch.Tensor,
+    *,
+    top_k: int,
+    router_bias: torch.Tensor | None = None,
+    renormalize: bool = False,
+) -> RoutingPlan:
+    """`mask_logits`, then `select`; the shapes are theirs."""
+    masked = mask_logits(router_logits, allowed, router_bias)
+    return select(masked, top_k=top_k, renormalize=renormalize)

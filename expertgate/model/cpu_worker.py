@@ -1,0 +1,57 @@
+"""vLLM's CPU worker with the masks of Model Runner V1.
+
+Model Runner V2 needs a Triton with a CPU back end; without one vLLM's CPU worker falls back to V1,
+whose runner knows no per-model state. Given to vLLM as `worker_cls`.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from expertgate.model.flex_olmo import FlexOlmoForCausalLM
+from expertgate.model.masks import TokenMasks, requested
+
+
+class MaskedCPUModelRunner(CPUModelRunner):
+    """Arms the masks for the length of one real step; everything else runs at rest."""
+
+    def _preprocess(self, scheduler_output: Any, num_input_tokens: int, *rest: Any) -> Any:
+        # Masks go by request id, never by row: rows move while requests come and go.
+        request_ids = self.input_batch.req_ids
+        asked = [self.requests[i].sampling_params.extra_args for i in request_ids]
+        lengths = [scheduler_output.num_scheduled_tokens[i] for i in request_ids]
+        self._masks.arm(
+            torch.tensor([requested(extra_args).signed for extra_args in asked]),
+            torch.from_numpy(np.cumsum([0, *lengths])),
+            num_input_tokens,
+        )
+        return super()._preprocess(scheduler_output, num_input_tokens, *rest)
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().execute_model(*args, **kwargs)
+        finally:
+            self._masks.rest()
+
+    def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
+        # Memory is sized by these runs, so they must do the work of every expert.
+        self._masks.open_all(self.model.config.num_experts)
+        try:
+            return super()._dummy_run(*args, **kwargs)
+        finally:
+            self._masks.rest()
+
+    @property
+    def _masks(self) -> TokenMasks:
+        assert isinstance(self.model, FlexOlmoForCausalLM)
+        return self.model.masks
+
+
+class MaskedCPUWorker(CPUWorker):
+    def init_device(self) -> None:
+        super().init_device()
+        if not self.use_v2_model_runner:
+            self.model_runner = MaskedCPUModelRunner(self.vllm_config, torch.device("cpu"))

@@ -1,0 +1,105 @@
+"""vLLM's router and experts, made to skip what a token may not consult.
+
+Dimensions: T tokens, E experts, K = top_k slots, H hidden, P kept (token, expert) pairs.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from expertgate.kernels.routing import NO_EXPERT, select
+
+# vLLM's CPU kernel sizes its scratch memory with 32-bit integers.
+_MAX_PAIRS_A_CALL = 16384
+
+
+class MaskedRouter(BaseRouter):
+    """Chooses among the experts whose logit is not -inf; the logits arrive masked."""
+
+    def __init__(self, *, top_k: int, num_experts: int, renormalize: bool) -> None:
+        super().__init__(top_k=top_k, global_num_experts=num_experts)
+        self.renormalize = renormalize
+
+    @property
+    def routing_method_type(self) -> RoutingMethodType:
+        # Anything else would let vLLM pick a kernel that routes by itself, from the raw logits.
+        return RoutingMethodType.Custom
+
+    def _compute_routing(
+        self,
+        hidden_states: torch.Tensor,  # noqa: ARG002
+        router_logits: torch.Tensor,
+        indices_type: torch.dtype | None,
+        *,
+        input_ids: torch.Tensor | None = None,  # noqa: ARG002
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        plan = select(router_logits, top_k=self.top_k, renormalize=self.renormalize)
+        return plan.weights, plan.experts.to(indices_type or torch.int32)
+
+
+class MaskedRoutedExperts(RoutedExperts):
+    """Expert weights that are read for the slots that name an expert, and for no others."""
+
+    def forward_modular(
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: torch.Tensor | None = None,  # noqa: ARG002
+    ) -> Any:
+        """`x` [T, H]; `topk_weights` [T, K] float32; `topk_ids` [T, K], NO_EXPERT = no work."""
+        assert shared_experts is None, "FlexOlmo has no shared experts"
+        if current_platform.is_cpu():
+            return torch.ops.vllm.expertgate_pairs(x, topk_weights, topk_ids, self.layer_name)
+        # vLLM's GPU kernels have no notion of an empty slot. It is given the token's best expert
+        # once more, at weight 0: that expert is allowed and its weights are read anyway.
+        filled = torch.where(topk_ids == NO_EXPERT, topk_ids[:, :1], topk_ids)
+        # A token that may consult nobody (padding never is one: it has `public`) gives zeros.
+        return super().forward_modular(x, topk_weights, filled.clamp(min=0))
+
+    def run_pairs(
+        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """The work of the P pairs that name an expert, and no other; [T, H] in x's dtype.
+
+        The shapes are those of `forward_modular`. Each pair goes to vLLM's kernel as a token with
+        one slot. Pairs are summed in float32 in the order of their slots, so a token's result does
+        not depend on which others are in the batch.
+        """
+        tokens, slots = torch.nonzero(topk_ids != NO_EXPERT, as_tuple=True)
+        out = torch.zeros(x.shape, dtype=torch.float32)
+        for start in range(0, len(tokens), _MAX_PAIRS_A_CALL):
+            token = tokens[start : start + _MAX_PAIRS_A_CALL]
+            slot = slots[start : start + _MAX_PAIRS_A_CALL]
+            run: Callable[..., torch.Tensor] = super().forward_modular
+            pairs = run(x[token], topk_weights[token, slot, None], topk_ids[token, slot, None])
+            out.index_add_(0, token, pairs.float())
+        return out.to(x.dtype)
+
+
+def _pairs(
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: str
+) -> torch.Tensor:
+    layer = get_forward_context().no_compile_layers[layer_name]
+    return layer.routed_experts.run_pairs(x, topk_weights, topk_ids)
+
+
+def _pairs_fake(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,  # noqa: ARG001
+    topk_ids: torch.Tensor,  # noqa: ARG001
+    layer_name: str,  # noqa: ARG001
+) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+# Opaque to the compiler, because the number of kept pairs is known only when it runs.
+direct_register_custom_op(op_name="expertgate_pairs", op_func=_pairs, fake_impl=_pairs_fake)

@@ -1,0 +1,1 @@
+from tests.server import quiet  # noqa: F401  (first, before any other import of vLLM)

@@ -1,0 +1,46 @@
+"""An engine that records its calls and answers without a model."""
+
+from types import SimpleNamespace
+from typing import Any
+
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.v1.engine.exceptions import EngineDeadError
+
+
+def output(text: str = "x", *, finished: bool = True) -> RequestOutput:
+    completion = CompletionOutput(
+        index=0, text=text, token_ids=[1], cumulative_logprob=None, logprobs=None
+    )
+    completion.routed_experts = [[[0, 1]]]
+    found = RequestOutput("id", None, [1], None, [completion], finished)
+    found.kv_transfer_params = {"host": "inside"}
+    found.ec_transfer_params = {"host": "inside"}
+    return found
+
+
+class FakeEngine:
+    def __init__(self, outputs: int = 1) -> None:
+        self.calls: list[SimpleNamespace] = []
+        self.aborted: list[str] = []
+        self.errored = False
+        self.dies = False
+        self.ended = 0
+        self.outputs = outputs
+        self.vllm_config = self.model_config = self.renderer = self.input_processor = None
+
+    async def generate(self, prompt: Any, params: Any, request_id: str, **rest: Any) -> Any:
+        self.calls.append(
+            SimpleNamespace(prompt=prompt, params=params, request_id=request_id, rest=rest)
+        )
+        try:
+            for place in range(self.outputs):
+                if self.dies:
+                    raise EngineDeadError
+                yield output(finished=place == self.outputs - 1)
+        finally:
+            self.ended += 1
+
+    async def abort(self, request_ids: list[str]) -> None:
+        self.aborted += request_ids
+
+    async def encode(self, *args: Any) -> None: ...

@@ -1,0 +1,206 @@
+import asyncio
+
+import pytest
+from vllm.sampling_params import SamplingParams
+
+from expertgate.model.masks import EXTRA_ARG
+from expertgate.policies.expert_set import PUBLIC_ONLY, ExpertSet
+from expertgate.server.grants import HANDLE_ARG, GrantRefused, Grants
+from expertgate.server.guard import CacheSalts, EngineUnavailable, GuardedLLM
+from tests.server.fakes import FakeEngine
+
+MATH = ExpertSet.of([0, 1])
+PROMPT = {"type": "token", "prompt_token_ids": [1, 2], "prompt": "ab"}
+
+
+@pytest.fixture
+def engine():
+    return FakeEngine()
+
+
+@pytest.fixture
+def grants():
+    return Grants()
+
+
+@pytest.fixture
+def guard(engine, grants):
+    return GuardedLLM(engine, grants, CacheSalts(b"weights", b"secret"))
+
+
+def params(handle, **extra):
+    return SamplingParams(extra_args={HANDLE_ARG: handle, **extra}, skip_clone=True)
+
+
+def run(generator):
+    async def collect():
+        return [item async for item in generator]
+
+    return asyncio.run(collect())
+
+
+def test_the_engine_gets_the_mask_of_the_grant_and_nothing_of_the_callers(guard, engine, grants):
+    with grants.issue(MATH, "alice") as grant:
+        given = params(grant.handle, expertgate_mask=(1 << 64) - 1, experts=[0, 1, 2])
+        run(guard.generate(PROMPT, given, "client id\nforged", priority=-9, session_id="s",
+                           data_parallel_rank=3, trace_headers={"traceparent": "x"}))  # fmt: skip
+    (call,) = engine.calls
+    assert call.params.extra_args == {EXTRA_ARG: MATH.mask}
+    assert not call.params.skip_clone
+    assert "client" not in call.request_id
+    assert not {"priority", "session_id", "data_parallel_rank", "trace_headers"} & set(call.rest)
+    # What the caller holds is unchanged: the same parameters may serve several prompts.
+    assert given.extra_args[HANDLE_ARG] == grant.handle
+
+
+def test_prompts_keep_only_tokens_and_text(guard, engine, grants):
+    with grants.issue(MATH, "alice") as grant:
+        prompt = {**PROMPT, "multi_modal_data": object(), "arrival_time": 1.0}
+        run(guard.generate(prompt, params(grant.handle), "id"))
+    (call,) = engine.calls
+    assert set(call.prompt) == {"type", "prompt_token_ids", "prompt", "cache_salt"}
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "raw text",
+        ["a", "b"],
+        [1, 2, 3],
+        {"prompt": "raw"},
+        {"prompt_token_ids": [1]},
+        {"type": "embeds", "prompt_embeds": None},
+        {"type": "multimodal", "prompt_token_ids": [1]},
+        None,
+        FakeEngine().generate(None, None, ""),  # a stream of prompts
+    ],
+)
+def test_only_rendered_tokens_run(guard, engine, grants, prompt):
+    with grants.issue(MATH, "alice") as grant, pytest.raises(GrantRefused):
+        guard.generate(prompt, params(grant.handle), "id")
+    assert engine.calls == []
+
+
+@pytest.mark.parametrize("extra_args", [None, {}, {HANDLE_ARG: "00" * 16}, {EXTRA_ARG: 127}])
+def test_without_a_grant_nothing_runs(guard, engine, extra_args):
+    with pytest.raises(GrantRefused):
+        guard.generate(PROMPT, SamplingParams(extra_args=extra_args), "id")
+    assert engine.calls == []
+
+
+def test_a_call_made_before_the_grant_closed_does_not_run_after(guard, engine, grants):
+    with grants.issue(MATH, "alice") as grant:
+        late = guard.generate(PROMPT, params(grant.handle), "id")
+    with pytest.raises(GrantRefused):
+        run(late)
+    assert engine.calls == []
+
+
+def test_a_running_call_ends_when_its_grant_closes(guard, engine, grants):
+    engine.outputs = 3
+
+    async def close_midway():
+        grant = grants.issue(MATH, "alice")
+        generator = guard.generate(PROMPT, params(grant.handle), "id")
+        await anext(generator)
+        await guard.end(grant)
+        assert engine.aborted == [engine.calls[0].request_id]
+        with pytest.raises(GrantRefused):
+            await anext(generator)
+
+    asyncio.run(close_midway())
+    assert engine.ended == 1
+
+
+def test_leaving_a_stream_ends_the_engines(guard, engine, grants):
+    engine.outputs = 3
+
+    async def leave():
+        grant = grants.issue(MATH, "alice")
+        generator = guard.generate(PROMPT, params(grant.handle), "id")
+        await anext(generator)
+        await generator.aclose()
+        assert grant.running == set()
+
+    asyncio.run(leave())
+    assert engine.ended == 1
+
+
+def test_several_prompts_run_on_one_grant_with_ids_of_their_own(guard, engine, grants):
+    with grants.issue(MATH, "alice") as grant:
+        for _ in range(3):
+            run(guard.generate(PROMPT, params(grant.handle), "same id"))
+    assert len({call.request_id for call in engine.calls}) == 3
+
+
+def test_a_lora_request_is_refused(guard, grants):
+    with grants.issue(MATH, "alice") as grant, pytest.raises(GrantRefused):
+        guard.generate(PROMPT, params(grant.handle), "id", lora_request=object())
+
+
+def test_outputs_carry_no_traces(guard, grants):
+    with grants.issue(MATH, "alice") as grant:
+        (found,) = run(guard.generate(PROMPT, params(grant.handle), "id"))
+    assert found.outputs[0].routed_experts is None
+    assert found.kv_transfer_params is None
+    assert found.ec_transfer_params is None
+
+
+def test_a_dead_engine_is_unavailable_before_and_while_it_runs(guard, engine, grants):
+    with grants.issue(MATH, "alice") as grant:
+        engine.dies = True
+        with pytest.raises(EngineUnavailable) as died:
+            run(guard.generate(PROMPT, params(grant.handle), "id"))
+        assert died.value.status_code == 503
+        engine.errored = True
+        assert guard.dead
+        with pytest.raises(EngineUnavailable):
+            guard.generate(PROMPT, params(grant.handle), "id")
+
+
+def test_a_draining_engine_admits_nothing_and_is_not_called_dead(guard, engine, grants):
+    with grants.issue(MATH, "alice") as grant:
+        guard.drain()
+        assert guard.errored
+        assert not guard.dead
+        with pytest.raises(EngineUnavailable, match="going down"):
+            guard.generate(PROMPT, params(grant.handle), "id")
+
+
+SALTS = CacheSalts(b"weights", b"secret")
+BASE = SALTS.salt(MATH, "alice", None)
+
+
+def test_a_salt_repeats():
+    assert SALTS.salt(MATH, "alice", None) == BASE
+    assert len(BASE) == 64
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        SALTS.salt(PUBLIC_ONLY, "alice", None),
+        SALTS.salt(MATH, "bob", None),
+        SALTS.salt(MATH, "alice", "own"),
+        SALTS.salt(MATH, "alice", ""),
+        CacheSalts(b"weights 2", b"secret").salt(MATH, "alice", None),
+        CacheSalts(b"weights", b"secret 2").salt(MATH, "alice", None),
+    ],
+    ids=["experts", "tenant", "own salt", "empty own salt", "weights", "secret"],
+)
+def test_a_salt_differs_with_every_part(other):
+    assert other != BASE
+
+
+def test_fields_of_a_salt_cannot_run_into_each_other():
+    assert CacheSalts(b"cd", b"s").salt(MATH, "ab", None) != CacheSalts(b"d", b"s").salt(
+        MATH, "abc", None
+    )
+    # A caller's own salt that spells the server's part.
+    assert CacheSalts(b"w", b"s").salt(MATH, "a", "b") != CacheSalts(b"wb", b"s").salt(
+        MATH, "a", None
+    )
+
+
+def test_a_servers_secret_is_its_own():
+    assert CacheSalts(b"w").salt(MATH, "a", None) != CacheSalts(b"w").salt(MATH, "a", None)
