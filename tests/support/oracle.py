@@ -13,6 +13,9 @@ from transformers.models.flex_olmo.modeling_flex_olmo import FlexOlmoTopKRouter
 
 from expertgate.policies.expert_set import ExpertSet
 
+# So small a model gains nothing from a second thread, and waits for it where cores are shared.
+torch.set_num_threads(1)
+
 
 class _BiasedRouter(FlexOlmoTopKRouter):
     """Hugging Face's router, which has no bias, with one [E] added to its logits."""

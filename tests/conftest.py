@@ -1,0 +1,9 @@
+"""Set before anything imports vLLM, in this process and in those that it starts."""
+
+import os
+
+os.environ.setdefault("VLLM_PLUGINS", "expertgate")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

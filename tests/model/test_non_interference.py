@@ -1,0 +1,58 @@
+"""Design, Exactness 2: fill the excluded experts with NaN, and nothing moves."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from expertgate.policies.expert_set import ExpertSet
+from tests.support.checkpoints import random_checkpoint
+from tests.support.engine import Ask, engine
+
+POISONED = ExpertSet.of([2, 5])
+CLEAN = ExpertSet.first(7) - POISONED
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory):
+    return random_checkpoint(tmp_path_factory.mktemp("healthy"), biases=True)
+
+
+@pytest.fixture(scope="module")
+def poisoned(healthy, tmp_path_factory):
+    """The same checkpoint with NaN in every weight of two experts: FFNs, router rows, biases."""
+    folder = tmp_path_factory.mktemp("poisoned")
+    for file in healthy.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    poison(folder / "model.safetensors")
+    return folder
+
+
+def poison(path: Path) -> None:
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        for expert in POISONED:
+            if f".experts.{expert}." in name:
+                tensor.fill_(torch.nan)
+            elif name.endswith("gate.weight"):
+                tensor[expert] = torch.nan
+            elif name.endswith("gate.expert_bias"):
+                tensor[expert - 1] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def answers(folder, dtype):
+    subsets = [ExpertSet(mask) for mask in range(1, 128) if ExpertSet(mask) <= CLEAN]
+    asks = [Ask(list(range(60)), experts, 10) for experts in subsets]
+    # In the same batch, so that rows full of NaN lie next to those that must stay clean.
+    neighbours = [Ask(list(range(90)), ExpertSet.first(7), 10), Ask([7] * 20, POISONED, 10)]
+    with engine(folder, dtype=dtype) as served:
+        return [answer for [answer] in served.ask([*asks, *neighbours])][: len(asks)]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_nan_in_excluded_experts_changes_no_bit(healthy, poisoned, dtype):
+    for clean, dirty in zip(answers(healthy, dtype), answers(poisoned, dtype), strict=True):
+        assert clean.tokens == dirty.tokens
+        assert clean.logprobs == dirty.logprobs
