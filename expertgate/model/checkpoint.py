@@ -15,6 +15,7 @@ ARCHITECTURE = "FlexOlmoForCausalLM"
 
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _CHUNK_BYTES = 1 << 24
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 class CheckpointError(ValueError):
@@ -55,6 +56,8 @@ class Checkpoint:
             raise CheckpointError(f"{path}: {error.strerror or error}") from None
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from None
+        if not isinstance(self.config, dict):
+            raise CheckpointError(f"{path}: holds no JSON object")
         if ARCHITECTURE not in (self.config.get("architectures") or []):
             raise CheckpointError(
                 f"{path}: architectures is {self.config.get('architectures')}, "
@@ -102,6 +105,8 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: tensor {name} is missing") from None
         if row is not None:
             shape = shape[1:]
+        if dtype not in _DTYPE_BYTES:
+            raise CheckpointError(f"{path}: tensor {name} has the unexpected dtype {dtype}")
         size = _DTYPE_BYTES[dtype]
         for dimension in shape:
             size *= dimension
@@ -121,13 +126,16 @@ class Checkpoint:
         found: dict[str, tuple[Path, str, list[int], int]] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             # The format: eight bytes of length, a JSON header, the tensors' bytes.
-            with path.open("rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            for name, entry in header.items():
-                start = 8 + length + entry["data_offsets"][0]
-                found[name] = (path, entry["dtype"], entry["shape"], start)
+            try:
+                with path.open("rb") as file:
+                    (length,) = struct.unpack("<Q", file.read(8))
+                    header = json.loads(file.read(min(length, _MAX_HEADER_BYTES)))
+                header.pop("__metadata__", None)
+                for name, entry in header.items():
+                    start = 8 + length + entry["data_offsets"][0]
+                    found[name] = (path, entry["dtype"], entry["shape"], start)
+            except (struct.error, ValueError, LookupError, TypeError, AttributeError):
+                raise CheckpointError(f"{path}: not a safetensors file") from None
         if not found:
             raise CheckpointError(f"{self.folder}: no *.safetensors files")
         return found

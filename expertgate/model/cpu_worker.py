@@ -13,6 +13,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from expertgate.model.flex_olmo import FlexOlmoForCausalLM
 from expertgate.model.masks import TokenMasks, requested
+from expertgate.model.proof import ProvesMasks
 
 
 class MaskedCPUModelRunner(CPUModelRunner):
@@ -50,7 +51,7 @@ class MaskedCPUModelRunner(CPUModelRunner):
         return self.model.masks
 
 
-class MaskedCPUWorker(CPUWorker):
+class MaskedCPUWorker(ProvesMasks, CPUWorker):
     def init_device(self) -> None:
         super().init_device()
         if not self.use_v2_model_runner:

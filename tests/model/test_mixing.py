@@ -74,9 +74,7 @@ def test_chunked_prefill_equals_the_short_prompts_way(served):
 
 def test_preempted_requests_keep_their_experts(served):
     """20 requests of up to 300 tokens want 60 blocks and more, and there are 24."""
-    asks = [
-        Ask(text(200, seed=i), SETS[i % len(SETS)], 100, salt=str(i)) for i in range(20)
-    ]
+    asks = [Ask(text(200, seed=i), SETS[i % len(SETS)], 100, salt=str(i)) for i in range(20)]
     before = served.counter("vllm:num_preemptions")
     crowded = [answer for [answer] in served.ask(asks)]
     assert served.counter("vllm:num_preemptions") > before, "nothing was preempted"

@@ -1,0 +1,44 @@
+# One command each; all of them install what they need first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# CUDA's build of the engine where there is an NVIDIA GPU, else the CPU's. `make VARIANT=cpu` decides.
+VARIANT ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+LOCKS := requirements/$(VARIANT).txt requirements/dev.txt
+STAMP := $(VENV)/installed-$(VARIANT)
+ARGS ?=
+
+.PHONY: install demo serve test check bench demo-model lock clean
+
+install: $(STAMP)
+
+$(STAMP): $(LOCKS) pyproject.toml requirements/install.sh
+	requirements/install.sh "$(PYTHON)" "$(VENV)" "$(VARIANT)"
+	@touch $@
+
+demo: install  ## the demo model for three users, on 127.0.0.1:8000
+	$(BIN)/expertgate demo $(ARGS)
+
+serve: install  ## ARGS="MODEL --config expertgate.yaml"
+	$(BIN)/expertgate serve $(ARGS)
+
+test: install  ## ARGS="-k name" runs some
+	$(BIN)/pytest $(ARGS)
+
+check: install  ## edits nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_imports.py
+
+bench: install  ## beside stock vLLM, on this machine
+	$(BIN)/python -m benchmarks.stock $(ARGS)
+
+demo-model: install  ## trains the demo model anew, as its card tells; under 30 minutes on two cores
+	$(BIN)/python -m expertgate.forge.demo $(ARGS)
+
+lock: install  ## pins requirements/*.txt anew
+	$(BIN)/python requirements/lock.py
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# install.sh PYTHON VENV cpu|cuda: makes the environment and installs the locks into it.
+set -euo pipefail
+python=$1 venv=$2 variant=$3
+cd "$(dirname "$0")/.."
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+  echo "expertgate needs Python 3.11 or newer; $python is $("$python" --version 2>&1)" >&2
+  echo "another one: make PYTHON=python3.12 ..." >&2
+  exit 1
+}
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+pip=("$venv/bin/python" -m pip --disable-pip-version-check)
+
+# --no-deps: the locks are complete, and resolving would bring in what they leave out (lock.py).
+locks=(--no-deps -r "requirements/$variant.txt" -r requirements/dev.txt)
+echo "Installing the $variant build of the engine and the test tools into $venv ..."
+if [ "$variant" = cpu ]; then
+  # PyPI has no CPU build of torch: first from wherever pip is set up to look, then from PyTorch's.
+  torch=$(grep '^torch==' requirements/cpu.txt)
+  "${pip[@]}" install --quiet --no-deps "$torch" 2>/dev/null ||
+    "${pip[@]}" install --quiet --no-deps "$torch" \
+      --index-url https://download.pytorch.org/whl/cpu
+fi
+"${pip[@]}" install --quiet "${locks[@]}"
+"${pip[@]}" install --quiet --no-deps --no-build-isolation --editable .

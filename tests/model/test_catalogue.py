@@ -1,0 +1,99 @@
+import json
+
+import pytest
+
+from expertgate.model.catalogue import FILE_NAME, Catalogue, CatalogueError, load
+from expertgate.model.checkpoint import Checkpoint
+from tests.support.checkpoints import random_checkpoint
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return random_checkpoint(tmp_path_factory.mktemp("checkpoint"), num_experts=3, layers=2)
+
+
+def entries(*names):
+    return [{"index": i, "name": name} for i, name in enumerate(names)]
+
+
+def write(tmp_path, content):
+    path = tmp_path / FILE_NAME
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+GOOD = {"version": 1, "experts": entries("public", "math", "news")}
+
+
+def test_what_is_written_is_read(tmp_path):
+    catalogue = Catalogue.read(write(tmp_path, GOOD))
+    catalogue.write(tmp_path / "again.json")
+    assert Catalogue.read(tmp_path / "again.json") == catalogue
+
+
+def test_names_and_indices(tmp_path):
+    catalogue = Catalogue.read(write(tmp_path, GOOD))
+    assert catalogue.index("news") == 2
+    assert catalogue.index("absent") is None
+    assert catalogue.names(catalogue.all) == ["public", "math", "news"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "EOF"),
+        ("[]", "object"),
+        ({"version": 2, "experts": entries("public")}, "version: "),
+        ({"version": 1, "experts": []}, "names no expert"),
+        ({"version": 1}, "experts: Field required"),
+        ({**GOOD, "extra": 1}, "extra: "),
+        ({"version": 1, "experts": entries("public", "Math")}, "experts[1].name: "),
+        ({"version": 1, "experts": entries("public", "a" * 64)}, "experts[1].name: "),
+        ({"version": 1, "experts": entries("public", "math\n")}, "experts[1].name: "),
+        ({"version": 1, "experts": entries("public", "a", "a")}, "two experts have the name 'a'"),
+        ({"version": 1, "experts": entries("math", "public")}, "must be called 'public'"),
+        ({"version": 1, "experts": [{"index": 1, "name": "public"}]}, "it must be 0"),
+        ({"version": 1, "experts": [{"index": 64, "name": "x"}]}, "experts[0].index: "),
+        (
+            {"version": 1, "experts": [{"index": 0, "name": "public", "sha256": "zz"}]},
+            "experts[0].sha256: ",
+        ),
+        (
+            {"version": 1, "experts": entries(*["public"], *[f"e{i}" for i in range(64)])},
+            "experts[64].index: ",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named_in_one_line(tmp_path, content, said):
+    path = write(tmp_path, content)
+    with pytest.raises(CatalogueError) as caught:
+        Catalogue.read(path)
+    assert said in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(CatalogueError, match="No such file"):
+        Catalogue.read(tmp_path / "absent.json")
+
+
+def test_without_a_file_nothing_is_guessed(folder):
+    catalogue = load(Checkpoint(folder))
+    assert catalogue.names(catalogue.all) == ["public", "expert-1", "expert-2"]
+
+
+def test_the_catalogue_of_another_model_is_refused(folder, tmp_path):
+    path = write(tmp_path, {"version": 1, "experts": entries("public", "math")})
+    with pytest.raises(CatalogueError, match="names 2 experts, but .* has 3"):
+        load(Checkpoint(folder), path)
+
+
+def test_stated_digests_are_compared_with_the_weights(folder, tmp_path):
+    checkpoint = Checkpoint(folder)
+    digests = checkpoint.expert_digests(range(3))
+    right = [{**e, "sha256": digests[e["index"]]} for e in GOOD["experts"]]
+    load(checkpoint, write(tmp_path, {"version": 1, "experts": right}))
+    swapped = [{**e, "sha256": digests[2 - e["index"]]} for e in GOOD["experts"]]
+    with pytest.raises(CatalogueError, match=r"expert 'public' \(index 0\).*SHA-256"):
+        load(checkpoint, write(tmp_path, {"version": 1, "experts": swapped}))

@@ -1,0 +1,73 @@
+"""The masks of Model Runner V1, driven by hand; the engine tests drive it for real."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from expertgate.model.cpu_worker import MaskedCPUModelRunner
+from expertgate.model.flex_olmo import FlexOlmoForCausalLM
+from expertgate.model.masks import EXTRA_ARG, TokenMasks
+from expertgate.policies.expert_set import PUBLIC_ONLY
+
+PUBLIC = PUBLIC_ONLY.signed
+AT_REST = [PUBLIC] * 16
+
+
+class _Seen(Exception):
+    """Carries the words that vLLM's own method would have read."""
+
+
+@pytest.fixture
+def runner(monkeypatch):
+    def stop(self, *args):
+        raise _Seen(self.model.masks.words.tolist())
+
+    for method in ("_preprocess", "_dummy_run", "execute_model"):
+        monkeypatch.setattr(CPUModelRunner, method, stop)
+    made = object.__new__(MaskedCPUModelRunner)
+    model = object.__new__(FlexOlmoForCausalLM)
+    torch.nn.Module.__init__(model)
+    model.masks = TokenMasks(16, torch.device("cpu"))
+    model.config = SimpleNamespace(num_experts=7)
+    made.__dict__["model"] = model
+    return made
+
+
+def seen(call, *args):
+    with pytest.raises(_Seen) as caught:
+        call(*args)
+    return caught.value.args[0]
+
+
+def schedule(runner, requests):
+    """`requests`: id, mask, tokens, in the order of their rows."""
+    runner.input_batch = SimpleNamespace(req_ids=[name for name, _, _ in requests])
+    runner.requests = {
+        name: SimpleNamespace(sampling_params=SimpleNamespace(extra_args={EXTRA_ARG: mask}))
+        for name, mask, _ in requests
+    }
+    return SimpleNamespace(num_scheduled_tokens={name: count for name, _, count in requests})
+
+
+def test_masks_follow_ids_when_rows_move(runner):
+    """Threats c1, c4: vLLM swaps and condenses rows as requests come and go."""
+    step = [("a", 127, 2), ("b", 1, 3), ("c", 5, 1)]
+    got = seen(runner._preprocess, schedule(runner, step), 8)
+    assert got[:8] == [127, 127, 1, 1, 1, 5, PUBLIC, PUBLIC]
+    moved = [("c", 5, 1), ("b", 1, 1)]
+    got = seen(runner._preprocess, schedule(runner, moved), 2)
+    assert got == [5, 1, *AT_REST[2:]]
+
+
+def test_a_step_leaves_nothing_open_even_when_it_fails(runner):
+    """Threats c3, c5."""
+    seen(runner._preprocess, schedule(runner, [("a", 127, 4)]), 4)
+    seen(runner.execute_model, None)
+    assert runner.model.masks.words.tolist() == AT_REST
+
+
+def test_profiling_runs_every_expert_and_leaves_nothing_open(runner):
+    assert seen(runner._dummy_run, 4) == [127] * 16
+    assert runner.model.masks.words.tolist() == AT_REST
