@@ -1,5 +1,6 @@
 """What policy says of one request."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from expertgate.policies.expert_set import ExpertSet
@@ -15,5 +16,5 @@ class Decision:
     """
 
     granted: ExpertSet
-    reasons: dict[str, tuple[str, ...]]
+    reasons: Mapping[str, tuple[str, ...]]
     version: str

@@ -23,9 +23,7 @@ def test_equals_the_layer_with_the_experts_deleted(layer, mask):
     x, logits, w_gate_up, w_down = layer
     kept = [e for e in range(E) if mask >> e & 1]
     everything = torch.full((T,), (1 << len(kept)) - 1)
-    deleted = masked_moe(
-        x, logits[:, kept], w_gate_up[kept], w_down[kept], everything, top_k=TOP_K
-    )
+    deleted = masked_moe(x, logits[:, kept], w_gate_up[kept], w_down[kept], everything, top_k=TOP_K)
     masked = masked_moe(x, logits, w_gate_up, w_down, torch.full((T,), mask), top_k=TOP_K)
     # The same float32 products and sums in the same order; only the softmax is over other rows.
     torch.testing.assert_close(masked, deleted, rtol=1e-5, atol=1e-6)

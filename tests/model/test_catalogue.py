@@ -85,7 +85,7 @@ def test_without_a_file_nothing_is_guessed(folder):
 
 def test_the_catalogue_of_another_model_is_refused(folder, tmp_path):
     path = write(tmp_path, {"version": 1, "experts": entries("public", "math")})
-    with pytest.raises(CatalogueError, match="names 2 experts, but .* has 3"):
+    with pytest.raises(CatalogueError, match=r"names 2 experts, but .* has 3"):
         load(Checkpoint(folder), path)
 
 

@@ -74,7 +74,7 @@ def test_a_configuration_that_is_no_object_is_refused(tmp_path):
 
 def test_a_folder_without_weights_is_refused(folder):
     (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="no \\*.safetensors"):
+    with pytest.raises(CheckpointError, match=r"no \*\.safetensors"):
         Checkpoint(folder).expert_digests([0])
 
 

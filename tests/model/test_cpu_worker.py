@@ -15,14 +15,14 @@ PUBLIC = PUBLIC_ONLY.signed
 AT_REST = [PUBLIC] * 16
 
 
-class _Seen(Exception):
+class _SeenError(Exception):
     """Carries the words that vLLM's own method would have read."""
 
 
 @pytest.fixture
 def runner(monkeypatch):
     def stop(self, *args):
-        raise _Seen(self.model.masks.words.tolist())
+        raise _SeenError(self.model.masks.words.tolist())
 
     for method in ("_preprocess", "_dummy_run", "execute_model"):
         monkeypatch.setattr(CPUModelRunner, method, stop)
@@ -36,7 +36,7 @@ def runner(monkeypatch):
 
 
 def seen(call, *args):
-    with pytest.raises(_Seen) as caught:
+    with pytest.raises(_SeenError) as caught:
         call(*args)
     return caught.value.args[0]
 

@@ -1,1 +1,8 @@
-from tests.server import quiet  # noqa: F401  (first, before any other import of vLLM)
+import pytest
+
+from tests.server.running import Server, running
+
+
+@pytest.fixture(scope="session")
+def server() -> Server:
+    return running()

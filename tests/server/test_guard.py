@@ -5,8 +5,8 @@ from vllm.sampling_params import SamplingParams
 
 from expertgate.model.masks import EXTRA_ARG
 from expertgate.policies.expert_set import PUBLIC_ONLY, ExpertSet
-from expertgate.server.grants import HANDLE_ARG, GrantRefused, Grants
-from expertgate.server.guard import CacheSalts, EngineUnavailable, GuardedLLM
+from expertgate.server.grants import HANDLE_ARG, GrantError, Grants
+from expertgate.server.guard import CacheSalts, GuardedLLM, UnavailableError
 from tests.server.fakes import FakeEngine
 
 MATH = ExpertSet.of([0, 1])
@@ -76,14 +76,14 @@ def test_prompts_keep_only_tokens_and_text(guard, engine, grants):
     ],
 )
 def test_only_rendered_tokens_run(guard, engine, grants, prompt):
-    with grants.issue(MATH, "alice") as grant, pytest.raises(GrantRefused):
+    with grants.issue(MATH, "alice") as grant, pytest.raises(GrantError):
         guard.generate(prompt, params(grant.handle), "id")
     assert engine.calls == []
 
 
 @pytest.mark.parametrize("extra_args", [None, {}, {HANDLE_ARG: "00" * 16}, {EXTRA_ARG: 127}])
 def test_without_a_grant_nothing_runs(guard, engine, extra_args):
-    with pytest.raises(GrantRefused):
+    with pytest.raises(GrantError):
         guard.generate(PROMPT, SamplingParams(extra_args=extra_args), "id")
     assert engine.calls == []
 
@@ -91,7 +91,7 @@ def test_without_a_grant_nothing_runs(guard, engine, extra_args):
 def test_a_call_made_before_the_grant_closed_does_not_run_after(guard, engine, grants):
     with grants.issue(MATH, "alice") as grant:
         late = guard.generate(PROMPT, params(grant.handle), "id")
-    with pytest.raises(GrantRefused):
+    with pytest.raises(GrantError):
         run(late)
     assert engine.calls == []
 
@@ -105,7 +105,7 @@ def test_a_running_call_ends_when_its_grant_closes(guard, engine, grants):
         await anext(generator)
         await guard.end(grant)
         assert engine.aborted == [engine.calls[0].request_id]
-        with pytest.raises(GrantRefused):
+        with pytest.raises(GrantError):
             await anext(generator)
 
     asyncio.run(close_midway())
@@ -134,7 +134,7 @@ def test_several_prompts_run_on_one_grant_with_ids_of_their_own(guard, engine, g
 
 
 def test_a_lora_request_is_refused(guard, grants):
-    with grants.issue(MATH, "alice") as grant, pytest.raises(GrantRefused):
+    with grants.issue(MATH, "alice") as grant, pytest.raises(GrantError):
         guard.generate(PROMPT, params(grant.handle), "id", lora_request=object())
 
 
@@ -149,12 +149,12 @@ def test_outputs_carry_no_traces(guard, grants):
 def test_a_dead_engine_is_unavailable_before_and_while_it_runs(guard, engine, grants):
     with grants.issue(MATH, "alice") as grant:
         engine.dies = True
-        with pytest.raises(EngineUnavailable) as died:
+        with pytest.raises(UnavailableError) as died:
             run(guard.generate(PROMPT, params(grant.handle), "id"))
         assert died.value.status_code == 503
         engine.errored = True
         assert guard.dead
-        with pytest.raises(EngineUnavailable):
+        with pytest.raises(UnavailableError):
             guard.generate(PROMPT, params(grant.handle), "id")
 
 
@@ -163,7 +163,7 @@ def test_a_draining_engine_admits_nothing_and_is_not_called_dead(guard, engine, 
         guard.drain()
         assert guard.errored
         assert not guard.dead
-        with pytest.raises(EngineUnavailable, match="going down"):
+        with pytest.raises(UnavailableError, match="going down"):
             guard.generate(PROMPT, params(grant.handle), "id")
 
 

@@ -1,0 +1,158 @@
+"""Policies in Cedar: who may consult which expert.
+
+In order: a policy that fails while it is evaluated denies, whatever the others say (Cedar itself
+skips it, so that a failing `forbid` would leave access open); else a `forbid` denies; else a
+`permit` allows; else the expert is denied.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import cedarpy
+
+from expertgate.policies.decision import Decision
+from expertgate.policies.expert_set import ExpertSet
+from expertgate.policies.principal import Principal
+from expertgate.policies.schema import SCHEMA, Resource, resource_entities, user_entity
+from expertgate.policies.statement import PolicyError, Statement, statements
+
+NOT_PERMITTED = "no policy permits it"
+
+_CACHED_DECISIONS = 1024
+_FAILURE = re.compile(r"error while evaluating policy `policy(\d+)`: (.*)", re.DOTALL)
+
+
+class PolicySet:
+    """The policies of one folder, checked against the experts they speak of. Immutable."""
+
+    def __init__(self, policies: Sequence[Statement], resources: Sequence[Resource]) -> None:
+        """Raises PolicyError for the first policy that doesn't hold; see `load`."""
+        for policy in policies:
+            policy.check()
+        _check_experts(policies, resources)
+        self._ids = _ids(policies)
+        self._resources = tuple(resources)
+        self._schema = cedarpy.Schema.from_str(SCHEMA)
+        # One text for validator and evaluator, so that both number its policies alike.
+        text = "\n".join(policy.text for policy in policies)
+        _validate(text, policies, self._schema)
+        self._policies = cedarpy.PolicySet.from_str(text)
+        entities = resource_entities(resources)
+        self._experts = cedarpy.Entities.from_json_str(entities, self._schema)
+        self.version = hashlib.sha256(
+            b"expertgate/policy-set/1:" + json.dumps([text, self._ids, SCHEMA, entities]).encode()
+        ).hexdigest()
+        """Hex SHA-256 over all that a decision depends on, save what it is asked."""
+        self._cached = lru_cache(maxsize=_CACHED_DECISIONS)(self._decide)
+
+    @classmethod
+    def load(cls, folder: Path, resources: Sequence[Resource]) -> "PolicySet":
+        """Every `*.cedar` of `folder`, in the order of their names.
+
+        The position of a resource is the index of its expert. Raises PolicyError where there is no
+        policy at all, or one that can't be read or parsed, doesn't fit the schema (Cedar's strict
+        validation), names an expert that isn't there, or has another's `@id`.
+        """
+        policies: list[Statement] = []
+        for path in sorted(folder.glob("*.cedar")):
+            try:
+                text = path.read_text("utf-8")
+            except OSError as error:
+                raise PolicyError(f"{path}: {error.strerror or error}") from None
+            except UnicodeDecodeError:
+                raise PolicyError(f"{path}: is not UTF-8") from None
+            policies.extend(statements(text, path))
+        if not policies:
+            # Nobody could do anything, which no one would set up a server for.
+            raise PolicyError(
+                f"{folder}: there is no policy, so no expert could be consulted; put at least one "
+                "`permit(...);` into a *.cedar file there"
+            )
+        return cls(policies, resources)
+
+    def decide(self, principal: Principal, context: Mapping[str, object]) -> Decision:
+        """Which experts `principal` may consult. Decisions are cached.
+
+        A context that the schema doesn't know denies every expert, with a reason.
+        """
+        return self._cached(principal.id, principal.groups, json.dumps(context, sort_keys=True))
+
+    # Its arguments are the key of the cache: a decision sees nothing that isn't in its key.
+    def _decide(self, user: str, groups: frozenset[str], context: str) -> Decision:
+        try:
+            entities = self._experts.with_added_json_str(user_entity(user, groups), self._schema)
+        except ValueError as error:
+            # Half of a surrogate pair in an id: text to Python, not to Cedar.
+            words = f"the principal can't be put to the policies: {error}"
+            return Decision(ExpertSet(0), {r.name: (words,) for r in self._resources}, self.version)
+        results = cedarpy.is_authorized_batch(
+            [
+                {
+                    "principal": {"type": "User", "id": user},
+                    "action": {"type": "Action", "id": "consult"},
+                    "resource": {"type": "Expert", "id": resource.name},
+                    "context": context,
+                }
+                for resource in self._resources
+            ],
+            self._policies,
+            entities,
+            self._schema,
+        )
+        granted = []
+        reasons: dict[str, tuple[str, ...]] = {}
+        for index, (resource, result) in enumerate(zip(self._resources, results, strict=True)):
+            diagnostics = result.diagnostics
+            if diagnostics.errors:
+                reasons[resource.name] = tuple(map(self._failure, diagnostics.errors))
+                continue
+            if result.allowed:
+                granted.append(index)
+            decided = tuple(sorted({self._id(policy) for policy in diagnostics.reasons}))
+            reasons[resource.name] = decided or (NOT_PERMITTED,)
+        return Decision(ExpertSet.of(granted), reasons, self.version)
+
+    def _id(self, policy: str) -> str:
+        """Our id of a policy that Cedar calls `policy3`."""
+        return self._ids[int(policy.removeprefix("policy"))]
+
+    def _failure(self, message: str) -> str:
+        match = _FAILURE.fullmatch(message)
+        return f"{self._ids[int(match[1])]} failed: {match[2]}" if match else message
+
+
+def _check_experts(policies: Iterable[Statement], resources: Iterable[Resource]) -> None:
+    # Cedar takes any id for granted, and a `forbid` on a misspelt expert forbids nothing.
+    known = [resource.name for resource in resources]
+    for policy in policies:
+        for place, name in policy.experts():
+            if name not in known:
+                raise PolicyError(
+                    f'{place}: there is no Expert::"{name}"; the experts are {", ".join(known)}'
+                )
+
+
+def _ids(policies: Sequence[Statement]) -> list[str]:
+    places: dict[str, str] = {}
+    for policy in policies:
+        given = policy.given_id()
+        if given in places:
+            raise PolicyError(
+                f"{policy.place}: the @id {given!r} is that of the policy at {places[given]}; "
+                "ids name policies in decisions, so each needs its own"
+            )
+        if given is not None:
+            places[given] = policy.place
+    return [policy.id for policy in policies]
+
+
+def _validate(text: str, policies: Sequence[Statement], schema: cedarpy.Schema) -> None:
+    result = cedarpy.validate_policies(text, schema)
+    for error in result.errors:
+        policy = policies[int(error.policy_id.removeprefix("policy"))]
+        words = error.error.removeprefix(f"for policy `{error.policy_id}`, ")
+        raise PolicyError(f"{policy.place}: {' '.join(words.split())}")

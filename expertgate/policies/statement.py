@@ -1,0 +1,136 @@
+"""One policy as it stands in a file, with its place.
+
+Cedar's Python binding names policies by number and gives no lines, and its native parser takes
+the process down on deep nesting; so files are cut into policies here, and measured, before that.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cedarpy
+
+MAX_DEPTH = 64
+"""Brackets within brackets. Cedar's parser overflows the stack somewhere below 3,000."""
+MAX_TOKENS = 4096
+"""Of one policy. Operators nest in the syntax tree as well, and overflow it below 30,000 terms."""
+
+_TOKEN = re.compile(
+    r"""(?P<blank>\s+|//[^\n\r]*)|"(?:\\.|[^"\\])*"|[A-Za-z_]\w*|\d+|::|[=!<>]=|&&|\|\||.""",
+    re.DOTALL,
+)
+_UNEXPECTED = "unexpected token"
+
+
+class PolicyError(ValueError):
+    """Policies that can't be put in force: file, line and the words of the fault, in one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    text: str
+    line: int
+    end: int
+    """Where it ends in the text of its statement."""
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """One `permit` or `forbid` up to its semicolon; `place` is the file and line it begins on."""
+
+    text: str
+    file: Path
+    tokens: tuple[Token, ...]
+
+    @property
+    def place(self) -> str:
+        return f"{self.file}:{self.tokens[0].line}"
+
+    @property
+    def id(self) -> str:
+        """The `@id` of the policy, else its file's name and its line."""
+        return self.given_id() or f"{self.file.name}:{self.tokens[0].line}"
+
+    def given_id(self) -> str | None:
+        """The `@id` of the policy. Raises PolicyError for one that is empty or not printable."""
+        words = [token.text for token in self.tokens]
+        for start, word in enumerate(words):
+            if word == "@" and words[start + 1 : start + 2] == ["id"]:
+                value = words[start + 3].strip('"') if words[start + 2] == "(" else ""
+                if not value or not value.isprintable() or "\\" in value:
+                    raise PolicyError(
+                        f"{self.file}:{self.tokens[start].line}: an @id is printable text "
+                        'without backslashes, such as @id("research-may-read")'
+                    )
+                return value
+        return None
+
+    def experts(self) -> Iterator[tuple[str, str]]:
+        """Place and name of every `Expert::"name"` in the policy."""
+        for start, token in enumerate(self.tokens[:-2]):
+            sign, name = self.tokens[start + 1 : start + 3]
+            if token.text == "Expert" and sign.text == "::" and name.text.startswith('"'):
+                yield f"{self.file}:{name.line}", name.text[1:-1]
+
+    def check(self) -> None:
+        """Raises PolicyError where this is too deep or too long to parse, or is not one policy."""
+        depth = 0
+        for token in self.tokens:
+            depth += (token.text in "([{") - (token.text in ")]}")
+            if depth > MAX_DEPTH:
+                raise PolicyError(
+                    f"{self.file}:{token.line}: brackets are nested more than {MAX_DEPTH} deep"
+                )
+        if len(self.tokens) > MAX_TOKENS:
+            raise PolicyError(
+                f"{self.place}: the policy has {len(self.tokens)} words and signs; "
+                f"at most {MAX_TOKENS}, so write it as several"
+            )
+        try:
+            parsed = cedarpy.PolicySet.from_str(self.text)
+        except ValueError as error:
+            words = " ".join(str(error).split())
+            line = self._unexpected_line(str(error)) or self.tokens[0].line
+            raise PolicyError(f"{self.file}:{line}: {words}") from None
+        if parsed.templates():
+            raise PolicyError(
+                f"{self.place}: ?principal and ?resource make a template, which permits nothing "
+                "by itself; write out whom it is about"
+            )
+        if len(parsed) != 1:
+            raise PolicyError(f"{self.place}: this is not one policy but {len(parsed)}")
+
+    def _unexpected_line(self, message: str) -> int | None:
+        """The line of an unexpected token: the last of the shortest beginning with that fault."""
+        if not message.startswith(_UNEXPECTED):
+            return None
+        low, high = 0, len(self.tokens) - 1
+        while low < high:
+            middle = (low + high) // 2
+            try:
+                cedarpy.PolicySet.from_str(self.text[: self.tokens[middle].end])
+                found = False
+            except ValueError as error:
+                found = str(error) == message
+            low, high = (low, middle) if found else (middle + 1, high)
+        # The parser looks one token ahead before it speaks.
+        return self.tokens[max(low - 1, 0)].line
+
+
+def statements(text: str, file: Path) -> Iterator[Statement]:
+    """Cuts a file at its semicolons, comments and strings respected.
+
+    What follows the last semicolon is a statement too, unless it is blank.
+    """
+    tokens: list[Token] = []
+    start, line = 0, 1
+    for match in _TOKEN.finditer(text):
+        if match["blank"] is None:
+            tokens.append(Token(match[0], line, match.end() - start))
+            if match[0] == ";":
+                yield Statement(text[start : match.end()], file, tuple(tokens))
+                tokens, start = [], match.end()
+        line += match[0].count("\n")
+    if tokens:
+        yield Statement(text[start:], file, tuple(tokens))

@@ -1,0 +1,142 @@
+"""What vLLM's handlers give back, as this server's responses: experts told, internals left out."""
+
+import json
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from http import HTTPStatus
+from typing import Any
+
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.exceptions import (
+    GenerationError,
+    GracefulHTTPError,
+    VLLMClientError,
+    VLLMNotFoundError,
+    VLLMServerError,
+)
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from expertgate.server.errors import ApiError
+from expertgate.server.grants import GrantError
+from expertgate.server.guard import UnavailableError
+
+log = logging.getLogger(__name__)
+
+_RETRY_AFTER_S = 1
+_QUEUE_FULL = HTTPStatus.SERVICE_UNAVAILABLE.phrase
+"""The type that vLLM gives to a full queue, whose status is that of a dead engine."""
+_HIDDEN = ("system_fingerprint", "kv_transfer_params", "ec_transfer_params", "metrics")
+_HIDDEN_IN_CHOICE = ("routed_experts",)
+
+_DATA = "data: "
+_ERROR_EVENT = 'data: {"error"'
+# Neither can occur inside a JSON string, where quotes are escaped.
+_FINISHED = '"finish_reason":"'
+_TOTALS = '"choices":[]'
+
+
+def body(response: Any, experts: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON of a whole response."""
+    found: dict[str, Any] = response.model_dump(mode="json")
+    for name in _HIDDEN:
+        found.pop(name, None)
+    for choice in found.get("choices", []):
+        for name in _HIDDEN_IN_CHOICE:
+            choice.pop(name, None)
+    found["experts"] = dict(experts)
+    return found
+
+
+async def events(
+    chunks: AsyncGenerator[str, None], experts: Mapping[str, Any], *, totals: bool
+) -> AsyncGenerator[str, None]:
+    """The events of a stream, with `experts` in the one that carries the usage.
+
+    `totals`: the client asked for usage, so a last event without choices follows; else each
+    choice's last event tells.
+    """
+    mark = _TOTALS if totals else _FINISHED
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            if (error := from_event(chunk)) is not None:
+                yield _event(error.body())
+            elif mark in chunk:
+                yield _event({**_parsed(chunk), "experts": dict(experts)})
+            else:
+                yield chunk
+
+
+def from_event(chunk: str) -> ApiError | None:
+    """The error in an event of a stream, if it is one."""
+    if not chunk.startswith(_ERROR_EVENT):
+        return None
+    return from_response(ErrorResponse.model_validate(_parsed(chunk)))
+
+
+def from_response(response: ErrorResponse) -> ApiError:
+    """An error of vLLM's, whose code is a number, as one of ours."""
+    error = response.error
+    if error.type == _QUEUE_FULL:
+        return _overloaded()
+    return _of_status(error.code, error.message, error.param)
+
+
+def from_exception(error: Exception) -> ApiError | None:
+    """What a handler raised, as the client may see it; None where it is the server's own fault."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, GrantError):
+        return None
+    if isinstance(error, EngineDeadError | UnavailableError):
+        return _of_status(503, str(error) if isinstance(error, UnavailableError) else "", None)
+    if isinstance(error, GracefulHTTPError):  # the engine's queue is full
+        return _overloaded()
+    if isinstance(error, GenerationError):
+        return _of_status(int(error.status_code), str(error), None)
+    if isinstance(error, VLLMServerError):
+        return None
+    if isinstance(error, VLLMNotFoundError):
+        return _of_status(404, str(error), None)
+    # vLLM still reports much of what is wrong with a request by Python's own kinds.
+    if isinstance(error, VLLMClientError | ValueError | TypeError | OverflowError):
+        return _of_status(400, str(error), getattr(error, "parameter", None))
+    if any(kind.__name__ == "TemplateError" for kind in type(error).__mro__):
+        return _of_status(400, str(error), "messages")
+    return None
+
+
+def internal_error() -> ApiError:
+    return ApiError(500, "internal_error", "the server failed; its log says why")
+
+
+def _of_status(status: int, message: str, param: str | None) -> ApiError:
+    if status == 404:
+        return ApiError(404, "model_not_found", message, param)
+    if status == 429:
+        return _overloaded()
+    if status == 503:
+        return ApiError(503, "engine_unavailable", message or "the engine has stopped")
+    if 400 <= status < 500:
+        return ApiError(status, "invalid_request", message, param)
+    log.error("the engine failed a request: %s", message)
+    return internal_error()
+
+
+def _overloaded() -> ApiError:
+    return ApiError(
+        429,
+        "overloaded",
+        "the server has as many requests as it can hold; try again soon",
+        None,
+        {"Retry-After": str(_RETRY_AFTER_S)},
+    )
+
+
+def _event(found: Mapping[str, Any]) -> str:
+    return f"{_DATA}{json.dumps(found, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def _parsed(chunk: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(chunk.removeprefix(_DATA))
+    return found

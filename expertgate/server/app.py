@@ -1,0 +1,105 @@
+"""The application: its routes, one by one, and what every error looks like."""
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+import expertgate
+from expertgate.server import answers, schemas
+from expertgate.server.errors import ApiError
+from expertgate.server.routes import about, generate
+from expertgate.server.service import Service
+
+log = logging.getLogger(__name__)
+
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
+
+
+def create_app(service: Service) -> FastAPI:
+    app = FastAPI(
+        title="expertgate", version=expertgate.__version__, redoc_url=None, redirect_slashes=False
+    )
+    app.state.service = service
+    for path, endpoint, kind in (
+        ("/v1/chat/completions", generate.chat, schemas.ChatRequest),
+        ("/v1/completions", generate.completions, schemas.TextRequest),
+    ):
+        app.add_api_route(
+            path,
+            endpoint,
+            methods=["POST"],
+            response_model=None,
+            openapi_extra={
+                "requestBody": {
+                    "required": True,
+                    "content": {"application/json": {"schema": _reference(kind)}},
+                }
+            },
+        )
+    for path, look in (
+        ("/v1/models", about.models),
+        ("/v1/experts", about.experts),
+        ("/health", about.health),
+        ("/ready", about.ready),
+        ("/version", about.version),
+    ):
+        app.add_api_route(path, look, methods=["GET"], response_model=None)
+
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(ClientDisconnect, _gone)
+    app.add_exception_handler(Exception, _unexpected)
+    _describe_bodies(app)
+    return app
+
+
+async def _api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return _respond(error)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = _HTTP_CODES.get(error.status_code, "invalid_request")
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    headers = dict(error.headers) if error.headers else {}
+    return _respond(ApiError(error.status_code, code, message, None, headers))
+
+
+async def _gone(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)
+
+
+async def _unexpected(_: Request, __: Exception) -> Response:
+    # The server logs the exception itself; the client learns nothing from it.
+    return _respond(answers.internal_error())
+
+
+def _respond(error: ApiError) -> Response:
+    return JSONResponse(error.body(), error.status, headers=dict(error.headers or {}))
+
+
+def _reference(kind: type[Any]) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{kind.__name__}"}
+
+
+def _describe_bodies(app: FastAPI) -> None:
+    """Adds the bodies to the OpenAPI document; the routes read them by hand, within limits."""
+    without = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = without()
+            known = document.setdefault("components", {}).setdefault("schemas", {})
+            for kind in (schemas.ChatRequest, schemas.TextRequest):
+                schema = schemas.openapi(kind)
+                known.update(schema.pop("$defs", {}))
+                known[kind.__name__] = schema
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way to extend it

@@ -1,0 +1,119 @@
+"""The command line. A user's mistake is one line on stderr and exit status 2."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+import expertgate
+from expertgate.model.catalogue import CatalogueError
+from expertgate.model.checkpoint import CheckpointError
+from expertgate.policies.statement import PolicyError
+from expertgate.server.config import Config, ConfigError
+from expertgate.server.failures import EngineError, ProofError
+from expertgate.server.keys import KeysError
+from expertgate.server.keys_command import keys
+from expertgate.server.listening import ListenError
+from expertgate.server.refusals import SettingError
+
+CONFIG_FILE = "expertgate.yaml"
+
+_MISTAKES = (
+    ListenError,
+    CatalogueError,
+    CheckpointError,
+    ConfigError,
+    KeysError,
+    PolicyError,
+    SettingError,
+)
+
+
+class _Mistake(click.ClickException):
+    exit_code = 2
+
+
+class _WithEngineFlags(click.Command):
+    """Keeps what stands behind `--` for vLLM's own parser."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        split = args.index("--") if "--" in args else len(args)
+        ctx.obj = args[split + 1 :]
+        return super().parse_args(ctx, args[:split])
+
+
+@click.group()
+@click.version_option(expertgate.__version__)
+def cli() -> None:
+    """Serve FlexOlmo mixtures of experts, each request with the experts its user may consult."""
+
+
+cli.add_command(keys)
+
+
+@cli.command(
+    cls=_WithEngineFlags,
+    options_metavar="[OPTIONS]",
+    epilog="Behind `--`, vLLM's own flags: expertgate serve ./checkpoint -- --max-model-len 2048",
+)
+@click.argument("model", required=False)
+@click.option(
+    "--config",
+    "path",
+    type=click.Path(path_type=Path),
+    help=f"Who may ask, and what: a YAML file. Default: {CONFIG_FILE}, where there is one.",
+)
+@click.option("--host", help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on.")
+@click.pass_obj
+def serve(
+    flags: list[str], model: str | None, path: Path | None, host: str | None, port: int | None
+) -> None:
+    """Serve MODEL: a checkpoint folder, or a Hub id. The configuration may name it instead."""
+    path = path or Path(CONFIG_FILE)
+    if not path.exists():
+        raise _Mistake(
+            f"no configuration at {path}: serving needs to know who may consult which expert. "
+            "Write one that names `identity: {api_keys: keys.yaml}` and `policies: policies/`, "
+            "make keys with `expertgate keys create`, and put *.cedar files into the folder"
+        )
+    from expertgate.server.serving import serve_config  # after --help, which needs none of it
+
+    serve_config(Config.load(path), model=model, host=host, port=port, flags=flags)
+
+
+@cli.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="Port."
+)
+def demo(host: str, port: int) -> None:
+    """Serve the model that comes with this package, to three users with different grants."""
+    from expertgate.server.demo import serve_demo
+
+    serve_demo(host, port)
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """The entry point; returns or exits with 0, 1 (the server failed) or 2 (a mistake)."""
+    try:
+        return cli.main(arguments, standalone_mode=False)
+    except _MISTAKES as error:
+        return _fail(str(error), 2)
+    except (EngineError, ProofError) as error:
+        return _fail(str(error), 1)
+    except click.ClickException as error:
+        return _fail(error.format_message(), error.exit_code)
+    except click.Abort:
+        return 130
+
+
+def _fail(message: str, status: int) -> int:
+    for line in message.splitlines():  # a file with several faults has a line for each
+        print(f"expertgate: {line}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""The server's configuration: one YAML file.
+
+    model: ./checkpoint            # a folder, or a Hub id; the command line may name it instead
+    revision: main                 # of a Hub id
+    catalogue: experts.json        # default: beside the model's config.json
+    identity:
+      api_keys: keys.yaml
+    policies: policies/            # every *.cedar in it
+    host: 127.0.0.1
+    port: 8000
+    engine:                        # vLLM's own arguments, as they are
+      max_model_len: 2048
+
+Paths are relative to the file's folder.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from expertgate.server.yaml_file import YamlError, YamlFile
+
+
+class ConfigError(ValueError):
+    """What is wrong with a configuration: one fault a line, each with file, line and place."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class IdentityConfig(_Part):
+    """Where credentials are looked up."""
+
+    api_keys: Path
+
+
+class Config(_Part):
+    """See the module's words for an example."""
+
+    model: Annotated[str, Field(min_length=1)] | None = None
+    revision: str | None = None
+    catalogue: Path | None = None
+    identity: IdentityConfig
+    policies: Path
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(strict=True, ge=0, le=65535)] = 8000
+    engine: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: Path) -> "Config":
+        """Raises ConfigError."""
+        try:
+            file = YamlFile.read(path)
+            if file.value is None:
+                raise file.fault((), "is empty; it must name at least identity and policies")
+            return file.validate(cls)._beside(path.parent.absolute())
+        except YamlError as error:
+            raise ConfigError(str(error)) from None
+
+    def _beside(self, folder: Path) -> "Config":
+        """The same with every path resolved against `folder`."""
+        model = self.model
+        # A Hub id looks like a path; it is one where there is such a folder, or a dot before it.
+        if model is not None and (model.startswith(".") or (folder / model).is_dir()):
+            model = str(folder / model)
+        return self.model_copy(
+            update={
+                "model": model,
+                "catalogue": None if self.catalogue is None else folder / self.catalogue,
+                "identity": IdentityConfig(api_keys=folder / self.identity.api_keys),
+                "policies": folder / self.policies,
+            }
+        )

@@ -1,0 +1,86 @@
+"""From a model folder and vLLM's own arguments to a guarded engine that has proved itself."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.platforms import current_platform
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.executor.abstract import Executor
+
+from expertgate.server.failures import EngineError
+from expertgate.server.grants import Grants
+from expertgate.server.guard import CacheSalts, GuardedLLM
+from expertgate.server.refusals import SettingError, refuse_arguments, refuse_config
+
+CPU_WORKER = "expertgate.model.cpu_worker.MaskedCPUWorker"
+GPU_WORKER = "expertgate.model.gpu_worker.MaskedGPUWorker"
+
+
+def parse_flags(flags: Sequence[str]) -> dict[str, object]:
+    """Those of vLLM's own flags that were given, by Python names. Raises SettingError."""
+    if not flags:
+        return {}
+    parser = AsyncEngineArgs.add_cli_args(_Parser(add_help=False))
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return dict(vars(parser.parse_args(list(flags))))
+
+
+def start(model: Path, name: str, arguments: Mapping[str, object], grants: Grants) -> GuardedLLM:
+    """Starts vLLM's processes. Blocks for half a minute or so; raises SettingError or EngineError.
+
+    `name` is what the model is called, unless `served_model_name` is among `arguments`.
+    """
+    refuse_arguments(arguments)
+    worker = _worker()
+    given: dict[str, Any] = {
+        "served_model_name": name,
+        "use_tqdm_on_load": False,
+        **arguments,
+        "model": str(model),
+        "worker_cls": worker,
+    }
+    try:
+        config = AsyncEngineArgs(**given).create_engine_config()
+    except ValidationError as error:
+        raise SettingError(f"engine arguments: {_first_line(error.errors()[0]['msg'])}") from None
+    except Exception as error:  # vLLM raises a dozen kinds here; each says what doesn't fit
+        raise SettingError(f"engine arguments: {_first_line(error)}") from None
+    refuse_config(config, worker)
+    try:
+        engine = AsyncLLM(
+            vllm_config=config,
+            executor_class=Executor.get_class(config),
+            log_stats=not arguments.get("disable_log_stats", False),
+            log_requests=False,
+        )
+    except Exception as error:
+        raise EngineError(f"the engine did not start: {_first_line(error)}") from error
+    # The epoch counts changes of the weights while the process runs; nothing changes them yet.
+    return GuardedLLM(engine, grants, CacheSalts(weights=f"{model} epoch 0".encode()))
+
+
+def _worker() -> str:
+    if current_platform.is_cpu():
+        return CPU_WORKER
+    if current_platform.is_cuda():
+        return GPU_WORKER
+    name = current_platform.device_name
+    raise SettingError(f"this machine's platform is {name!r}; only cpu and cuda can be served")
+
+
+class _Parser(FlexibleArgumentParser):
+    """Raises where argparse would print its usage, of some three hundred lines, and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingError(f"engine arguments: {message}")
+
+
+def _first_line(error: object) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,64 @@
+"""Errors as a client sees them, in OpenAI's shape.
+
+| status | code | when |
+| --- | --- | --- |
+| 400 | `invalid_request` | a field, header or body that is not as it should be |
+| 400 | `invalid_experts` | `experts` is malformed, contradicts itself, or leaves nobody to speak |
+| 401 | `invalid_credential` | no credential, or none that holds |
+| 403 | `expert_not_permitted` | an expert outside the grant, whether or not it exists |
+| 404 | `not_found`, `model_not_found` | no such route; no such model |
+| 405 | `method_not_allowed` | the route has other methods |
+| 413 | `body_too_large` | |
+| 415 | `unsupported_media_type` | the body is not JSON |
+| 429 | `overloaded` | too many requests; `Retry-After` says when to come back |
+| 500 | `internal_error` | the server's own fault; the cause is in its log alone |
+| 503 | `engine_unavailable` | the engine is starting, going down or dead |
+"""
+
+from collections.abc import Mapping
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+}
+
+
+class ApiError(Exception):
+    """Ends a request with this status, and a body that says why."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+        self.headers = dict(headers or {})
+
+    @property
+    def type(self) -> str:
+        """OpenAI's name for errors of this status."""
+        other = "server_error" if self.status >= 500 else "invalid_request_error"
+        return _TYPES.get(self.status, other)
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+def invalid_credential(message: str) -> ApiError:
+    """A 401, with the challenge that RFC 9110 (§11.6.1) asks of one."""
+    return ApiError(401, "invalid_credential", message, None, {"WWW-Authenticate": "Bearer"})

@@ -1,0 +1,212 @@
+"""The one way to the engine: an engine call runs on an open grant, or not at all.
+
+`GuardedLLM` holds vLLM's `AsyncLLM` and shows vLLM's serving handlers only what they need of it.
+It doesn't inherit: a method that isn't written here (`encode`, `add_request`, `collective_rpc`,
+weight updates, whatever a later vLLM brings) does not exist for them.
+"""
+
+import asyncio
+import copy
+import hashlib
+import hmac
+import logging
+import secrets
+from collections.abc import AsyncGenerator, Callable
+from http import HTTPStatus
+from typing import Any
+
+from vllm.exceptions import GenerationError
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from expertgate.model.masks import EXTRA_ARG
+from expertgate.policies.expert_set import ExpertSet
+from expertgate.server.grants import HANDLE_ARG, Grant, GrantError, Grants
+
+log = logging.getLogger(__name__)
+
+_SALT_DOMAIN = b"expertgate/cache-salt/1"
+
+
+class UnavailableError(GenerationError):
+    """The engine is dead, starting or going down.
+
+    A GenerationError, because vLLM's streams turn those into an error event of this status.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.status_code = HTTPStatus.SERVICE_UNAVAILABLE
+
+
+class CacheSalts:
+    """Prefix-cache salts: only requests of the same experts, tenant and weights share blocks.
+
+    The secret is made for this process, and KV blocks don't outlive it.
+    """
+
+    def __init__(self, weights: bytes, secret: bytes | None = None) -> None:
+        self._weights = weights
+        self._secret = secret if secret is not None else secrets.token_bytes(32)
+
+    def salt(self, experts: ExpertSet, tenant: str, own: str | None) -> str:
+        """`own` is the caller's salt; it can part its requests from others, never join them."""
+        mac = hmac.new(self._secret, _SALT_DOMAIN, hashlib.sha256)
+        fields = [experts.digest, tenant.encode(), self._weights]
+        if own is not None:
+            fields.append(own.encode())
+        # Each field behind its length, so that no two lists of fields read the same.
+        mac.update(len(fields).to_bytes(8))
+        for field in fields:
+            mac.update(len(field).to_bytes(8) + field)
+        return mac.hexdigest()
+
+
+class GuardedLLM:
+    """What vLLM's handlers see as their engine client."""
+
+    def __init__(self, engine: AsyncLLM, grants: Grants, salts: CacheSalts) -> None:
+        self._engine = engine
+        self._grants = grants
+        self._salts = salts
+        self._draining = False
+        # Read by the handlers when they are made.
+        self.vllm_config = engine.vllm_config
+        self.model_config = engine.model_config
+        self.renderer = engine.renderer
+        self.input_processor = engine.input_processor
+
+    @property
+    def errored(self) -> bool:
+        return self._draining or bool(self._engine.errored)
+
+    @property
+    def dead(self) -> bool:
+        """The engine's processes are gone, and not because they were told to go."""
+        return not self._draining and bool(self._engine.errored)
+
+    @property
+    def dead_error(self) -> UnavailableError:
+        if self._draining:
+            return UnavailableError("the server is going down")
+        return UnavailableError("the engine has stopped")
+
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        """Raises vLLM's QueueOverflowError where the engine's queue is full."""
+        self._engine.check_admission(n, request_id)
+
+    async def is_tracing_enabled(self) -> bool:
+        return False
+
+    # Not `async def`: the grant is redeemed when a handler calls, not when it first awaits.
+    def generate(
+        self,
+        prompt: Any,
+        sampling_params: SamplingParams,
+        request_id: str,
+        *,
+        prompt_text: str | None = None,
+        lora_request: Any = None,
+        reasoning_ended: bool | None = None,
+        reasoning_parser_kwargs: dict[str, Any] | None = None,
+        **_chosen_by_client: Any,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Runs a rendered prompt with the experts of the grant in `sampling_params`.
+
+        The id, priority, session, rank and trace headers given here come from bodies and headers;
+        the engine gets our own id and the defaults of the others.
+
+        Raises GrantError where there is no open grant, or for a prompt that is not a rendered
+        one; UnavailableError where the engine can't run it.
+        """
+        del request_id
+        if not isinstance(sampling_params, SamplingParams):
+            raise GrantError("only sampling can be granted")
+        grant = self._grants.redeem((sampling_params.extra_args or {}).get(HANDLE_ARG))
+        if lora_request is not None:
+            raise GrantError("an adapter can't be granted")
+        if not isinstance(prompt, dict) or prompt.get("type") != "token":
+            raise GrantError("only prompts of rendered tokens can be granted")
+        if self.errored:
+            raise self.dead_error
+
+        params = copy.copy(sampling_params)
+        params.extra_args = {EXTRA_ARG: grant.experts.mask}
+        params.skip_clone = False  # so that the engine clones what the shallow copy shares
+        granted: dict[str, Any] = {
+            "type": "token",
+            "prompt_token_ids": prompt["prompt_token_ids"],
+            "cache_salt": self._salts.salt(grant.experts, grant.tenant, prompt.get("cache_salt")),
+        }
+        if "prompt" in prompt:
+            granted["prompt"] = prompt["prompt"]
+
+        def start(call_id: str) -> AsyncGenerator[RequestOutput, None]:
+            generator: AsyncGenerator[RequestOutput, None] = self._engine.generate(
+                granted,
+                params,
+                call_id,
+                prompt_text=prompt_text,
+                reasoning_ended=reasoning_ended,
+                reasoning_parser_kwargs=reasoning_parser_kwargs,
+            )
+            return generator
+
+        return self._run(grant, start)
+
+    async def _run(
+        self, grant: Grant, start: Callable[[str], AsyncGenerator[RequestOutput, None]]
+    ) -> AsyncGenerator[RequestOutput, None]:
+        # A handler may call and iterate much later; the grant can have closed in between.
+        if not grant.open:
+            raise GrantError("an engine call on a grant that is closed")
+        call_id = grant.next_call_id()
+        grant.running.add(call_id)
+        outputs = start(call_id)
+        try:
+            async for output in outputs:
+                if not grant.open:
+                    raise GrantError("the grant closed while its call was running")
+                _strip(output)
+                yield output
+        except EngineDeadError:
+            raise self.dead_error from None
+        finally:
+            grant.running.discard(call_id)
+            await outputs.aclose()
+
+    async def end(self, grant: Grant) -> None:
+        """Closes a grant, and aborts what still runs on it."""
+        grant.close()
+        if grant.running and not self._engine.errored:
+            await self._engine.abort(list(grant.running))
+
+    async def worker_facts(self, timeout_s: float) -> list[dict[str, Any]]:
+        """What each worker says of its own classes. Raises TimeoutError or UnavailableError."""
+        try:
+            # The engine's own timeout never fires if its core dies meanwhile; ours does.
+            facts: list[dict[str, Any]] = await asyncio.wait_for(
+                self._engine.collective_rpc("expertgate_facts"), timeout_s
+            )
+        except EngineDeadError:
+            raise self.dead_error from None
+        return facts
+
+    def drain(self) -> None:
+        """From now on nothing new is admitted: a core that drains answers 200 with no text."""
+        self._draining = True
+
+    def shutdown(self, timeout_s: float) -> None:
+        """Stops the engine's processes. Blocks for seconds."""
+        self.drain()
+        self._engine.shutdown(timeout=timeout_s)
+
+
+def _strip(output: RequestOutput) -> None:
+    """Takes from an output what no client may see: routing traces, transfer parameters."""
+    output.kv_transfer_params = None
+    output.ec_transfer_params = None
+    for completion in output.outputs:
+        completion.routed_experts = None

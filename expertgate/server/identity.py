@@ -1,0 +1,62 @@
+"""Who asks: from a request's credential to its principal."""
+
+from typing import Protocol
+
+from starlette.datastructures import Headers
+
+from expertgate.policies.principal import Principal
+from expertgate.server.config import IdentityConfig
+from expertgate.server.errors import ApiError, invalid_credential
+from expertgate.server.keys import PREFIX, BadCredential, KeyStore
+
+_ASSERTED = ("X-Forwarded-User", "X-Forwarded-Groups")
+
+
+class CredentialSource(Protocol):
+    """One kind of credential."""
+
+    def identify(self, headers: Headers) -> Principal | None:
+        """None for a request without a credential of this kind.
+
+        Raises ApiError 401 for one that has it, and where it doesn't hold.
+        """
+
+
+class ApiKeys:
+    """`Authorization: Bearer eg-…`."""
+
+    def __init__(self, keys: KeyStore) -> None:
+        self._keys = keys
+
+    def identify(self, headers: Headers) -> Principal | None:
+        scheme, _, secret = headers.get("Authorization", "").partition(" ")
+        secret = secret.strip(" ")
+        if scheme.lower() != "bearer" or not secret.startswith(PREFIX):
+            return None
+        try:
+            return self._keys.principal_for(secret)
+        except BadCredential:
+            raise invalid_credential("this API key is not valid") from None
+
+
+class Identity:
+    """Asks every source that is configured, in a fixed order; the first that knows one decides."""
+
+    def __init__(self, config: IdentityConfig) -> None:
+        """Raises KeysError."""
+        self._sources: tuple[CredentialSource, ...] = (ApiKeys(KeyStore(config.api_keys)),)
+
+    def identify(self, headers: Headers) -> Principal:
+        """Raises ApiError: 401 without a credential that holds, 400 for an asserted identity."""
+        for name in _ASSERTED:
+            if name in headers:
+                # Ignored, it would leave a gateway believing that its user is the one who asks.
+                raise ApiError(400, "invalid_request", f"header {name} may not be sent here", name)
+        if len(headers.getlist("Authorization")) > 1:
+            # Something in front of us may have judged the other one.
+            raise invalid_credential("send one Authorization header, not several")
+        for source in self._sources:
+            principal = source.identify(headers)
+            if principal is not None:
+                return principal
+        raise invalid_credential("send an API key: 'Authorization: Bearer eg-...'")

@@ -1,0 +1,63 @@
+"""Before it is ready, an engine proves that its workers hold masks, and that masks matter."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.inputs.engine import tokens_input
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from expertgate.policies.expert_set import PUBLIC_ONLY, ExpertSet
+from expertgate.server.failures import ProofError
+from expertgate.server.grants import HANDLE_ARG, Grants
+from expertgate.server.guard import GuardedLLM
+
+_TIMEOUT_S = 60
+_PROBE_TOKENS = 32
+_TENANT = "expertgate/proof"
+
+
+async def prove(engine: GuardedLLM, grants: Grants, num_experts: int) -> None:
+    """Raises ProofError."""
+    for rank, facts in enumerate(await engine.worker_facts(_TIMEOUT_S)):
+        check_facts(rank, facts)
+    public = await _answer(engine, grants, PUBLIC_ONLY)
+    if num_experts > 1 and public == await _answer(engine, grants, ExpertSet.first(num_experts)):
+        raise ProofError(
+            "the probe got one answer from 'public' and from all experts: masks don't act"
+        )
+
+
+def check_facts(rank: int, facts: Mapping[str, Any]) -> None:
+    """Every class that a worker runs where masks are made or read must be ours.
+
+    `facts`: part → class, as `expertgate.model.proof` says it. Raises ProofError.
+    """
+    said = {part.rpartition(" ")[2] for part in facts}
+    for parts in ({"worker"}, {"model"}, {"model_state", "model_runner"}, {"router"}, {"experts"}):
+        if not parts & said:
+            raise ProofError(f"worker {rank} does not say what it runs as its {min(parts)}")
+    for part, name in facts.items():
+        if not str(name).startswith("expertgate."):
+            raise ProofError(f"worker {rank} runs {name} as its {part}, which knows no masks")
+
+
+async def _answer(
+    engine: GuardedLLM, grants: Grants, experts: ExpertSet
+) -> list[tuple[int, float]]:
+    """Token ids and log-probabilities of a fixed prompt under these experts."""
+    vocabulary = engine.model_config.get_vocab_size()
+    prompt = tokens_input([place * vocabulary // _PROBE_TOKENS for place in range(_PROBE_TOKENS)])
+    with grants.issue(experts, _TENANT) as grant:
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=2,
+            ignore_eos=True,
+            logprobs=4,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={HANDLE_ARG: grant.handle},
+        )
+        found: list[tuple[int, float]] = []
+        async for output in engine.generate(prompt, params, ""):
+            for choices in output.outputs[0].logprobs or []:
+                found += [(token, choice.logprob) for token, choice in choices.items()]
+    return found

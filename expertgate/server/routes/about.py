@@ -1,0 +1,55 @@
+"""What may be asked without running anything."""
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+
+import expertgate
+from expertgate.server.service import Service
+
+
+async def health(request: Request) -> JSONResponse:
+    """200 while the process can be of use; 503 once its engine has died and it must be replaced."""
+    engine = _service(request).engine
+    dead = engine is not None and engine.dead
+    return JSONResponse({"status": "dead" if dead else "ok"}, 503 if dead else 200)
+
+
+async def ready(request: Request) -> JSONResponse:
+    """200 once the engine has proved itself, and while it can take requests."""
+    is_ready = _service(request).ready
+    return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
+
+
+async def version() -> JSONResponse:
+    return JSONResponse({"version": expertgate.__version__})
+
+
+async def models(request: Request) -> JSONResponse:
+    service = _service(request)
+    service.identity.identify(request.headers)
+    _, handlers = service.running()
+    card = {
+        "id": handlers.model_name,
+        "object": "model",
+        "created": handlers.created,
+        "owned_by": "expertgate",
+        "max_model_len": handlers.max_model_len,
+    }
+    return JSONResponse({"object": "list", "data": [card]})
+
+
+async def experts(request: Request) -> JSONResponse:
+    """The catalogue, as far as the caller is granted it."""
+    service = _service(request)
+    decision = service.decide(service.identity.identify(request.headers), request)
+    # An index would tell how many experts there are that the caller may not know of.
+    shown = [
+        service.catalogue.experts[index].model_dump(mode="json", exclude={"index"})
+        for index in decision.granted
+    ]
+    return JSONResponse({"object": "list", "data": shown})
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service

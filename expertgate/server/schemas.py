@@ -1,0 +1,375 @@
+"""Request bodies: vLLM's own request models, `experts` added, and only the fields listed here.
+
+vLLM's models accept any field. A misspelt `expert` would then mean "all that are granted", and
+`vllm_xargs` or `kv_transfer_params` would reach the engine; so a field that isn't listed is an
+error that names it.
+"""
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.exceptions import VLLMClientError
+
+from expertgate.server.errors import ApiError
+
+_MAX_CHOICES = 64
+"""`n` times prompts: what one HTTP request may ask of the engine at once."""
+_MAX_TOKEN_IDS = 1024
+"""vLLM's GPU sampler takes so many ids of `allowed_token_ids` or `logit_bias`, and dies of more."""
+_MAX_STOP_TOKEN_IDS = 128
+"""Likewise, where `min_tokens` is set."""
+_MAX_BAD_WORD_BYTES = 500
+"""Tokenised with and without a leading space, these stay within that sampler's 1,024 tokens."""
+_MAX_STOPS = 16
+_MAX_STOP_CHARS = 256
+_SEED_END = 1 << 63
+_INT32_END = 1 << 31
+_MAX_DEPTH = 64
+
+_INTEGERS = (
+    "top_k",
+    "min_tokens",
+    "max_tokens",
+    "max_completion_tokens",
+    "stream_interval",
+    "truncate_prompt_tokens",
+    "logprobs",
+    "top_logprobs",
+    "prompt_logprobs",
+)
+"""None of these is of use beyond 32 bits, which is what the tensors behind them hold."""
+
+_TYPES = ("str", "int", "float", "bool", "list", "dict")
+
+
+class Exclude(BaseModel):
+    """All that are granted but these."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    exclude: list[str] = Field(examples=[["news"]])
+
+
+Experts = Annotated[
+    list[str] | Exclude | None,
+    Field(
+        default=None,
+        description=(
+            "The experts that may speak: a list names exactly these; `exclude` means all that are "
+            "granted but these; absent, all that are granted. What was used is in the response."
+        ),
+        examples=[["public", "math"], {"exclude": ["news"]}],
+    ),
+]
+
+_SHARED_FIELDS = frozenset(
+    {
+        "add_special_tokens",
+        "allowed_token_ids",
+        "bad_words",
+        "cache_salt",
+        "echo",
+        "experts",
+        "frequency_penalty",
+        "ignore_eos",
+        "include_stop_str_in_output",
+        "logit_bias",
+        "logprob_token_ids",
+        "logprobs",
+        "max_tokens",
+        "min_p",
+        "min_tokens",
+        "model",
+        "n",
+        "presence_penalty",
+        "prompt_logprobs",
+        "repetition_penalty",
+        "response_format",
+        "return_token_ids",
+        "return_tokens_as_token_ids",
+        "seed",
+        "skip_special_tokens",
+        "spaces_between_special_tokens",
+        "stop",
+        "stop_token_ids",
+        "stream",
+        "stream_interval",
+        "stream_options",
+        "temperature",
+        "top_k",
+        "top_p",
+        "truncate_prompt_tokens",
+        "truncation_side",
+        "user",
+    }
+)
+
+# Fields that vLLM knows and this server refuses, where the reason isn't plain from the name.
+_REFUSED = {
+    "chat_template": "the template is the server's",
+    "chat_template_kwargs": "the template is the server's",
+    "ec_transfer_params": "only the server speaks to the engine's transfers",
+    "kv_transfer_params": "only the server speaks to the engine's transfers",
+    "priority": "requests are served in order",
+    "prompt_embeds": "a prompt must be text or tokens",
+    "repetition_detection": "its cost grows with everyone's step",
+    "request_id": "ids are the server's",
+    "session_id": "ids are the server's",
+    "structured_outputs": "use response_format",
+    "use_beam_search": "beams would run outside the grant of the request",
+    "vllm_xargs": "only the server speaks to the engine's extensions",
+}
+
+# Nested objects: the path of keys to one, with [] for the items of a list → the keys it may have.
+_NESTED: dict[str, frozenset[str]] = {
+    "stream_options": frozenset({"include_usage", "continuous_usage_stats"}),
+    "response_format": frozenset({"type", "json_schema"}),
+    "response_format.json_schema": frozenset({"name", "description", "schema", "strict"}),
+    "messages[]": frozenset(
+        {
+            "role",
+            "content",
+            "name",
+            "refusal",
+            "reasoning",
+            "reasoning_content",
+            "tool_calls",
+            "tool_call_id",
+        }
+    ),
+    "messages[].content[]": frozenset({"type", "text"}),
+    "messages[].tool_calls[]": frozenset({"id", "type", "function", "index"}),
+    "messages[].tool_calls[].function": frozenset({"name", "arguments"}),
+    "tools[]": frozenset({"type", "function"}),
+    "tools[].function": frozenset({"name", "description", "parameters", "strict"}),
+}
+
+
+class ChatRequest(ChatCompletionRequest):
+    """Body of POST /v1/chat/completions."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    fields: ClassVar[frozenset[str]] = _SHARED_FIELDS | {
+        "add_generation_prompt",
+        "continue_final_message",
+        "max_completion_tokens",
+        "messages",
+        "parallel_tool_calls",
+        "tool_choice",
+        "tools",
+        "top_logprobs",
+    }
+    required: ClassVar[str] = "messages"
+
+    experts: Experts = None
+
+
+class TextRequest(CompletionRequest):
+    """Body of POST /v1/completions."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    fields: ClassVar[frozenset[str]] = _SHARED_FIELDS | {"prompt"}
+    required: ClassVar[str] = "prompt"
+
+    experts: Experts = None
+
+
+Body = TypeVar("Body", ChatRequest, TextRequest)
+
+
+def read(kind: type[Body], raw: bytes) -> Body:
+    """The request in a body of JSON. Raises ApiError 400, naming the first thing that's wrong."""
+    body = _json(raw)
+    _check_fields(kind, body)
+    _check_limits(body)
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        first = _telling(error)
+        # A union's or a validator's own name is no part of the place.
+        place = ".".join(str(part) for part in first["loc"] if _is_place(part))
+        message = str(first["msg"]).removeprefix("Value error, ")
+        if first["loc"][:1] == ("experts",):
+            raise ApiError(
+                400,
+                "invalid_experts",
+                'experts must be a list of names or {"exclude": [names]}',
+                "experts",
+            ) from None
+        raise bad_request(f"{place}: {message}" if place else message, place or None) from None
+    except VLLMClientError as error:
+        raise bad_request(str(error), getattr(error, "parameter", None)) from None
+    except RecursionError:
+        raise bad_request("the body is nested too deeply") from None
+
+
+def bad_request(message: str, param: str | None = None) -> ApiError:
+    return ApiError(400, "invalid_request", message, param)
+
+
+def openapi(kind: type[ChatRequest | TextRequest]) -> dict[str, Any]:
+    """The JSON schema of a body, with the fields that are accepted and no others."""
+    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema["properties"] = {k: v for k, v in schema["properties"].items() if k in kind.fields}
+    schema["additionalProperties"] = False
+    return schema
+
+
+def _json(raw: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(raw, object_pairs_hook=_object, parse_constant=_no_constant)
+    except RecursionError:
+        raise bad_request("the body is nested too deeply") from None
+    except UnicodeDecodeError:
+        raise bad_request("the body is not UTF-8") from None
+    except ValueError as error:
+        raise bad_request(f"the body is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise bad_request("the body must be a JSON object")
+    _check_values(body, 0)
+    return body
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        # A gateway may have read the first of the two, and this server would read the last.
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is given twice")
+    return found
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _check_values(value: Any, depth: int) -> None:
+    """Refuses what JSON allows and code behind stumbles over: lone surrogates, deep nesting."""
+    if depth > _MAX_DEPTH:
+        raise bad_request(f"the body is nested more than {_MAX_DEPTH} deep")
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise bad_request("the body holds half of a surrogate pair") from None
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            _check_values(key, depth)
+            _check_values(inner, depth + 1)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_values(inner, depth + 1)
+
+
+def _check_fields(kind: type[ChatRequest | TextRequest], body: Mapping[str, Any]) -> None:
+    for name in body:
+        if name not in kind.fields:
+            raise _unknown(name, name, kind.fields)
+    if body.get(kind.required) is None:
+        raise bad_request(f"{kind.required} is missing", kind.required)
+    for place, part in _at(body, "messages[].content[]"):
+        if part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise bad_request(f"{place}: only parts of type 'text' can be read", place)
+    for path, allowed in _NESTED.items():
+        for place, found in _at(body, path):
+            for name in found:
+                if name not in allowed:
+                    raise _unknown(name, f"{place}.{name}", allowed)
+    form = body.get("response_format")
+    if isinstance(form, dict) and form.get("type") not in ("text", "json_object", "json_schema"):
+        place = "response_format.type"
+        raise bad_request(f"{place} must be text, json_object or json_schema", place)
+
+
+def _unknown(name: str, place: str, allowed: Iterable[str]) -> ApiError:
+    if name in _REFUSED and place == name:
+        return bad_request(f"{name} can't be set: {_REFUSED[name]}", place)
+    near = difflib.get_close_matches(name.lower(), allowed, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return bad_request(f"unknown field {place!r}{hint}", place)
+
+
+def _at(value: Any, path: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    """Every object of `value` at `path`, with its place in words."""
+    reached: list[tuple[str, Any]] = [("", value)]
+    for step in path.split("."):
+        name, items = step.removesuffix("[]"), step.endswith("[]")
+        found = [
+            (f"{place}.{name}".lstrip("."), inner[name])
+            for place, inner in reached
+            if isinstance(inner, dict) and name in inner
+        ]
+        reached = (
+            [
+                (f"{place}[{index}]", inner)
+                for place, listed in found
+                if isinstance(listed, list)
+                for index, inner in enumerate(listed)
+            ]
+            if items
+            else found
+        )
+    return [(place, inner) for place, inner in reached if isinstance(inner, dict)]
+
+
+def _check_limits(body: Mapping[str, Any]) -> None:
+    """Limits that vLLM leaves to its GPU sampler, which dies of them, or that cost everyone."""
+    n = body.get("n")
+    choices = n if type(n) is int else 1
+    prompt = body.get("prompt")
+    prompts = 1
+    if isinstance(prompt, list):
+        if not prompt:
+            raise bad_request("prompt is an empty list", "prompt")
+        if not all(isinstance(item, int) for item in prompt):
+            prompts = len(prompt)
+    if choices < 1:
+        raise bad_request("n must be at least 1", "n")
+    if choices * prompts > _MAX_CHOICES:
+        raise bad_request(f"n times prompts is {choices * prompts}; at most {_MAX_CHOICES}", "n")
+    seed = body.get("seed")
+    if type(seed) is int and not -_SEED_END <= seed < _SEED_END - choices:
+        raise bad_request("seed, plus n, must lie within 64 bits", "seed")
+    for name in _INTEGERS:
+        value = body.get(name)
+        if type(value) is int and not -1 <= value < _INT32_END:
+            raise bad_request(f"{name} must lie between -1 and {_INT32_END - 1}", name)
+    for name, most in (
+        ("allowed_token_ids", _MAX_TOKEN_IDS),
+        ("logit_bias", _MAX_TOKEN_IDS),
+        ("logprob_token_ids", _MAX_TOKEN_IDS),
+        ("stop_token_ids", _MAX_STOP_TOKEN_IDS),
+    ):
+        value = body.get(name)
+        if isinstance(value, list | dict) and len(value) > most:
+            raise bad_request(f"{name} has {len(value)} entries; at most {most}", name)
+    words = body.get("bad_words")
+    if isinstance(words, list):
+        size = sum(len(word.encode()) + 1 for word in words if isinstance(word, str))
+        if size > _MAX_BAD_WORD_BYTES:
+            raise bad_request(
+                f"bad_words is {size} bytes; at most {_MAX_BAD_WORD_BYTES}", "bad_words"
+            )
+    stops = body.get("stop")
+    if isinstance(stops, list) and len(stops) > _MAX_STOPS:
+        raise bad_request(f"stop has {len(stops)} entries; at most {_MAX_STOPS}", "stop")
+    for stop in stops if isinstance(stops, list) else [stops]:
+        if isinstance(stop, str) and len(stop) > _MAX_STOP_CHARS:
+            raise bad_request(f"a stop string may have {_MAX_STOP_CHARS} characters", "stop")
+
+
+def _telling(error: ValidationError) -> Any:
+    """Of the errors of a union's many branches, the one that went furthest into the value."""
+    return max(error.errors(include_url=False, include_input=False), key=lambda e: len(e["loc"]))
+
+
+def _is_place(part: int | str) -> bool:
+    """A key or an index; not the branch of a union, which pydantic names by its type."""
+    return isinstance(part, int) or (part.islower() and part.isidentifier() and part not in _TYPES)

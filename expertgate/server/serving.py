@@ -1,0 +1,77 @@
+"""From a configuration to a running server."""
+
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import expertgate
+from expertgate.model import catalogue
+from expertgate.model.catalogue import Catalogue
+from expertgate.model.checkpoint import Checkpoint, locate
+from expertgate.policies.cedar import PolicySet
+from expertgate.policies.schema import Resource
+from expertgate.server import environment
+from expertgate.server.config import Config
+from expertgate.server.identity import Identity
+from expertgate.server.listening import listen
+from expertgate.server.refusals import SettingError, refuse_arguments
+
+
+def serve_config(
+    config: Config,
+    *,
+    model: str | None,
+    host: str | None,
+    port: int | None,
+    flags: Sequence[str],
+    greet: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Serves until it is told to stop; what is given here goes before the configuration.
+
+    `greet` is called with the server's URL once it can answer. Raises a named error for each part
+    that doesn't hold, before anything slow begins.
+    """
+    environment.settle()
+    wanted = model or config.model
+    if wanted is None:
+        raise SettingError(
+            "no model: name one on the command line, or as `model:` in the configuration"
+        )
+    arguments = dict(config.engine)
+    refuse_arguments(arguments)
+    checkpoint = Checkpoint(locate(wanted, config.revision))
+    known = catalogue.load(checkpoint, config.catalogue)
+    identity = Identity(config.identity)
+    policies = PolicySet.load(config.policies, _resources(known))
+    bound = listen(host or config.host, config.port if port is None else port)
+    url = f"http://{_authority(bound)}"
+    print(f"expertgate {expertgate.__version__}: starting {wanted} at {url}", flush=True)
+    print(f"experts: {', '.join(known.names(known.all))}", flush=True)
+
+    # vLLM takes seconds to import, and reads its environment while it is.
+    from expertgate.server.engine import parse_flags, start
+    from expertgate.server.run import run
+    from expertgate.server.service import Service
+
+    arguments |= parse_flags(flags)
+    refuse_arguments(arguments)
+    service = Service(known, identity, policies)
+    # A folder's own name, or the Hub's id.
+    name = checkpoint.folder.name if Path(wanted).is_dir() else wanted
+    began = time.monotonic()
+
+    def ready() -> None:
+        print(f"ready after {time.monotonic() - began:.0f} s at {url}", flush=True)
+        greet(url)
+
+    run(service, bound, lambda: start(checkpoint.folder, name, arguments, service.grants), ready)
+
+
+def _resources(known: Catalogue) -> list[Resource]:
+    return [Resource(e.name, e.owner, e.license, e.tags) for e in known.experts]
+
+
+def _authority(bound: socket.socket) -> str:
+    host, port = bound.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

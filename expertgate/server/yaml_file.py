@@ -1,0 +1,152 @@
+"""A YAML file of the operator's, read so that every fault has its line.
+
+Plain data only: keys are text and stand once, there are no aliases (which can make a small file
+huge), and times stay text.
+"""
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 32
+
+T = TypeVar("T")
+Place = tuple[str | int, ...]
+
+
+class YamlError(ValueError):
+    """What is wrong with a file: one fault a line, each with path, line and place."""
+
+
+@dataclass(frozen=True, slots=True)
+class YamlFile:
+    path: Path
+    value: Any
+    """None where the file is empty."""
+    lines: dict[Place, int]
+
+    @classmethod
+    def read(cls, path: Path) -> "YamlFile":
+        """Raises YamlError."""
+        try:
+            raw = path.read_bytes()
+        except OSError as error:
+            raise YamlError(f"{path}: {error.strerror or error}") from None
+        return cls.parse(raw, path)
+
+    @classmethod
+    def parse(cls, raw: bytes, path: Path) -> "YamlFile":
+        """Raises YamlError."""
+        if len(raw) > MAX_BYTES:
+            raise YamlError(f"{path}: has {len(raw)} bytes; at most {MAX_BYTES}")
+        try:
+            text = raw.decode()
+            _check_events(text, path)
+            node = yaml.compose(text, Loader=yaml.CSafeLoader)
+        except UnicodeDecodeError:
+            raise YamlError(f"{path}: is not UTF-8") from None
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            line = mark.line + 1 if mark else 1
+            raise YamlError(f"{path}:{line}: {error.problem or error.context}") from None
+        except yaml.YAMLError as error:
+            raise YamlError(f"{path}: {' '.join(str(error).split())}") from None
+        lines: dict[Place, int] = {(): 1}
+        value = None if node is None else _Reader(path, lines).value(node, ())
+        return cls(path, value, lines)
+
+    def validate(self, kind: type[T]) -> T:
+        """The file as `kind`. Raises YamlError with every fault that there is."""
+        try:
+            return TypeAdapter(kind).validate_python(self.value)
+        except ValidationError as error:
+            faults = [
+                str(self.fault(fault["loc"], _words(kind, fault)))
+                for fault in error.errors(include_url=False, include_input=False)
+            ]
+            raise YamlError("\n".join(faults)) from None
+
+    def fault(self, place: Place, words: str) -> YamlError:
+        known = place
+        while known not in self.lines:
+            known = known[:-1]
+        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
+        label = f" {path.lstrip('.')}:" if path else ""
+        return YamlError(f"{self.path}:{self.lines[known]}:{label} {words}")
+
+
+def _check_events(text: str, path: Path) -> None:
+    """Aliases and depth, before anything recursive sees the file."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.CSafeLoader):
+        line = _line(event.start_mark)
+        if isinstance(event, yaml.AliasEvent):
+            raise YamlError(f"{path}:{line}: aliases are not read; write the value out")
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise YamlError(f"{path}:{line}: is nested more than {MAX_DEPTH} deep")
+
+
+def _line(mark: Any) -> int:
+    return int(mark.line) + 1
+
+
+class _Reader:
+    """Makes plain values of nodes, and notes the line of each."""
+
+    def __init__(self, path: Path, lines: dict[Place, int]) -> None:
+        self._path = path
+        self._lines = lines
+        self._scalars = yaml.constructor.SafeConstructor()
+
+    def value(self, node: yaml.Node, place: Place) -> Any:
+        self._lines.setdefault(place, _line(node.start_mark))
+        if isinstance(node, yaml.SequenceNode):
+            return [self.value(item, (*place, index)) for index, item in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, place)
+        if node.tag == "tag:yaml.org,2002:timestamp":
+            return node.value
+        try:
+            return self._scalars.construct_object(node)
+        except (yaml.YAMLError, ValueError):
+            line = _line(node.start_mark)
+            raise YamlError(f"{self._path}:{line}: {node.tag} can't be read here") from None
+
+    def _mapping(self, node: yaml.MappingNode, place: Place) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in node.value:
+            line = _line(key.start_mark)
+            if key.tag != "tag:yaml.org,2002:str":
+                shown = f"{key.value!r} " if isinstance(key, yaml.ScalarNode) else ""
+                raise YamlError(f"{self._path}:{line}: the key {shown}is not text; quote it")
+            if key.value in found:
+                raise YamlError(f"{self._path}:{line}: {key.value}: is given twice")
+            self._lines[*place, key.value] = line
+            found[key.value] = self.value(value, (*place, key.value))
+        return found
+
+
+def _words(kind: Any, fault: Any) -> str:
+    place: Place = fault["loc"]
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(place[-1]), _fields(kind, place[:-1]), n=1)
+        return "unknown key" + (f"; did you mean {near[0]}?" if near else "")
+    if fault["type"] == "missing":
+        return "is missing"
+    if fault["type"] in ("model_type", "model_attributes_type"):
+        return f"must be a mapping of {', '.join(_fields(kind, place))}"
+    return str(fault["msg"]).removeprefix("Value error, ")
+
+
+def _fields(kind: Any, place: Place) -> list[str]:
+    """The keys of the model that stands at `place` in a value of `kind`."""
+    for part in place:
+        kind = get_args(kind)[0] if isinstance(part, int) else kind.model_fields[part].annotation
+    return list(kind.model_fields)

@@ -1,0 +1,227 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expertgate.policies.cedar import NOT_PERMITTED, PolicySet
+from expertgate.policies.expert_set import ExpertSet
+from expertgate.policies.principal import Principal
+from expertgate.policies.schema import Resource
+from expertgate.policies.statement import PolicyError, statements
+
+RESOURCES = [
+    Resource("public", "ai2", "odc-by", ()),
+    Resource("math", "acme", "closed", ("stem",)),
+    Resource("news", "herald", "closed", ("text", "daily")),
+]
+EVERYBODY = "permit(principal, action, resource);"
+
+
+def policies(text: str) -> PolicySet:
+    return PolicySet(list(statements(text, Path("rules.cedar"))), RESOURCES)
+
+
+def granted(text: str, user: str = "alice", *groups: str, **context: object) -> list[str]:
+    decision = policies(text).decide(Principal(user, frozenset(groups)), context)
+    return [RESOURCES[index].name for index in decision.granted]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('permit(principal == User::"alice", action, resource);', ["public", "math", "news"]),
+        ('permit(principal == User::"bob", action, resource);', []),
+        ('permit(principal in Group::"staff", action, resource == Expert::"math");', ["math"]),
+        ('permit(principal in Group::"alice", action, resource);', []),
+        ('permit(principal == User::"staff", action, resource);', []),
+        ('permit(principal, action == Action::"consult", resource);', ["public", "math", "news"]),
+        (
+            'permit(principal, action, resource) when { resource.owner == "acme" };',
+            ["math"],
+        ),
+        (
+            'permit(principal, action, resource) when { resource.tags.contains("daily") };',
+            ["news"],
+        ),
+        (
+            EVERYBODY
+            + 'forbid(principal, action, resource) when { resource.license == "closed" };',
+            ["public"],
+        ),
+    ],
+)
+def test_grants(text, expected):
+    assert granted(text, "alice", "staff") == expected
+
+
+def test_purpose_may_be_asked_for_and_may_be_missing():
+    text = (
+        "permit(principal, action, resource) "
+        'when { context has purpose && context.purpose == "care" };'
+    )
+    assert granted(text) == []
+    assert granted(text, purpose="ads") == []
+    assert granted(text, purpose="care") == ["public", "math", "news"]
+
+
+def test_reasons_are_ids_or_places_or_say_that_nothing_permits():
+    found = policies(
+        '@id("public-to-all") permit(principal, action, resource == Expert::"public");\n'
+        'permit(principal, action, resource == Expert::"public");\n'
+        '@id("not-math") forbid(principal, action, resource == Expert::"math");'
+    ).decide(Principal("alice"), {})
+    assert found.reasons == {
+        "public": ("public-to-all", "rules.cedar:2"),
+        "math": ("not-math",),
+        "news": (NOT_PERMITTED,),
+    }
+
+
+def test_a_failing_forbid_denies():
+    # Cedar skips a policy that fails, and would let everyone in.
+    found = policies(
+        EVERYBODY + '@id("sum") forbid(principal, action, resource == Expert::"math")'
+        "when { 9223372036854775807 + 1 > 0 };"
+    ).decide(Principal("alice"), {})
+    assert found.granted == ExpertSet.of([0, 2])
+    (reason,) = found.reasons["math"]
+    assert reason.startswith("sum failed: integer overflow")
+
+
+@pytest.mark.parametrize(
+    "context",
+    [{"purpose": 1}, {"purpose": None}, {"porpoise": "care"}, {"purpose": "\ud800"},
+     {"purpose": {"__entity": {"type": "User", "id": "root"}}}],
+)  # fmt: skip
+def test_a_context_outside_the_schema_denies_everything(context):
+    found = policies(EVERYBODY).decide(Principal("alice"), context)
+    assert not found.granted
+    assert all(reasons != (NOT_PERMITTED,) for reasons in found.reasons.values())
+
+
+ODD_IDS = [
+    "", 'a"b', "a\\", "a\\\"b", "a\nb", "\0", 'User::"root"', "root\", \"x", "Zoë", "😀",
+    "x" * 100_000, "?principal", "__entity",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD_IDS, ids=lambda odd: repr(odd[:20]))
+def test_ids_are_data(odd):
+    only_root = 'permit(principal == User::"root", action, resource);'
+    root_group = 'permit(principal in Group::"root", action, resource);'
+    assert granted(EVERYBODY, odd, odd) == ["public", "math", "news"]
+    assert granted(only_root + root_group, odd, odd) == []
+
+
+def test_odd_ids_can_be_named_by_policies():
+    assert granted('permit(principal == User::"a\\"\\\\\\n", action, resource);', 'a"\\\n')
+    assert granted('permit(principal in Group::"", action, resource);', "alice", "")
+
+
+def test_half_a_surrogate_pair_is_denied_with_a_reason():
+    found = policies(EVERYBODY).decide(Principal("\ud800"), {})
+    assert not found.granted
+    assert "can't be put to the policies" in found.reasons["public"][0]
+
+
+@settings(max_examples=50)
+@given(st.text(), st.frozensets(st.text(), max_size=3), st.text())
+def test_nobody_becomes_root_by_a_name(user, groups, purpose):
+    text = 'permit(principal == User::"root", action, resource == Expert::"math");'
+    found = policies(text).decide(Principal(user, groups), {"purpose": purpose})
+    assert (found.granted == ExpertSet.of([1])) == (user == "root")
+
+
+def test_decisions_are_cached_by_all_they_depend_on():
+    found = policies(
+        'permit(principal == User::"a", action, resource == Expert::"public");'
+        'permit(principal in Group::"a", action, resource == Expert::"math");'
+        'permit(principal, action, resource == Expert::"news")'
+        'when { context has purpose && context.purpose == "a" };'
+    )
+    principals = [Principal("a"), Principal("b"), Principal("b", frozenset({"a"}))]
+    for _ in range(2):
+        sets = [found.decide(p, c).granted for p in principals for c in ({}, {"purpose": "a"})]
+        assert [list(s) for s in sets] == [[0], [0, 2], [], [2], [1], [1, 2]]
+    assert found.decide(Principal("a"), {}) is found.decide(Principal("a"), {})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            '\npermit(principal, action, resource) when { resource.ownr == "a" };',
+            "rules.cedar:2: attribute `ownr` on entity type `Expert` not found",
+        ),
+        (
+            EVERYBODY + "\npermit(principal, action, resource) when { resource.owner == 1 };",
+            "rules.cedar:2: the types Long and String are not compatible",
+        ),
+        # Strict validation: an optional attribute is asked for before it is read.
+        (
+            'permit(principal, action, resource) when { context.purpose == "a" };',
+            "rules.cedar:1: unable to guarantee safety of access to optional attribute `purpose`",
+        ),
+        (
+            'permit(principal, action == Action::"consul", resource);',
+            'rules.cedar:1: unrecognized action `Action::"consul"`',
+        ),
+        # Cedar would take this one, and it would forbid nothing.
+        (
+            EVERYBODY + '\nforbid(principal, action,\nresource == Expert::"meth");',
+            'rules.cedar:3: there is no Expert::"meth"; the experts are public, math, news',
+        ),
+        (
+            f'@id("a") {EVERYBODY}\n@id("a") {EVERYBODY}',
+            "rules.cedar:2: the @id 'a' is that of the policy at rules.cedar:1",
+        ),
+    ],
+)
+def test_what_is_not_valid_is_refused_with_its_place(text, words):
+    with pytest.raises(PolicyError) as error:
+        policies(text)
+    assert str(error.value).startswith(words)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_is_read_in_the_order_of_names(tmp_path):
+    (tmp_path / "b.cedar").write_text(EVERYBODY)
+    (tmp_path / "a.cedar").write_text("// nothing\n\n" + EVERYBODY)
+    (tmp_path / "c.txt").write_text("no policy")
+    found = PolicySet.load(tmp_path, RESOURCES)
+    assert found.decide(Principal("x"), {}).reasons["public"] == ("a.cedar:3", "b.cedar:1")
+
+
+@pytest.mark.parametrize("content", [None, "", "// only words\n"])
+def test_no_policy_at_all_is_a_mistake(tmp_path, content):
+    if content is not None:
+        (tmp_path / "a.cedar").write_text(content)
+    with pytest.raises(PolicyError, match="there is no policy"):
+        PolicySet.load(tmp_path, RESOURCES)
+    with pytest.raises(PolicyError, match="there is no policy"):
+        PolicySet.load(tmp_path / "missing", RESOURCES)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "a.cedar").write_bytes(b"\xff")
+    with pytest.raises(PolicyError, match=r"a\.cedar: is not UTF-8"):
+        PolicySet.load(tmp_path, RESOURCES)
+    (tmp_path / "a.cedar").unlink()
+    (tmp_path / "a.cedar").mkdir()
+    with pytest.raises(PolicyError, match=r"a\.cedar: Is a directory"):
+        PolicySet.load(tmp_path, RESOURCES)
+
+
+def test_the_version_names_policies_and_experts():
+    version = policies(EVERYBODY).version
+    assert version == policies(EVERYBODY).version
+    assert len(bytes.fromhex(version)) == 32
+    other_text = policies(EVERYBODY + " ").version
+    moved = PolicySet(list(statements("\n" + EVERYBODY, Path("r.cedar"))), RESOURCES).version
+    other_experts = PolicySet(
+        list(statements(EVERYBODY, Path("rules.cedar"))), RESOURCES[:2]
+    ).version
+    assert len({version, moved, other_experts}) == 3
+    # A blank behind the last policy is no part of any.
+    assert version == other_text

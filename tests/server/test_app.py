@@ -1,0 +1,230 @@
+"""The application around handlers that do as they are told: errors, and the end of each grant."""
+
+import asyncio
+import json
+from types import SimpleNamespace
+
+import pytest
+from starlette.testclient import TestClient
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+from vllm.exceptions import QueueOverflowError, VLLMNotFoundError, VLLMValidationError
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+from expertgate.model.catalogue import Catalogue
+from expertgate.policies.decision import Decision
+from expertgate.policies.expert_set import ExpertSet
+from expertgate.policies.principal import Principal
+from expertgate.server.app import create_app
+from expertgate.server.grants import HANDLE_ARG, GrantError
+from expertgate.server.guard import CacheSalts, GuardedLLM, UnavailableError
+from expertgate.server.handlers import Handlers
+from expertgate.server.service import Service
+from tests.server.fakes import FakeEngine
+
+BODY = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+class Script:
+    """Stands for both of vLLM's handlers."""
+
+    def __init__(self):
+        self.result = None
+        self.seen = []
+        self.service = None
+
+    async def create_chat_completion(self, body):
+        grant = self.service.grants.redeem(body.vllm_xargs[HANDLE_ARG])
+        self.seen.append((grant.tenant, grant.experts.text, body))
+        if isinstance(self.result, Exception):
+            raise self.result
+        return self.result
+
+    create_completion = create_chat_completion
+
+
+@pytest.fixture
+def script():
+    return Script()
+
+
+@pytest.fixture
+def service(script):
+    made = Service(
+        catalogue=Catalogue.default(3),
+        identity=SimpleNamespace(identify=lambda headers: Principal(headers["user"])),
+        policies=SimpleNamespace(
+            decide=lambda principal, context: Decision(ExpertSet.of([0, 2]), {}, "v")
+        ),
+    )
+    made.engine = GuardedLLM(FakeEngine(), made.grants, CacheSalts(b"w"))
+    made.handlers = Handlers(script, script, "toy", 2048, 0)
+    script.service = made
+    return made
+
+
+@pytest.fixture
+def ask(service):
+    client = TestClient(create_app(service), raise_server_exceptions=False)
+    return lambda **body: client.post(
+        "/v1/chat/completions", json={**BODY, **body}, headers={"user": "alice"}
+    )
+
+
+def error_of(response):
+    return response.status_code, response.json()["error"]["code"]
+
+
+async def stream(*chunks):
+    for chunk in chunks:
+        if isinstance(chunk, Exception):
+            raise chunk
+        yield chunk
+
+
+def failed(code, kind="BadRequestError"):
+    return ErrorResponse(error=ErrorInfo(message="as vLLM says it", type=kind, code=code))
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (VLLMValidationError("bad"), (400, "invalid_request")),
+        (ValueError("bad"), (400, "invalid_request")),
+        (VLLMNotFoundError("none"), (404, "model_not_found")),
+        (QueueOverflowError(), (429, "overloaded")),
+        (EngineDeadError(), (503, "engine_unavailable")),
+        (UnavailableError("dead"), (503, "engine_unavailable")),
+        (EngineGenerateError(), (500, "internal_error")),
+        (GrantError("none"), (500, "internal_error")),
+        (RuntimeError("at /root/secret"), (500, "internal_error")),
+        (KeyError("secret"), (500, "internal_error")),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_a_handler_raises(ask, script, service, raised, expected):
+    script.result = raised
+    response = ask()
+    assert error_of(response) == expected
+    assert "secret" not in response.text
+    assert len(service.grants) == 0
+
+
+@pytest.mark.parametrize(
+    ("returned", "expected"),
+    [
+        (failed(400), (400, "invalid_request")),
+        (failed(404), (404, "model_not_found")),
+        (failed(500), (500, "internal_error")),
+        (failed(503), (503, "engine_unavailable")),
+        (failed(503, "Service Unavailable"), (429, "overloaded")),
+    ],
+)
+def test_what_a_handler_returns(ask, script, service, returned, expected):
+    script.result = returned
+    response = ask()
+    assert error_of(response) == expected
+    assert len(service.grants) == 0
+    # The same as the first event of a stream, before the status has gone out.
+    script.result = stream(f"data: {returned.model_dump_json()}\n\n", "data: [DONE]\n\n")
+    assert error_of(ask(stream=True)) == expected
+    assert len(service.grants) == 0
+
+
+def test_too_many_requests_are_told_when_to_come_back(ask, script):
+    script.result = QueueOverflowError()
+    assert ask().headers["retry-after"] == "1"
+
+
+def test_an_error_within_a_stream_has_our_shape_and_ends_the_grant(ask, script, service):
+    first = 'data: {"choices":[{"index":0,"text":"a","finish_reason":null}]}\n\n'
+    script.result = stream(first, f"data: {failed(503).model_dump_json()}\n\n", "data: [DONE]\n\n")
+    lines = [line for line in ask(stream=True).text.splitlines() if line]
+    assert json.loads(lines[1].removeprefix("data: "))["error"]["code"] == "engine_unavailable"
+    assert lines[2] == "data: [DONE]"
+    assert len(service.grants) == 0
+
+
+def test_a_stream_that_breaks_ends_its_grant(ask, script, service):
+    script.result = stream('data: {"choices":[]}\n\n', RuntimeError("at /root/secret"))
+    assert "secret" not in ask(stream=True).text
+    assert len(service.grants) == 0
+
+
+def test_the_handler_sees_ours_and_nothing_of_the_clients(ask, script):
+    script.result = failed(400)
+    ask(model="toy:public")
+    ((tenant, experts, body),) = script.seen
+    assert (tenant, experts) == ("alice", "0")
+    assert body.model == "toy"
+    assert list(body.vllm_xargs) == [HANDLE_ARG]
+    assert len(body.request_id) == 32
+
+
+def test_no_grant_is_issued_for_what_is_refused_before(ask, script, service):
+    for body in ({"experts": ["expert-1"]}, {"expert": []}, {"model": "another"}, {"n": 100}):
+        assert ask(**body).status_code in (400, 403, 404)
+    assert script.seen == []
+    assert len(service.grants) == 0
+
+
+def test_starting_and_draining_answer_503(ask, service):
+    service.engine.drain()
+    assert error_of(ask()) == (503, "engine_unavailable")
+    service.engine = None
+    assert error_of(ask()) == (503, "engine_unavailable")
+
+
+def test_health_and_ready_follow_the_engine(service):
+    client = TestClient(create_app(service))
+
+    def statuses():
+        return client.get("/health").status_code, client.get("/ready").status_code
+
+    assert statuses() == (200, 200)
+    service.engine._engine.errored = True
+    assert statuses() == (503, 503)  # whoever watches should start another
+    service.engine.drain()
+    assert statuses() == (200, 503)
+    service.engine = None
+    assert statuses() == (200, 503)
+
+
+def test_two_purposes_are_refused(service):
+    client = TestClient(create_app(service))
+    headers = [("user", "alice"), ("X-Purpose", "a"), ("X-Purpose", "b")]
+    assert client.get("/v1/experts", headers=headers).status_code == 400
+
+
+def test_leaving_while_the_handler_works_ends_grant_and_handler(service, script):
+    ended = []
+
+    async def never(body):
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(True)
+
+    script.create_chat_completion = never
+    messages = [
+        {"type": "http.request", "body": json.dumps(BODY).encode(), "more_body": False},
+        {"type": "http.disconnect"},
+    ]
+    sent = []
+
+    async def receive():
+        return messages.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/chat/completions",
+        "query_string": b"",
+        "headers": [(b"user", b"alice"), (b"content-type", b"application/json")],
+    }
+    asyncio.run(create_app(service)(scope, receive, send))
+    assert ended == [True]
+    assert len(service.grants) == 0
+    assert sent[0]["status"] == 499

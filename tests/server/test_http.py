@@ -1,0 +1,569 @@
+"""A real server on a real engine, asked over HTTP as clients ask it."""
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+import yaml
+
+from tests.server.running import Server, environment, expertgate, make_key, prepare, start, stop
+
+ALL = ["public", "math", "news", "code"]
+STEM = ["public", "math", "code"]
+GRANTS = {"alice": ALL, "dave": STEM, "bob": ["public"]}
+
+
+def code_of(response, status):
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    return error["code"]
+
+
+def client(server: Server, user: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=server.keys[user], max_retries=0)
+
+
+def events(response):
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    lines = [line for line in response.text.splitlines() if line]
+    assert lines.pop() == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+# --- what may speak ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("user", GRANTS)
+def test_without_a_selection_all_that_are_granted_speak(server, user):
+    assert server.effective(server.chat(user)) == GRANTS[user]
+    assert server.effective(server.complete(user)) == GRANTS[user]
+
+
+@pytest.mark.parametrize(
+    ("body", "header", "expected"),
+    [
+        ({"experts": ["public"]}, None, ["public"]),
+        ({"experts": ["math"]}, None, ["math"]),
+        ({"experts": ["code", "public", "public"]}, None, ["public", "code"]),
+        ({"experts": {"exclude": ["news"]}}, None, STEM),
+        ({"experts": {"exclude": []}}, None, ALL),
+        ({"experts": None}, None, ALL),
+        ({}, "public,math", ["public", "math"]),
+        ({}, "public , math", ["public", "math"]),
+        ({}, "-news", STEM),
+        ({"model": "toy:public+math"}, None, ["public", "math"]),
+        ({"model": "toy:-news"}, None, STEM),
+        ({"model": "toy"}, None, ALL),
+        ({"model": "toy:-news", "experts": {"exclude": ["news"]}}, "-news", STEM),
+    ],
+)
+def test_every_way_to_say_which(server, body, header, expected):
+    headers = {} if header is None else {"X-Experts": header}
+    for ask in (server.chat, server.complete):
+        response = ask("alice", headers=headers, **body)
+        assert server.effective(response) == expected
+        assert response.json()["model"] == "toy"
+
+
+@pytest.mark.parametrize(
+    ("body", "header"),
+    [
+        ({"experts": ["public", "news"]}, None),
+        ({"experts": {"exclude": ["news"]}}, None),
+        ({"experts": ["public", "nosuch"]}, None),
+        ({}, "public,news"),
+        ({}, "-news"),
+        ({"model": "toy:public+news"}, None),
+        ({"model": "toy:-nosuch"}, None),
+    ],
+)
+def test_beyond_the_grant_is_forbidden_and_runs_nothing(server, body, header):
+    headers = {} if header is None else {"X-Experts": header}
+    for ask in (server.chat, server.complete):
+        for stream in (False, True):
+            response = ask("dave", headers=headers, stream=stream, **body)
+            assert code_of(response, 403) == "expert_not_permitted"
+            assert "x-experts-effective" not in response.headers
+
+
+@pytest.mark.parametrize(
+    ("body", "header"),
+    [
+        ({"experts": []}, None),
+        ({"experts": "public"}, None),
+        ({"experts": {"exclude": ALL}}, None),
+        ({"experts": {"exclude": ["news"], "only": []}}, None),
+        ({"experts": [1]}, None),
+        ({}, ""),
+        ({}, "public,-news"),
+        ({"model": "toy:"}, None),
+        ({"experts": ["public"]}, "math"),
+        ({"experts": ["public"], "model": "toy:math"}, None),
+    ],
+)
+def test_a_malformed_selection(server, body, header):
+    headers = {} if header is None else {"X-Experts": header}
+    assert code_of(server.chat("alice", headers=headers, **body), 400) == "invalid_experts"
+
+
+def test_purpose_reaches_the_policies(server):
+    ask = {"headers": {"X-Purpose": "advertising"}}
+    assert server.effective(server.chat("alice", **ask)) == STEM
+    assert code_of(server.chat("alice", experts=["news"], **ask), 403) == "expert_not_permitted"
+
+
+def test_a_user_without_any_grant_gets_nothing(server):
+    assert code_of(server.chat("mallory"), 403) == "expert_not_permitted"
+    assert server.get("/v1/experts", "mallory").json()["data"] == []
+
+
+def test_experts_change_the_answer_and_users_do_not(server):
+    def text(user, experts):
+        body = {"prompt": "x" * 50, "max_tokens": 16, "experts": experts}
+        return server.complete(user, **body).json()["choices"][0]["text"]
+
+    assert text("alice", ["public"]) == text("bob", ["public"])
+    assert text("alice", STEM) == text("dave", STEM)
+    assert len({text("alice", experts) for experts in (ALL, STEM, ["public"], ["math"])}) > 1
+
+
+def test_requests_of_several_sets_at_once_answer_as_alone(server):
+    asks = [
+        (user, experts, f"{n} bottles")
+        for n in range(3)
+        for user, experts in (("alice", ALL), ("alice", ["math"]), ("dave", STEM), ("bob", None))
+    ]
+
+    def text(ask):
+        user, experts, prompt = ask
+        body = {"prompt": prompt, "max_tokens": 8, "experts": experts}
+        return server.complete(user, **body).json()["choices"][0]["text"]
+
+    alone = [text(ask) for ask in asks]
+    with ThreadPoolExecutor(len(asks)) as pool:
+        assert list(pool.map(text, asks)) == alone
+
+
+# --- OpenAI's own client ------------------------------------------------------------------------
+
+
+def test_openai_chat(server):
+    answer = client(server, "dave").chat.completions.create(
+        model="toy",
+        messages=[{"role": "user", "content": "hi"}],
+        max_completion_tokens=4,
+        n=2,
+        logprobs=True,
+        top_logprobs=2,
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    assert answer.choices[0].logprobs.content
+    assert answer.usage.completion_tokens == 8
+    assert answer.model_extra["experts"]["effective"] == STEM
+
+
+def test_openai_completions_of_several_prompts(server):
+    answer = client(server, "bob").completions.create(
+        model="toy", prompt=["one", "two"], max_tokens=3, n=2, extra_body={"experts": ["public"]}
+    )
+    assert len(answer.choices) == 4
+    assert answer.model_extra["experts"]["effective"] == ["public"]
+
+
+def test_openai_stream(server):
+    stream = client(server, "dave").chat.completions.create(
+        model="toy:-code",
+        messages=[{"role": "user", "content": "hi"}],
+        max_tokens=4,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    told = [chunk.model_extra["experts"] for chunk in chunks if "experts" in chunk.model_extra]
+    assert told == [{"effective": ["public", "math"]}]
+    assert chunks[-1].usage.completion_tokens == 4
+    assert any(chunk.choices and chunk.choices[0].finish_reason for chunk in chunks)
+
+
+def test_openai_models_and_errors(server):
+    api = client(server, "bob")
+    assert [model.id for model in api.models.list()] == ["toy"]
+    with pytest.raises(openai.PermissionDeniedError) as denied:
+        api.completions.create(model="toy:math", prompt="hi")
+    assert denied.value.code == "expert_not_permitted"
+    with pytest.raises(openai.NotFoundError):
+        api.completions.create(model="another", prompt="hi")
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="eg-wrong", max_retries=0).models.list()
+
+
+# --- streams --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["chat", "complete"])
+def test_a_stream_tells_with_its_usage_where_that_was_asked(server, kind):
+    ask = getattr(server, kind)
+    found = events(ask("dave", stream=True, stream_options={"include_usage": True}))
+    assert [event for event in found if "experts" in event] == [found[-1]]
+    assert found[-1]["choices"] == []
+    assert found[-1]["experts"] == {"effective": STEM}
+    assert found[-1]["usage"]["completion_tokens"] == 4
+
+
+@pytest.mark.parametrize("kind", ["chat", "complete"])
+def test_a_stream_tells_with_each_end_otherwise(server, kind):
+    found = events(getattr(server, kind)("dave", stream=True, n=2, temperature=1))
+    told = [event for event in found if "experts" in event]
+    ends = [event for event in found if any(c["finish_reason"] for c in event["choices"])]
+    assert told == ends
+    assert len(told) == 2
+    assert all(event["experts"] == {"effective": STEM} for event in told)
+
+
+def test_a_stream_says_what_an_answer_does(server):
+    body = {"prompt": "x" * 40, "max_tokens": 12}
+    streamed = events(server.complete("dave", stream=True, **body))
+    text = "".join(choice["text"] for event in streamed for choice in event["choices"])
+    assert text == server.complete("dave", **body).json()["choices"][0]["text"]
+
+
+def test_text_that_looks_like_an_end_is_no_end(server):
+    # Echoed text holds the marks that are looked for, behind escaped quotes.
+    prompt = 'data: {"error" "choices":[] "finish_reason":"stop"'
+    found = events(server.complete("dave", prompt=prompt, echo=True, stream=True, max_tokens=2))
+    assert sum("experts" in event for event in found) == 1
+    text = "".join(choice["text"] for event in found for choice in event["choices"])
+    assert text.startswith(prompt)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_tokens": 10_000},
+        {"temperature": -1},
+        {"prompt": "x" * 3000},
+        {"stop_token_ids": [999]},
+    ],
+    ids=str,
+)
+def test_what_is_wrong_shows_before_a_stream_begins(server, fields):
+    for stream in (False, True):
+        response = server.complete("alice", stream=stream, **fields)
+        assert code_of(response, 400) == "invalid_request"
+
+
+# --- who asks -------------------------------------------------------------------------------------
+
+KEYED = ["/v1/models", "/v1/experts"]
+
+
+@pytest.mark.parametrize(
+    "authorization",
+    [
+        None,
+        "",
+        "Bearer",
+        "Bearer eg-" + "A" * 43,
+        "Basic YWxpY2U6eA==",
+        "eg-key",
+        "Bearer null",
+    ],
+)
+def test_no_key_or_a_wrong_one(server, authorization):
+    headers = {} if authorization is None else {"Authorization": authorization}
+    for response in (
+        *(server.get(path, **headers) for path in KEYED),
+        server.post("/v1/chat/completions", {}, None, **headers),
+        server.post("/v1/completions", b"not read", None, **headers),
+    ):
+        assert code_of(response, 401) == "invalid_credential"
+        assert response.headers["www-authenticate"] == "Bearer"
+
+
+def test_keys_expire_are_made_and_are_revoked_while_it_runs(server):
+    path = server.folder / "keys.yaml"
+    before = path.read_text()
+    late = make_key(server.folder, "late")
+    time.sleep(0.5)
+    try:
+        headers = {"Authorization": f"Bearer {late}"}
+        assert server.get("/v1/models", **headers).status_code == 200
+        entries = yaml.safe_load(path.read_text())
+        digest = hashlib.sha256(late.encode()).hexdigest()
+        assert [entry["id"] for entry in entries if entry["sha256"] == digest] == ["late"]
+        expired = [
+            {**entry, "expires": "2020-01-01T00:00:00Z"} if entry["id"] == "late" else entry
+            for entry in entries
+        ]
+        path.write_text(yaml.safe_dump(expired))
+        time.sleep(0.5)
+        assert code_of(server.get("/v1/models", **headers), 401) == "invalid_credential"
+        path.write_text(before)
+        time.sleep(0.5)
+        assert code_of(server.get("/v1/models", **headers), 401) == "invalid_credential"
+        assert server.get("/v1/models", "bob").status_code == 200
+    finally:
+        path.write_text(before)
+        time.sleep(0.5)
+    assert late not in server.log
+
+
+@pytest.mark.parametrize("header", ["X-Forwarded-User", "X-Forwarded-Groups"])
+def test_an_asserted_identity_is_refused(server, header):
+    assert code_of(server.chat("bob", headers={header: "research"}), 400) == "invalid_request"
+
+
+def test_experts_are_listed_as_far_as_they_are_granted(server):
+    for user, names in GRANTS.items():
+        shown = server.get("/v1/experts", user).json()["data"]
+        assert [expert["name"] for expert in shown] == names
+        assert not any("index" in expert for expert in shown)
+    assert shown[0]["owner"] == "ai2"
+
+
+# --- bodies, routes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "status", "code"),
+    [
+        (b"{", {}, 400, "invalid_request"),
+        (b"", {}, 400, "invalid_request"),
+        (b"[]", {}, 400, "invalid_request"),
+        (b"{}", {}, 400, "invalid_request"),
+        (b"{}", {"Content-Type": "text/plain"}, 415, "unsupported_media_type"),
+        (
+            b"{}",
+            {"Content-Type": "application/x-www-form-urlencoded"},
+            415,
+            "unsupported_media_type",
+        ),
+        (b'{"prompt":"' + b"x" * (1 << 20) + b'"}', {}, 413, "body_too_large"),
+        (b'{"prompt":' + b"[" * 100_000, {}, 400, "invalid_request"),
+    ],
+    ids=["cut", "empty", "list", "nothing", "text", "form", "large", "deep"],
+)
+def test_bodies_that_are_refused(server, content, headers, status, code):
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        assert code_of(server.post(path, content, **headers), status) == code
+
+
+def test_a_large_body_without_a_length_is_cut_off(server):
+    def parts():
+        for _ in range(64):
+            yield b"x" * (1 << 16)
+
+    import httpx
+
+    headers = {"Content-Type": "application/json", **server.headers("alice")}
+    try:
+        response = httpx.post(f"{server.url}/v1/completions", content=parts(), headers=headers)
+    except httpx.HTTPError:
+        return  # the connection was closed while parts were on their way
+    assert code_of(response, 413) == "body_too_large"
+
+
+def test_health_needs_no_key_and_unknown_routes_are_404(server):
+    assert server.get("/health").json() == {"status": "ok"}
+    assert server.get("/ready").json() == {"ready": True}
+    assert set(server.get("/version").json()) == {"version"}
+    assert code_of(server.get("/v2"), 404) == "not_found"
+    assert code_of(server.get("/v1/chat/completions"), 405) == "method_not_allowed"
+    assert code_of(server.post("/health", {}), 405) == "method_not_allowed"
+
+
+def test_the_api_is_described_with_experts_and_without_what_is_refused(server):
+    schemas = server.get("/openapi.json").json()["components"]["schemas"]
+    for name in ("ChatRequest", "TextRequest"):
+        assert "experts" in schemas[name]["properties"]
+        assert "vllm_xargs" not in schemas[name]["properties"]
+
+
+# --- leaving, and the end -------------------------------------------------------------------------
+
+
+def send_and_leave(server, stream):
+    """Asks for an answer of many seconds, and hangs up."""
+    body = {"prompt": "hi", "max_tokens": 1900, "ignore_eos": True, "stream": stream}
+    content = json.dumps(body).encode()
+    with server.connect() as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+            + f"Authorization: Bearer {server.keys['alice']}\r\n".encode()
+            + f"Content-Length: {len(content)}\r\n\r\n".encode()
+            + content
+        )
+        if stream:
+            assert connection.recv(200).startswith(b"HTTP/1.1 200")
+        time.sleep(0.3)
+        # A reset, as of a client that was killed.
+        connection.setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00"
+        )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_leaving_frees_the_engine(server, stream):
+    """More leave than the engine runs at once (8); if they ran on, a short one would wait."""
+    began = time.monotonic()
+    alone = server.complete("alice", max_tokens=1900, ignore_eos=True)
+    assert alone.status_code == 200
+    whole = time.monotonic() - began
+    for _ in range(16):
+        send_and_leave(server, stream)
+    began = time.monotonic()
+    assert server.complete("bob").status_code == 200
+    assert time.monotonic() - began < whole
+    assert "Traceback" not in server.log
+
+
+def test_after_all_that_nothing_failed_inside(server):
+    assert server.get("/ready").json() == {"ready": True}
+    assert "internal_error" not in server.log
+    assert "never retrieved" not in server.log
+
+
+def test_a_full_queue_says_when_to_come_back(server):
+    # The configuration lets 64 choices in; each request may ask for as many.
+    with ThreadPoolExecutor(1) as pool:
+        long = {"max_tokens": 200, "ignore_eos": True, "n": 64, "temperature": 1}
+        running = pool.submit(server.complete, "alice", **long)
+        time.sleep(0.5)
+        for stream in (False, True):
+            response = server.complete("bob", stream=stream)
+            assert code_of(response, 429) == "overloaded"
+            assert int(response.headers["retry-after"]) > 0
+        assert running.result().status_code == 200
+    assert server.complete("bob").status_code == 200
+
+
+def gone(processes):
+    """Within a moment: Python's own tracker of shared memory ends just after its parent."""
+    deadline = time.monotonic() + 5
+    while any(os.path.exists(f"/proc/{pid}") for pid in processes):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def test_sigterm_lets_streams_finish_and_leaves_no_orphans(tmp_path):
+    prepare(tmp_path)
+    key = make_key(tmp_path, "alice", "research")
+    own = start(tmp_path)
+    own.keys = {"alice": key}
+    try:
+        children = own.children()
+        assert children
+        with ThreadPoolExecutor(1) as pool:
+            body = {"max_tokens": 400, "ignore_eos": True, "stream": True}
+            stream = pool.submit(own.complete, "alice", **body)
+            time.sleep(1)
+            own.process.send_signal(signal.SIGTERM)
+            found = events(stream.result())
+        assert found[-1]["choices"][0]["finish_reason"] == "length"
+        assert own.process.wait(60) == 0
+        assert gone(children)
+        assert "Traceback" not in own.log
+    finally:
+        stop(own)
+
+
+def test_a_dead_engine_is_told_and_the_server_still_ends_cleanly(tmp_path):
+    prepare(tmp_path)
+    key = make_key(tmp_path, "alice", "research")
+    own = start(tmp_path)
+    own.keys = {"alice": key}
+    try:
+        children = own.children()
+        with ThreadPoolExecutor(2) as pool:
+            body = {"max_tokens": 1900, "ignore_eos": True}
+            whole = pool.submit(own.complete, "alice", **body)
+            stream = pool.submit(own.complete, "alice", stream=True, **body)
+            time.sleep(1)
+            for name in ("EngineCore", "Worker"):
+                for pid in children:
+                    title = Path(f"/proc/{pid}/cmdline")
+                    if title.exists() and name in title.read_text():
+                        os.kill(pid, signal.SIGKILL)
+            assert code_of(whole.result(), 503) == "engine_unavailable"
+            assert '"code":"engine_unavailable"' in stream.result().text
+        assert code_of(own.complete("alice"), 503) == "engine_unavailable"
+        assert own.get("/ready").status_code == 503
+        assert own.get("/health").status_code == 503
+        own.process.send_signal(signal.SIGTERM)
+        assert own.process.wait(60) == 0
+        assert gone(children)
+    finally:
+        stop(own)
+
+
+def test_sigterm_while_it_starts_leaves_no_orphans(tmp_path):
+    prepare(tmp_path)
+    make_key(tmp_path, "alice")
+    with (tmp_path / "log").open("ab") as log:
+        process = subprocess.Popen(
+            [os.sys.executable, "-m", "expertgate.server.cli", "serve"],
+            cwd=tmp_path,
+            env=environment(),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    own = Server(tmp_path, "", process)
+    try:
+        deadline = time.monotonic() + 60
+        while not own.children() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(3)
+        children = own.children()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        assert gone(children)
+    finally:
+        stop(own)
+
+
+# --- mistakes at the command line -----------------------------------------------------------------
+
+
+def mistake(folder, *arguments):
+    done = expertgate(folder, *arguments)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    return done.stderr
+
+
+def test_serving_without_a_configuration_is_refused(tmp_path):
+    assert "configuration" in mistake(tmp_path, "serve", "model")
+    assert "configuration" in mistake(tmp_path, "serve", "--config", "nowhere.yaml")
+
+
+def test_mistakes_are_one_line_each(tmp_path):
+    prepare(tmp_path)
+    make_key(tmp_path, "alice")
+    assert "no-such" in mistake(tmp_path, "serve", "./no-such")
+    assert "--no-such" in mistake(tmp_path, "serve", "--no-such")
+    assert "--port" in mistake(tmp_path, "serve", "--port", "99999")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert "in use" in mistake(tmp_path, "serve", "--port", str(port))
+    assert "--max-model-len" in mistake(tmp_path, "serve", "--", "--max-model-len", "many")
+    assert "max_model_len" in mistake(tmp_path, "serve", "--", "--max-model-len", "99999999")
+    (tmp_path / "policies" / "all.cedar").write_text("permit(")
+    assert "all.cedar" in mistake(tmp_path, "serve")
+    (tmp_path / "expertgate.yaml").write_text(
+        "policies: policies\nidentity: {api_keys: keys.yaml}\n"
+    )
+    assert "no model" in mistake(tmp_path, "serve")

@@ -1,0 +1,228 @@
+import json
+
+import pytest
+from expertgate.server.errors import ApiError
+
+from expertgate.server.schemas import ChatRequest, Exclude, TextRequest, openapi, read
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+TEXT = {"prompt": "hi"}
+
+
+def chat(**fields):
+    return read(ChatRequest, json.dumps({**CHAT, **fields}).encode())
+
+
+def text(**fields):
+    return read(TextRequest, json.dumps({**TEXT, **fields}).encode())
+
+
+def refused(call, *args, **kwargs):
+    with pytest.raises(ApiError) as error:
+        call(*args, **kwargs)
+    assert error.value.status == 400
+    return error.value
+
+
+def test_experts_absent_listed_and_excluded():
+    assert chat().experts is None
+    assert chat(experts=["public", "math"]).experts == ["public", "math"]
+    assert chat(experts={"exclude": ["news"]}).experts == Exclude(exclude=["news"])
+    assert text(experts=["public"]).experts == ["public"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "public",
+        7,
+        True,
+        [1],
+        [None],
+        [["public"]],
+        {},
+        {"include": []},
+        {"exclude": "x"},
+        {"exclude": ["x"], "also": 1},
+    ],
+)
+def test_malformed_experts_have_their_own_code(value):
+    assert refused(chat, experts=value).code == "invalid_experts"
+
+
+@pytest.mark.parametrize("name", ["expert", "Experts", "EXPERTS", "extra_body", "expertz"])
+def test_a_misspelt_field_is_named(name):
+    error = refused(chat, **{name: ["public"]})
+    assert name in error.message
+    assert error.param == name
+
+
+def test_a_misspelt_field_gets_a_hint():
+    assert "did you mean 'experts'" in refused(chat, expert=["public"]).message
+    assert "did you mean 'temperature'" in refused(text, temprature=1).message
+
+
+@pytest.mark.parametrize("read_one", [chat, text])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("vllm_xargs", {"expertgate_mask": 127}),
+        ("vllm_xargs", {"expertgate_grant": "00"}),
+        ("vllm_xargs", None),
+        ("kv_transfer_params", {"prompt_token_ids": [1]}),
+        ("ec_transfer_params", {}),
+        ("request_id", "mine"),
+        ("session_id", "mine"),
+        ("priority", -1),
+        ("use_beam_search", True),
+        ("use_beam_search", False),
+        ("repetition_detection", {}),
+        ("structured_outputs", {"regex": "((a*)*)*"}),
+        ("prompt_embeds", "AAAA"),
+        ("mm_processor_kwargs", {}),
+        ("media_io_kwargs", {}),
+        ("routed_experts_prompt_start", 0),
+        ("watermarking", False),
+        ("thinking_token_budget", 1),
+    ],
+)
+def test_fields_that_are_the_servers_are_refused(read_one, name, value):
+    error = refused(read_one, **{name: value})
+    assert error.param == name
+
+
+@pytest.mark.parametrize("name", ["chat_template", "chat_template_kwargs", "documents"])
+def test_the_template_is_the_servers(name):
+    assert refused(chat, **{name: None}).param == name
+
+
+@pytest.mark.parametrize(
+    ("fields", "place"),
+    [
+        ({"stream": True, "stream_options": {"include_usage": True, "x": 1}}, "stream_options.x"),
+        ({"response_format": {"type": "text", "x": 1}}, "response_format.x"),
+        ({"response_format": {"type": "structural_tag", "format": {}}}, "response_format.format"),
+        ({"messages": [{"role": "user", "content": "a", "x": 1}]}, "messages[0].x"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]},
+            "messages[0].content[0].x",
+        ),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "x": 1}}]},
+            "tools[0].function.x",
+        ),
+    ],
+)
+def test_fields_of_nested_objects_are_listed_too(fields, place):
+    assert refused(chat, **fields).param == place
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": "http://127.0.0.1/"}},
+        {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}},
+        {"type": "prompt_embeds", "data": ""},
+        {"type": "text"},
+        {"image_url": "http://127.0.0.1/"},
+    ],
+)
+def test_only_parts_of_text_are_read(part):
+    messages = [{"role": "user", "content": [{"type": "text", "text": "a"}, part]}]
+    error = refused(chat, messages=messages)
+    assert error.param == "messages[0].content[1]"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"text"',
+        b"null",
+        b"\xff\xfe",
+        b'{"prompt": NaN}',
+        b'{"prompt": "a", "temperature": Infinity}',
+        b'{"prompt": "a", "experts": ["public"], "experts": ["math"]}',
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "a", "user": ' + b"[" * 200_000 + b"]" * 200_000 + b"}",
+        b'{"prompt": "a", "logit_bias": ' + b'{"a":' * 100 + b"1" + b"}" * 100 + b"}",
+        b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
+    ],
+)
+def test_bytes_that_are_no_request(raw):
+    refused(read, TextRequest, raw)
+
+
+@pytest.mark.parametrize(
+    ("read_one", "fields"),
+    [
+        (chat, {"n": 65}),
+        (chat, {"n": 0}),
+        (chat, {"n": -1}),
+        (text, {"prompt": ["a"] * 33, "n": 2}),
+        (text, {"prompt": []}),
+        (text, {"prompt": None}),
+        (chat, {"n": 2, "temperature": 1, "seed": (1 << 63) - 1}),
+        (chat, {"seed": 1 << 63}),
+        (chat, {"allowed_token_ids": [1] * 1025}),
+        (chat, {"logit_bias": {str(i): 1 for i in range(1025)}}),
+        (chat, {"stop_token_ids": [1] * 129, "min_tokens": 1}),
+        (chat, {"bad_words": ["word"] * 101}),
+        (chat, {"bad_words": ["w" * 501]}),
+        (chat, {"stop": ["a"] * 17}),
+        (chat, {"stop": "a" * 257}),
+        (chat, {"top_k": 1 << 31}),
+        (chat, {"min_tokens": 1 << 40}),
+        (chat, {"stream_options": {"include_usage": True}}),
+    ],
+)
+def test_limits(read_one, fields):
+    refused(read_one, **fields)
+
+
+def test_what_clients_send_every_day_passes():
+    request = chat(
+        model="toy",
+        messages=[
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [
+                    {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+                ],
+            },
+            {"role": "tool", "tool_call_id": "1", "content": "3"},
+        ],
+        tools=[{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+        tool_choice="none",
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "n", "schema": {"type": "object"}, "strict": True},
+        },
+        stream=True,
+        stream_options={"include_usage": True},
+        max_completion_tokens=5,
+        temperature=0.5,
+        top_p=0.9,
+        seed=1,
+        stop=["\n"],
+        logprobs=True,
+        top_logprobs=2,
+        user="someone",
+        cache_salt="mine",
+        n=2,
+    )
+    assert request.n == 2
+    assert text(prompt=[[1, 2], [3]], logprobs=1, echo=True).prompt == [[1, 2], [3]]
+
+
+@pytest.mark.parametrize("kind", [ChatRequest, TextRequest])
+def test_every_accepted_field_exists_and_only_those_are_described(kind):
+    assert kind.fields <= set(kind.model_fields)
+    schema = openapi(kind)
+    assert set(schema["properties"]) == kind.fields
+    assert "examples" in schema["properties"]["experts"]

@@ -1,0 +1,61 @@
+import contextlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from expertgate.server.yaml_file import YamlError, YamlFile
+
+PATH = Path("a.yaml")
+
+
+def test_values_and_their_lines():
+    file = YamlFile.parse(b"a: 1\nb:\n  - x: 'yes'\n  - 2027-01-01\n", PATH)
+    assert file.value == {"a": 1, "b": [{"x": "yes"}, "2027-01-01"]}
+    assert file.lines["b", 0, "x"] == 3
+    assert file.lines["b", 1] == 4
+    assert str(file.fault(("b", 0, "y", "z"), "is missing")) == "a.yaml:3: b[0].y.z: is missing"
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b"a: [1\nb: 2\n", "a.yaml:2: "),
+        (b"a: 1\n b: 2\n", "a.yaml:2: "),
+        (b"a: 1\nb: 2\na: 3\n", "a.yaml:3: a: is given twice"),
+        (b"a:\n  b: 1\n  b: 1\n", "a.yaml:3: b: is given twice"),
+        (b"1: a\n", "a.yaml:1: the key '1' is not text; quote it"),
+        (b"on: a\n", "a.yaml:1: the key 'on' is not text; quote it"),  # YAML 1.1 makes it true
+        (b"? [a]\n: b\n", "a.yaml:1: the key is not text"),
+        (b"<<: {a: 1}\n", "a.yaml:1: the key '<<' is not text"),
+        (b"a: &x 1\nb: *x\n", "a.yaml:2: aliases are not read"),
+        (b"a: &x [*x]\n", "a.yaml:1: aliases are not read"),
+        (b"[" * 100_000, "a.yaml:1: is nested more than 32 deep"),
+        (b"a: !!python/object/apply:os.system [id]\nb: !!python/name:os.system\n", "a.yaml:"),
+        (b"a: 1\n---\nb: 2\n", "a.yaml:2: but found another document"),
+        (b"a: \xff\n", "a.yaml: is not UTF-8"),
+        (b"a: \x00\n", "a.yaml: "),
+        (b"a: " + b"9" * 5_000, "a.yaml:1: "),
+        (b" " * (1 << 21), "a.yaml: has 2097152 bytes; at most 1048576"),
+    ],
+)
+def test_a_fault_has_its_line(raw, words):
+    with pytest.raises(YamlError) as error:
+        YamlFile.parse(raw, PATH)
+    assert str(error.value).startswith(words)
+    assert "\n" not in str(error.value)
+
+
+def test_aliases_that_would_multiply_are_refused_at_the_first():
+    bomb = "a0: &a0 [x]\n" + "".join(
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 30)
+    )
+    with pytest.raises(YamlError, match="aliases are not read"):
+        YamlFile.parse(bomb.encode(), PATH)
+
+
+@given(st.binary(max_size=60) | st.text("ab:-[]{},'\"&*!|>?#%@ \n\t1", max_size=60).map(str.encode))
+def test_any_bytes_are_read_or_refused(raw):
+    with contextlib.suppress(YamlError):
+        assert YamlFile.parse(raw, PATH).lines[()] >= 1

@@ -1,0 +1,68 @@
+"""Another model, worker or runner would not know masks, so workers prove which they run.
+
+The settings that would bring one are in test_refused_settings.py.
+"""
+
+import asyncio
+
+import pytest
+
+from expertgate.policies.expert_set import PUBLIC_ONLY
+from expertgate.server.failures import ProofError
+from expertgate.server.grants import Grants
+from expertgate.server.guard import CacheSalts, GuardedLLM
+from expertgate.server.proof import check_facts, prove
+from tests.server.fakes import FakeEngine
+
+OURS = {
+    "worker": "expertgate.model.cpu_worker.MaskedCPUWorker",
+    "model_runner": "expertgate.model.cpu_worker.MaskedCPUModelRunner",
+    "model": "expertgate.model.flex_olmo.FlexOlmoForCausalLM",
+    "model.layers.0.mlp router": "expertgate.model.experts.MaskedRouter",
+    "model.layers.0.mlp experts": "expertgate.model.experts.MaskedExperts",
+}
+
+
+@pytest.mark.parametrize("part", OURS)
+def test_a_worker_that_runs_another_class_is_not_served(part):
+    check_facts(0, OURS)
+    with pytest.raises(ProofError, match=part):
+        check_facts(0, {**OURS, part: "vllm.model_executor.models.transformers.X"})
+
+
+@pytest.mark.parametrize("part", OURS)
+def test_a_worker_that_leaves_a_part_out_is_not_served(part):
+    with pytest.raises(ProofError):
+        check_facts(0, {name: found for name, found in OURS.items() if name != part})
+
+
+def test_a_kernel_that_routes_by_itself_is_not_served():
+    part = "model.layers.0.mlp experts"
+    with pytest.raises(ProofError, match="monolithic"):
+        check_facts(0, {**OURS, part: f"monolithic {OURS[part]}"})
+
+
+class Deaf(FakeEngine):
+    """Gives one answer, whatever the mask."""
+
+    class model_config:  # noqa: N801
+        @staticmethod
+        def get_vocab_size():
+            return 320
+
+    def __init__(self):
+        super().__init__()
+        self.model_config = Deaf.model_config()
+
+    async def collective_rpc(self, name):
+        return [OURS]
+
+
+def test_an_engine_in_which_masks_change_nothing_is_not_served():
+    grants = Grants()
+    guard = GuardedLLM(Deaf(), grants, CacheSalts(b"w"))
+    with pytest.raises(ProofError, match="masks"):
+        asyncio.run(prove(guard, grants, 7))
+    asyncio.run(prove(guard, grants, 1))  # with one expert there is nothing to tell apart
+    assert len(grants) == 0
+    assert PUBLIC_ONLY.mask == 1

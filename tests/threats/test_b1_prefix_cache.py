@@ -1,0 +1,49 @@
+"""Blocks that another expert set or another tenant computed must not be found again."""
+
+import uuid
+
+import pytest
+
+from tests.server.running import BLOCK_TOKENS
+
+
+def cached(response):
+    assert response.status_code == 200, response.text
+    return response.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+@pytest.fixture
+def prompt():
+    # The checkpoint's tokenizer gives one token a byte; fresh, so no other test has cached it.
+    return uuid.uuid4().hex * 20
+
+
+def test_the_same_set_and_tenant_share(server, prompt):
+    assert cached(server.complete("alice", prompt=prompt)) == 0
+    assert cached(server.complete("alice", prompt=prompt)) >= BLOCK_TOKENS
+
+
+def test_another_tenant_of_the_same_set_does_not(server, prompt):
+    assert cached(server.complete("alice", prompt=prompt, experts=["public"])) == 0
+    assert cached(server.complete("bob", prompt=prompt, experts=["public"])) == 0
+    assert cached(server.complete("bob", prompt=prompt)) >= BLOCK_TOKENS
+
+
+def test_another_set_of_the_same_tenant_does_not(server, prompt):
+    fresh = server.complete("alice", prompt=prompt, experts=["public"], logprobs=1)
+    assert cached(server.complete("alice", prompt=prompt)) == 0
+    assert cached(server.complete("alice", prompt=prompt, experts=["public", "math"])) == 0
+    again = server.complete(
+        "alice", prompt=prompt, experts=["public"], logprobs=1, cache_salt="elsewhere"
+    )
+    assert fresh.json()["choices"][0]["logprobs"] == again.json()["choices"][0]["logprobs"]
+
+
+def test_a_callers_own_salt_narrows_and_never_widens(server, prompt):
+    assert cached(server.complete("alice", prompt=prompt, cache_salt="ours")) == 0
+    assert cached(server.complete("alice", prompt=prompt, cache_salt="ours")) >= BLOCK_TOKENS
+    assert cached(server.complete("alice", prompt=prompt)) == 0
+    # The same salt from someone else, and for another set.
+    assert cached(server.complete("dave", prompt=prompt, cache_salt="ours")) == 0
+    experts = ["public"]
+    assert cached(server.complete("alice", prompt=prompt, cache_salt="ours", experts=experts)) == 0

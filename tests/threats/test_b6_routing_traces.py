@@ -1,0 +1,25 @@
+"""vLLM can put the trace of every routing decision into an answer."""
+
+import json
+
+
+def keys_of(value):
+    if isinstance(value, dict):
+        return set(value) | {key for inner in value.values() for key in keys_of(inner)}
+    if isinstance(value, list):
+        return {key for inner in value for key in keys_of(inner)}
+    return set()
+
+
+def test_no_answer_carries_one(server):
+    hidden = {"routed_experts", "kv_transfer_params", "ec_transfer_params", "system_fingerprint"}
+    for ask in (server.chat, server.complete):
+        assert not hidden & keys_of(ask("alice", n=2).json())
+        stream = ask("alice", stream=True, stream_options={"include_usage": True}).text
+        for line in stream.splitlines():
+            if line.startswith("data: {"):
+                assert not hidden & keys_of(json.loads(line.removeprefix("data: ")))
+
+
+def test_asking_for_part_of_one_is_refused(server):
+    assert server.chat("alice", routed_experts_prompt_start=1).status_code == 400

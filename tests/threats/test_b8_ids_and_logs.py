@@ -1,0 +1,44 @@
+"""A client's request id reaches logs and aborts in vLLM; here ids are the server's."""
+
+import uuid
+
+import pytest
+
+FORGED = "INFO admin logged in"
+
+
+def test_a_header_is_not_taken_for_an_id(server):
+    mine = f"x{uuid.uuid4().hex}"
+    response = server.chat("alice", headers={"X-Request-Id": mine})
+    assert response.status_code == 200
+    assert mine not in response.text
+    assert response.headers["x-request-id"] != mine
+    assert response.headers["x-request-id"] in response.json()["id"]
+    assert mine not in server.log
+
+
+@pytest.mark.parametrize("text", [f"a\n{FORGED}", f"a\r\n{FORGED}"])
+def test_a_newline_writes_no_line_of_its_own(server, text):
+    assert server.chat("alice", request_id=text).status_code == 400
+    assert server.chat("alice", user=text).status_code == 200
+    assert server.chat("alice", **{text: 1}).status_code == 400
+    assert server.chat("alice", model=text).status_code in (400, 404)
+    assert server.chat("alice", experts=[text]).status_code in (400, 403)
+    assert server.get("/v1/experts", "alice", **{"X-Purpose": "a b"}).status_code == 200
+    assert not any(line.startswith(FORGED) for line in server.log.splitlines())
+
+
+def test_two_requests_of_one_id_have_two(server):
+    same = {"X-Request-Id": "same"}
+    ids = {server.chat("alice", headers=same).json()["id"] for _ in range(2)}
+    assert len(ids) == 2
+
+
+def test_headers_that_steer_vllm_are_not_read(server):
+    for headers in (
+        {"X-Vllm-Priority": "-100"},
+        {"X-data-parallel-rank": "7"},
+        {"X-Session-ID": "theirs"},
+        {"traceparent": "00-" + "1" * 32 + "-" + "2" * 16 + "-01"},
+    ):
+        assert server.chat("alice", headers=headers).status_code == 200
