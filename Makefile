@@ -34,8 +34,8 @@ check: install  ## edits nothing
 bench: install  ## beside stock vLLM, on this machine
 	$(BIN)/python -m benchmarks.stock $(ARGS)
 
-demo-model: install  ## trains the demo model anew, as its card tells; under 30 minutes on two cores
-	$(BIN)/python -m expertgate.forge.demo $(ARGS)
+demo-model: install  ## trains the demo model anew, as its card tells; under 30 minutes, into build/demo
+	$(BIN)/python -m expertgate.forge.demo --out build/demo $(ARGS)
 
 lock: install  ## pins requirements/*.txt anew
 	$(BIN)/python requirements/lock.py

@@ -200,7 +200,7 @@ def test_leaving_while_the_handler_works_ends_grant_and_handler(service, script)
 
     async def never(body):
         try:
-            await asyncio.sleep(60)
+            await asyncio.Event().wait()
         finally:
             ended.append(True)
 
@@ -224,7 +224,8 @@ def test_leaving_while_the_handler_works_ends_grant_and_handler(service, script)
         "query_string": b"",
         "headers": [(b"user", b"alice"), (b"content-type", b"application/json")],
     }
-    asyncio.run(create_app(service)(scope, receive, send))
+    answering = create_app(service)(scope, receive, send)
+    asyncio.run(asyncio.wait_for(answering, 20))
     assert ended == [True]
     assert len(service.grants) == 0
     assert sent[0]["status"] == 499

@@ -121,9 +121,9 @@ def test_leaving_a_stream_ends_the_engines(guard, engine, grants):
         await anext(generator)
         await generator.aclose()
         assert grant.running == set()
+        assert engine.ended == 1  # at once, not when the garbage is collected
 
     asyncio.run(leave())
-    assert engine.ended == 1
 
 
 def test_several_prompts_run_on_one_grant_with_ids_of_their_own(guard, engine, grants):

@@ -20,7 +20,8 @@ def test_a_header_is_not_taken_for_an_id(server):
 @pytest.mark.parametrize("text", [f"a\n{FORGED}", f"a\r\n{FORGED}"])
 def test_a_newline_writes_no_line_of_its_own(server, text):
     assert server.chat("alice", request_id=text).status_code == 400
-    assert server.chat("alice", user=text).status_code == 200
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1, "user": text}
+    assert server.post("/v1/chat/completions", body).status_code == 200
     assert server.chat("alice", **{text: 1}).status_code == 400
     assert server.chat("alice", model=text).status_code in (400, 404)
     assert server.chat("alice", experts=[text]).status_code in (400, 403)
