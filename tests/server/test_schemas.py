@@ -1,8 +1,8 @@
 import json
 
 import pytest
-from expertgate.server.errors import ApiError
 
+from expertgate.server.errors import ApiError
 from expertgate.server.schemas import ChatRequest, Exclude, TextRequest, openapi, read
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
