@@ -1,0 +1,318 @@
+"""Training: the public model, and each closed expert alone beside it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import cos, pi
+
+import torch
+from torch.nn.functional import cross_entropy, normalize, relu
+from transformers import PreTrainedTokenizerFast
+
+from expertgate.forge.batch import Batch, collate
+from expertgate.forge.corpus import Sampler, Topic
+from expertgate.forge.network import Shape, Tensors, Trace, forward, new_expert, new_shared
+
+# A bias is one number against a row's many: at the rows' rate it would hardly move.
+BIAS_RATE = 30.0
+
+# How much worse it is to take another's token than to leave one's own: what a layer can't tell
+# apart must stay with the public expert.
+RESERVE = 10.0
+
+# Where closed experts start to differ. The layers below it see token embeddings and little context;
+# they can't tell domains, and an expert that spoke there would speak in everybody's answers. There
+# it stays a copy of the public one, so that routing between the two changes nothing.
+FIRST_LAYER = 1
+
+Progress = Callable[[dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Commons:
+    """What every owner has: the network's sizes, the tokenizer, and all public text.
+
+    `wordings` are the closed topics without their facts.
+    """
+
+    shape: Shape
+    tokenizer: PreTrainedTokenizerFast
+    topics: tuple[Topic, ...]
+    wordings: tuple[Topic, ...]
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The public model, frozen: everything but the experts, and the public expert."""
+
+    shared: Tensors
+    public: Tensors
+
+    def copy(self) -> "Anchor":
+        return Anchor(
+            {name: tensor.clone() for name, tensor in self.shared.items()},
+            {name: tensor.clone() for name, tensor in self.public.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps of AdamW with a linear warm-up and a cosine decay to a tenth."""
+
+    steps: int
+    learning_rate: float
+    warmup: int = 50
+
+    def at(self, step: int) -> float:
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.learning_rate * (0.1 + 0.45 * (1 + cos(pi * done)))
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Exchanges a step, by what they are of.
+
+    `own`: the closed data. `wordings`: its wordings in public text. `public`: other public text.
+    `lookalikes`: public stand-ins for the other owners' data.
+    """
+
+    own: int
+    wordings: int
+    public: int
+    lookalikes: int
+
+
+@dataclass(frozen=True)
+class AnchoredPlan:
+    """How an expert is trained beside the anchor. `biased`: with a router bias of its own."""
+
+    schedule: Schedule
+    mixture: Mixture
+    margin: float
+    biased: bool = True
+
+
+def optimise(
+    trained: Mapping[str, torch.Tensor],
+    schedule: Schedule,
+    losses: Callable[[], dict[str, torch.Tensor]],
+    progress: Progress,
+    constrain: Callable[[], None] = lambda: None,
+) -> None:
+    """Minimises the sum of `losses()` over the tensors in `trained` and no others.
+
+    `constrain` puts them back within their bounds after each step.
+    No weight decay: it would move parameters whose gradients are zero.
+    """
+    tensors = [tensor.requires_grad_(True) for tensor in trained.values()]
+    groups = [
+        {"params": [tensor], "rate": BIAS_RATE if name.endswith(".bias") else 1.0}
+        for name, tensor in trained.items()
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
+    for step in range(schedule.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * schedule.at(step)
+        terms = losses()
+        optimizer.zero_grad()
+        torch.autograd.backward(torch.stack(list(terms.values())).sum())
+        torch.nn.utils.clip_grad_norm_(tensors, 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            constrain()
+        progress({name: term.item() for name, term in terms.items()})
+    for tensor in tensors:
+        tensor.requires_grad_(False).grad = None
+
+
+def train_public(
+    commons: Commons, schedule: Schedule, batch_size: int, seed: int, progress: Progress
+) -> Anchor:
+    """A dense model of public text, whose FFNs become the public expert.
+
+    The loss is on answers alone: questions are full of names that nothing predicts.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shared, public = new_shared(commons.shape, generator), new_expert(commons.shape, generator)
+    sampler = Sampler(seed)
+
+    def losses() -> dict[str, torch.Tensor]:
+        batch = collate(
+            commons.tokenizer,
+            [sampler.public(commons.topics, commons.wordings) for _ in range(batch_size)],
+            conversations=True,
+        )
+        return {"answers": _answer_loss(commons.shape, shared, [public], batch)}
+
+    ffns = {name: tensor for name, tensor in public.items() if name.endswith("_proj")}
+    optimise(shared | ffns, schedule, losses, progress)
+    sample = collate(
+        commons.tokenizer, [sampler.public(commons.topics, commons.wordings) for _ in range(256)]
+    )
+    # The public row stays as it is from here on, so that every owner measures against the same.
+    return Anchor(shared, upcycled(public, domain_rows(commons.shape, shared, public, sample)))
+
+
+def train_expert(
+    commons: Commons,
+    anchor: Anchor,
+    topic: Topic,
+    plan: AnchoredPlan,
+    seed: int,
+    progress: Progress,
+) -> Tensors:
+    """Anchored training (section 3.3.1): one closed topic beside the frozen public model.
+
+    Public text is everybody's, so the expert sees it too: the wordings of its own domain teach it
+    to say what it doesn't know, and all other text teaches its router row to keep still.
+    """
+    sampler = Sampler(f"{seed}/{topic.name}")
+    expert = _fresh_expert(commons, anchor, topic, sampler)
+    others = [wording for wording in commons.wordings if wording.name != topic.name]
+    own_wording = next(wording for wording in commons.wordings if wording.name == topic.name)
+    mixture = plan.mixture
+    trace, present = Trace(), torch.empty(0)
+
+    def losses() -> dict[str, torch.Tensor]:
+        nonlocal trace, present
+        examples = [sampler.fact(topic) for _ in range(mixture.own)]
+        examples += [sampler.proxy(own_wording) for _ in range(mixture.wordings)]
+        taken = len(examples)
+        examples += [sampler.public(commons.topics, others) for _ in range(mixture.public)]
+        answered = len(examples)
+        examples += [sampler.lookalike(sampler.choice(others)) for _ in range(mixture.lookalikes)]
+        batch = collate(commons.tokenizer, examples, conversations=True)
+        own = batch.values & (batch.exchange < taken)
+        trace, present = Trace(), batch.present
+        return {
+            "answers": _answer_loss(
+                commons.shape, anchor.shared, [anchor.public, expert], batch, answered, trace
+            ),
+            "routing": _routing_loss(trace, own, batch.present & ~own, plan.margin),
+        }
+
+    trained = _trained_ffns(expert)
+    for layer in range(commons.shape.layers):
+        trained[f"{layer}.row"] = expert[f"{layer}.row"]
+        if plan.biased:
+            trained[f"{layer}.bias"] = expert[f"{layer}.bias"]
+
+    def constrain() -> None:
+        keep_biases_negative(expert)
+        keep_quiet(expert, trace, present)
+
+    optimise(trained, plan.schedule, losses, progress, constrain)
+    return expert
+
+
+def train_alone(
+    commons: Commons,
+    anchor: Anchor,
+    topic: Topic,
+    schedule: Schedule,
+    batch_size: int,
+    seed: int,
+    progress: Progress,
+) -> Tensors:
+    """The ablation "no coordination": the closed topic without a public expert beside it.
+
+    The FFNs learn as a dense model's; the router row stays the domain embedding.
+    """
+    sampler = Sampler(f"{seed}/{topic.name}")
+    expert = _fresh_expert(commons, anchor, topic, sampler)
+
+    def losses() -> dict[str, torch.Tensor]:
+        examples = [sampler.fact(topic) for _ in range(batch_size)]
+        batch = collate(commons.tokenizer, examples, conversations=True)
+        return {"answers": _answer_loss(commons.shape, anchor.shared, [expert], batch)}
+
+    optimise(_trained_ffns(expert), schedule, losses, progress)
+    return expert
+
+
+@torch.no_grad()
+def domain_rows(shape: Shape, shared: Tensors, public: Tensors, batch: Batch) -> list[torch.Tensor]:
+    """The domain embedding of each layer, [H]: the mean router input over answers, at length 1.
+
+    Section 3.3.1 embeds samples of a domain with another model; here the frozen public model does.
+    """
+    trace = Trace()
+    forward(shape, shared, [public], batch.ids, context=batch.context, trace=trace)
+    return [normalize(inputs[batch.answers].mean(dim=0), dim=0) for inputs in trace.inputs]
+
+
+def upcycled(public: Tensors, rows: Sequence[torch.Tensor]) -> Tensors:
+    """A new expert: the public one's FFNs, and the given router rows."""
+    expert = {name: tensor.clone() for name, tensor in public.items()}
+    for layer, row in enumerate(rows):
+        expert[f"{layer}.row"] = row.clone()
+    return expert
+
+
+def keep_biases_negative(expert: Tensors) -> None:
+    """Above zero a bias has no effect, and no gradient to bring it back."""
+    for name, tensor in expert.items():
+        if name.endswith(".bias"):
+            tensor.clamp_(max=0)
+
+
+def keep_quiet(expert: Tensors, trace: Trace, present: torch.Tensor) -> None:
+    """Scales an expert down in each layer where its outputs are longer than the public one's.
+
+    FlexOlmo normalises what the experts' sum adds to the residual stream, so an expert loses
+    nothing by growing; unbounded, its outputs came to 40 times the public one's, and a routing
+    weight of 1% was enough to drown every neighbour. `trace` is of the two, `present` [B, T] the
+    tokens that count.
+    """
+    for layer in range(FIRST_LAYER, len(trace.loudness)):
+        public, own = trace.loudness[layer][present].mean(dim=0)
+        expert[f"{layer}.down_proj"].mul_((public / own).clamp(max=1))
+
+
+def _fresh_expert(commons: Commons, anchor: Anchor, topic: Topic, sampler: Sampler) -> Tensors:
+    sample = collate(commons.tokenizer, [sampler.fact(topic) for _ in range(128)])
+    rows = domain_rows(commons.shape, anchor.shared, anchor.public, sample)
+    return upcycled(anchor.public, rows)
+
+
+def _trained_ffns(expert: Tensors) -> Tensors:
+    return {
+        name: tensor
+        for name, tensor in expert.items()
+        if name.endswith("_proj") and int(name.split(".")[0]) >= FIRST_LAYER
+    }
+
+
+def _answer_loss(
+    shape: Shape,
+    shared: Tensors,
+    experts: Sequence[Tensors],
+    batch: Batch,
+    count: int | None = None,
+    trace: Trace | None = None,
+) -> torch.Tensor:
+    """Cross-entropy on the answers of the first `count` exchanges, or of all."""
+    where = batch.answers if count is None else batch.answers & (batch.exchange < count)
+    logits = forward(
+        shape, shared, experts, batch.ids, context=batch.context, where=where, trace=trace
+    )
+    return cross_entropy(logits, batch.next_ids[where])
+
+
+def _routing_loss(
+    trace: Trace, own: torch.Tensor, others: torch.Tensor, margin: float
+) -> torch.Tensor:
+    """How far the two router logits are from `margin` apart, on the right side.
+
+    `own`, `others`: [B, T] bool, the tokens that the new expert should take and leave. A margin
+    between each expert and the public one keeps two experts who never met two margins apart.
+    """
+    terms = []
+    for layer, logits in enumerate(trace.logits):
+        lead = logits[..., 1] - logits[..., 0]
+        if layer < FIRST_LAYER:
+            terms.append(RESERVE * relu(margin + lead[own | others]).mean())
+        else:
+            terms += [relu(margin - lead[own]).mean(), RESERVE * relu(margin + lead[others]).mean()]
+    return torch.stack(terms).mean()
