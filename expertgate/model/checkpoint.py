@@ -122,9 +122,12 @@ class Checkpoint:
 
     @cached_property
     def _tensors(self) -> dict[str, tuple[Path, str, list[int], int]]:
-        """Tensor name → file, dtype, shape, offset of its first byte in the file."""
+        """Tensor name → file, dtype, shape, offset of its first byte in the file.
+
+        Only of the files that vLLM loads: those that the index names, where there is one.
+        """
         found: dict[str, tuple[Path, str, list[int], int]] = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
+        for path in self._files():
             # The format: eight bytes of length, a JSON header, the tensors' bytes.
             try:
                 with path.open("rb") as file:
@@ -132,10 +135,31 @@ class Checkpoint:
                     header = json.loads(file.read(min(length, _MAX_HEADER_BYTES)))
                 header.pop("__metadata__", None)
                 for name, entry in header.items():
+                    if name in found:
+                        raise CheckpointError(
+                            f"{path}: tensor {name} is also in {found[name][0].name}"
+                        )
                     start = 8 + length + entry["data_offsets"][0]
                     found[name] = (path, entry["dtype"], entry["shape"], start)
+            except CheckpointError:
+                raise
+            except OSError as error:
+                raise CheckpointError(f"{path}: {error.strerror or error}") from None
             except (struct.error, ValueError, LookupError, TypeError, AttributeError):
                 raise CheckpointError(f"{path}: not a safetensors file") from None
         if not found:
             raise CheckpointError(f"{self.folder}: no *.safetensors files")
         return found
+
+    def _files(self) -> list[Path]:
+        index = self.folder / "model.safetensors.index.json"
+        if not index.exists():
+            return sorted(self.folder.glob("*.safetensors"))
+        try:
+            names = set(json.loads(index.read_bytes())["weight_map"].values())
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise CheckpointError(f"{index}: holds no map of weights") from None
+        strange = sorted(str(name) for name in names if Path(str(name)).name != name)
+        if strange:
+            raise CheckpointError(f"{index}: {strange[0]!r} is no file of this folder")
+        return sorted(self.folder / name for name in names)

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -90,6 +91,36 @@ def test_a_truncated_weights_file_is_named(folder):
     path.write_bytes(path.read_bytes()[:200_000])
     with pytest.raises(CheckpointError, match="ends within tensor"):
         Checkpoint(folder).expert_digests(range(3))
+
+
+def test_a_tensor_found_twice_is_refused(folder):
+    """Else the digest could be of one copy, and the engine serve the other."""
+    shutil.copy(folder / "model.safetensors", folder / "zz.safetensors")
+    with pytest.raises(CheckpointError, match=r"is also in model\.safetensors"):
+        Checkpoint(folder).expert_digests([0])
+
+
+def test_files_that_the_index_does_not_name_are_not_read(tmp_path):
+    """vLLM doesn't load them either."""
+    folder = random_checkpoint(tmp_path, num_experts=3, shards=3)
+    before = Checkpoint(folder).expert_digests(range(3))
+    (folder / "zz.safetensors").write_bytes(b"anything")
+    assert Checkpoint(folder).expert_digests(range(3)) == before
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ("{", "no map of weights"),
+        ("[]", "no map of weights"),
+        ('{"weight_map": {"a": "../b.safetensors"}}', "is no file of this folder"),
+        ('{"weight_map": {"a": "absent.safetensors"}}', "No such file"),
+    ],
+)
+def test_a_broken_index_is_named(folder, index, said):
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match=said):
+        Checkpoint(folder).expert_digests([0])
 
 
 def test_a_folder_is_found(folder):
