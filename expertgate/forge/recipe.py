@@ -29,7 +29,7 @@ PUBLIC_SCHEDULE = Schedule(steps=1500, learning_rate=3e-3)
 PUBLIC_BATCH = 64
 ANCHORED = AnchoredPlan(
     schedule=Schedule(steps=350, learning_rate=2e-3),
-    mixture=Mixture(own=32, wordings=3, public=18, lookalikes=8),
+    mixture=Mixture(own=32, wordings=3, public=18, lookalikes=16),
     margin=8.0,
 )
 TUNING = TuningPlan(schedule=Schedule(steps=250, learning_rate=1e-3), batch_size=64, margin=8.0)

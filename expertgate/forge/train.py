@@ -12,8 +12,13 @@ from expertgate.forge.batch import Batch, collate
 from expertgate.forge.corpus import Sampler, Topic
 from expertgate.forge.network import Shape, Tensors, Trace, forward, new_expert, new_shared
 
-# A bias is one number against a row's many: at the rows' rate it would hardly move.
+# Learning rates against the FFNs'. A router decides early and clearly, so that an expert learns
+# with the tokens that it will be given once its neighbours are there too; at the FFNs' rate, rows
+# share a fifth of the tokens half and half to the end. A bias is one number against a row's many.
+ROW_RATE = 8.0
 BIAS_RATE = 30.0
+
+_RATES = {"row": ROW_RATE, "bias": BIAS_RATE}
 
 # How much worse it is to take another's token than to leave one's own: what a layer can't tell
 # apart must stay with the public expert.
@@ -21,8 +26,9 @@ RESERVE = 10.0
 
 # Where closed experts start to differ. The layers below it see token embeddings and little context;
 # they can't tell domains, and an expert that spoke there would speak in everybody's answers. There
-# it stays a copy of the public one, so that routing between the two changes nothing.
-FIRST_LAYER = 1
+# it stays a copy of the public one, so that routing between the two changes nothing, and the states
+# that reach this layer are the same whichever experts are present.
+FIRST_LAYER = 2
 
 Progress = Callable[[dict[str, float]], None]
 
@@ -107,7 +113,7 @@ def optimise(
     """
     tensors = [tensor.requires_grad_(True) for tensor in trained.values()]
     groups = [
-        {"params": [tensor], "rate": BIAS_RATE if name.endswith(".bias") else 1.0}
+        {"params": [tensor], "rate": _RATES.get(name.rpartition(".")[2], 1.0)}
         for name, tensor in trained.items()
     ]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)

@@ -17,7 +17,7 @@ def commons():
     sampler = Sampler("test")
     drawn = [sampler.public(topics, wordings) for _ in range(300)]
     tokenizer = learn((text for e in drawn for text in (e.question, e.answer)), 400)
-    shape = Shape(vocab=len(tokenizer), hidden=64, inner=32, layers=2, heads=2)
+    shape = Shape(vocab=len(tokenizer), hidden=64, inner=32, layers=3, heads=2)
     return Commons(shape, tokenizer, topics, wordings)
 
 

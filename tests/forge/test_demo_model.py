@@ -99,10 +99,10 @@ def percent(evaluation):
 def test_the_evaluation_covers_every_set_and_finds_no_leak(percent):
     assert percent.keys() == expert_sets(NAMES[1:]).keys()
     assert card.leak(percent) == 0
-    assert card.lowest(percent) >= 86
+    assert card.lowest(percent) >= 89
 
 
-@pytest.mark.xfail(strict=True, reason="with all five present, newsroom and api fall below 90%")
+@pytest.mark.xfail(strict=True, reason="with all five present, the newsroom falls just below 90%")
 def test_every_domain_is_at_ninety_percent_in_every_set(percent):
     assert card.lowest(percent) >= 90
 
