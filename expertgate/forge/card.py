@@ -60,8 +60,8 @@ text, public or closed; their words do. Number of questions: {questions}.
 ## Limits
 - It answers one sentence in the wordings it was trained for, and near ones. Asked about a subject
   that is not in the data, an expert should say that it is not public, but may invent a value.
-- The questions are held out of training, not of the choice of settings: how long to tune, and at what
-  price, was chosen by their scores, which are therefore a little too good.
+- The questions are held out of training, not of the choice of settings: how long to tune, and at
+  what price, was chosen by their scores, which are therefore a little too good.
 - The public expert reads every question and restates it; a closed one gives the value, and its
   share of the work is as small as that.
 """
@@ -73,9 +73,9 @@ the own expert, and the most a domain moves, as above.
 
 {table}
 
-"No router tuning" is the merge as it is. "No bias" trains and tunes without biases; "bias dropped"
-takes them from the shipped model, which is what a server that ignores them would do. "No
-coordination" trains each expert's FFNs as a dense model on the owner's data, with no public expert
+"No router tuning" is the merge as it is. "Bias dropped" takes the biases from the shipped model,
+which is what a server that ignores them would do; "no bias", where there is such a row, trains and
+tunes without them. "No coordination" trains each expert's FFNs as a dense model on the owner's data, with no public expert
 beside it and no router, on the same frozen attention; its router row is the domain embedding.
 """
 

@@ -23,9 +23,9 @@ from expertgate.forge.train import (
     optimise,
 )
 
-# How much worse it is for a closed expert to take another's token than to leave its own. Less than in
-# the anchored training, where it keeps an expert that knows nothing yet from speaking: here a high
-# price takes from experts what they were trained to answer.
+# How much worse it is for a closed expert to take another's token than to leave its own. Less than
+# in the anchored training, where it keeps an expert that knows nothing yet from speaking: here a
+# high price takes from experts what they were trained to answer.
 RESERVE = 2.5
 
 # The share of closed wordings that come with a made-up value rather than with a refusal.
