@@ -75,8 +75,9 @@ the own expert, and the most a domain moves, as above.
 
 "No router tuning" is the merge as it is. "Bias dropped" takes the biases from the shipped model,
 which is what a server that ignores them would do; "no bias", where there is such a row, trains and
-tunes without them. "No coordination" trains each expert's FFNs as a dense model on the owner's data, with no public expert
-beside it and no router, on the same frozen attention; its router row is the domain embedding.
+tunes without them. "No coordination" trains each expert's FFNs as a dense model on the owner's
+data, with no public expert beside it and no router, on the same frozen attention; its router row is
+the domain embedding.
 """
 
 Counts = dict[str, dict[str, int]]
