@@ -21,7 +21,12 @@ _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 def create_app(service: Service) -> FastAPI:
     app = FastAPI(
-        title="expertgate", version=expertgate.__version__, redoc_url=None, redirect_slashes=False
+        title="expertgate",
+        version=expertgate.__version__,
+        # Pages of scripts from elsewhere; the document itself, /openapi.json, is enough.
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
     )
     app.state.service = service
     for path, endpoint, kind in (

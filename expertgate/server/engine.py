@@ -1,6 +1,7 @@
 """From a model folder and vLLM's own arguments to a guarded engine that has proved itself."""
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,14 +21,25 @@ from expertgate.server.refusals import SettingError, refuse_arguments, refuse_co
 CPU_WORKER = "expertgate.model.cpu_worker.MaskedCPUWorker"
 GPU_WORKER = "expertgate.model.gpu_worker.MaskedGPUWorker"
 
+_MAX_QUEUED = 1024
+"""Choices that run or wait, where the configuration doesn't say; vLLM would take any number."""
+
 
 def parse_flags(flags: Sequence[str]) -> dict[str, object]:
     """Those of vLLM's own flags that were given, by Python names. Raises SettingError."""
     if not flags:
         return {}
+    if any(flag.partition("=")[0] == "--config" for flag in flags):
+        # vLLM's parser would read more arguments from that file.
+        raise SettingError(
+            "engine argument --config: write vLLM's arguments under `engine:` in the configuration"
+        )
     parser = AsyncEngineArgs.add_cli_args(_Parser(add_help=False))
     for action in parser._actions:
         action.default = argparse.SUPPRESS
+        if action.dest == "compilation_config":
+            # As in a configuration: what was given shows, which vLLM's object no longer tells.
+            action.type = _json
     return dict(vars(parser.parse_args(list(flags))))
 
 
@@ -41,7 +53,10 @@ def start(model: Path, name: str, arguments: Mapping[str, object], grants: Grant
     given: dict[str, Any] = {
         "served_model_name": name,
         "use_tqdm_on_load": False,
+        "max_num_queued_reqs": _MAX_QUEUED,
         **arguments,
+        # The first request would choose it for all, and others compile what a client sends.
+        "structured_outputs_config": {"backend": "xgrammar"},
         "model": str(model),
         "worker_cls": worker,
     }
@@ -51,7 +66,7 @@ def start(model: Path, name: str, arguments: Mapping[str, object], grants: Grant
         raise SettingError(f"engine arguments: {_first_line(error.errors()[0]['msg'])}") from None
     except Exception as error:  # vLLM raises a dozen kinds here; each says what doesn't fit
         raise SettingError(f"engine arguments: {_first_line(error)}") from None
-    refuse_config(config, worker)
+    refuse_config(config, worker, str(model), str(arguments.get("tokenizer") or model))
     try:
         engine = AsyncLLM(
             vllm_config=config,
@@ -79,6 +94,13 @@ class _Parser(FlexibleArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise SettingError(f"engine arguments: {message}")
+
+
+def _json(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON") from None
 
 
 def _first_line(error: object) -> str:

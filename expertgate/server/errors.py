@@ -59,6 +59,10 @@ class ApiError(Exception):
         }
 
 
+def bad_request(message: str, param: str | None = None) -> ApiError:
+    return ApiError(400, "invalid_request", message, param)
+
+
 def invalid_credential(message: str) -> ApiError:
     """A 401, with the challenge that RFC 9110 (§11.6.1) asks of one."""
     return ApiError(401, "invalid_credential", message, None, {"WWW-Authenticate": "Bearer"})

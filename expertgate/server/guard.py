@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Callable
 from http import HTTPStatus
 from typing import Any
 
-from vllm.exceptions import GenerationError
+from vllm.exceptions import GenerationError, VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -154,10 +154,14 @@ class GuardedLLM:
             )
             return generator
 
-        return self._run(grant, start)
+        return self._run(grant, start, constrained=params.structured_outputs is not None)
 
     async def _run(
-        self, grant: Grant, start: Callable[[str], AsyncGenerator[RequestOutput, None]]
+        self,
+        grant: Grant,
+        start: Callable[[str], AsyncGenerator[RequestOutput, None]],
+        *,
+        constrained: bool,
     ) -> AsyncGenerator[RequestOutput, None]:
         # A handler may call and iterate much later; the grant can have closed in between.
         if not grant.open:
@@ -165,17 +169,32 @@ class GuardedLLM:
         call_id = grant.next_call_id()
         grant.running.add(call_id)
         outputs = start(call_id)
+        finished = False
         try:
             async for output in outputs:
                 if not grant.open:
                     raise GrantError("the grant closed while its call was running")
+                if constrained and any(
+                    choice.finish_reason == "error" for choice in output.outputs
+                ):
+                    # What the checks before let pass, and the engine can't compile or follow.
+                    raise VLLMValidationError(
+                        "the schema in response_format or tools can't be used"
+                    )
                 _strip(output)
+                finished = output.finished
                 yield output
         except EngineDeadError:
             raise self.dead_error from None
         finally:
-            grant.running.discard(call_id)
-            await outputs.aclose()
+            try:
+                await outputs.aclose()
+                if not finished and not self._engine.errored:
+                    # vLLM registers a request before it sends it, and keeps its place in the
+                    # queue for ever where sending fails.
+                    await self._engine.abort([call_id])
+            finally:
+                grant.running.discard(call_id)
 
     async def end(self, grant: Grant) -> None:
         """Closes a grant, and aborts what still runs on it."""

@@ -141,7 +141,8 @@ class KeyStore:
         self._path = path
         self._looked = time.monotonic()
         self._stamp = _stamp(path)
-        self._keys = _by_hash(path)
+        self._fault = ""
+        self._keys = _by_hash(_read(path), path)
 
     def principal_for(self, secret: str) -> Principal:
         """Raises BadCredential, for a wrong key and an expired one alike."""
@@ -171,22 +172,39 @@ class KeyStore:
         # Before it is read: what is written meanwhile changes the stamp once more.
         stamp = _stamp(self._path)
         if stamp == self._stamp:
+            self._fault = ""
+            return
+        try:
+            raw = _read(self._path)
+        except KeysError as error:
+            # The stamp stays the old one: what can't be read now is tried at the next look.
+            self._failed(error)
             return
         self._stamp = stamp
         try:
-            self._keys = _by_hash(self._path)
+            self._keys = _by_hash(raw, self._path)
         except KeysError as error:
-            faults = str(error).replace("\n", "; ")
-            log.error("the keys read before stay in force: %s", faults)
-        else:
-            log.info("%s: %d keys are in force", self._path, len(self._keys))
+            self._failed(error)
+            return
+        self._fault = ""
+        log.info("%s: %d keys are in force", self._path, len(self._keys))
+
+    def _failed(self, error: KeysError) -> None:
+        """Says it once for each change of the fault, not at every look."""
+        fault = str(error).replace("\n", "; ")
+        if fault != self._fault:
+            log.error("the keys read before stay in force: %s", fault)
+        self._fault = fault
 
 
-def _by_hash(path: Path) -> dict[str, Key]:
+def _read(path: Path) -> bytes:
     try:
-        raw = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise KeysError(f"{path}: {error.strerror or error}") from None
+
+
+def _by_hash(raw: bytes, path: Path) -> dict[str, Key]:
     return {key.sha256: key for key in _parse(raw, path)}
 
 
@@ -237,9 +255,10 @@ def _hash(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
+def _stamp(path: Path) -> tuple[int, int, int, int] | None:
     try:
         found = path.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    # The time of a change as well: of its mode, or by someone who set the other time back.
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino

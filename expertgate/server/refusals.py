@@ -42,6 +42,18 @@ _ENVIRONMENT: dict[str, tuple[Callable[[str], bool], str]] = {
         lambda value: value.lower() in _FALSE,
         "may not be set: it lets a message to the engine carry code",
     ),
+    "VLLM_MODEL_REDIRECT_PATH": (
+        lambda value: value == "",
+        "may not be set: other weights would be served than those that the catalogue names",
+    ),
+    "VLLM_USE_MODELSCOPE": (
+        lambda value: value.strip().lower() in _FALSE,
+        "may not be set: files would come from elsewhere than those that were checked",
+    ),
+    "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": (
+        lambda value: value.lower() in _FALSE,
+        "may not be set: ids that repeat would let one request end another",
+    ),
     "VLLM_SKIP_MODEL_NAME_VALIDATION": (
         lambda value: value.lower() in _FALSE,
         "may not be set: a misspelt alias would be served as if it were right",
@@ -78,7 +90,7 @@ _VETTED_COMPILATION = {
 def _compilation(value: object) -> bool:
     """Levels, graphs and sizes; not code by name (`backend`, passes), not another split."""
     if isinstance(value, int):
-        return True
+        return not isinstance(value, bool)
     return isinstance(value, Mapping) and set(value) <= _VETTED_COMPILATION
 
 
@@ -205,8 +217,8 @@ def refuse_arguments(arguments: Mapping[str, object]) -> None:
             raise SettingError(f"engine argument {name}={value}: only {values} can be served")
 
 
-def refuse_config(config: Any, worker_cls: str) -> None:
-    """Looks at the VllmConfig that vLLM made of our `worker_cls` and the arguments.
+def refuse_config(config: Any, worker_cls: str, model_path: str, tokenizer: str) -> None:
+    """Looks at the VllmConfig that vLLM made of our `worker_cls`, the two paths and the arguments.
 
     Raises SettingError.
     """
@@ -255,6 +267,12 @@ def refuse_config(config: Any, worker_cls: str) -> None:
     for name, found in unsafe.items():
         if found:
             raise SettingError(f"engine setting {name} is on: {_why_not(name)}")
+    for what, found, asked in (
+        ("model", model.model, model_path),
+        ("tokenizer", model.tokenizer, tokenizer),
+    ):
+        if found != asked:
+            raise SettingError(f"vLLM would load the {what} {found!r} in the place of {asked!r}")
     architectures = list(model.hf_config.architectures or [])
     if architectures != [ARCHITECTURE]:
         raise SettingError(f"the model's architecture is {architectures}, not {ARCHITECTURE}")

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 _DRAIN_S = 30
 """How long streams may go on after the server was told to stop."""
 _ENGINE_STOP_S = 10
+_MAX_HEADER_BYTES = 1 << 16
 
 
 def run(
@@ -42,6 +43,9 @@ def run(
         access_log=False,
         lifespan="off",
         server_header=False,
+        # httptools takes headers of any size, and they come before the credential is looked at.
+        http="h11",
+        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
         # uvicorn hands context variables on to the next request of a connection. Nothing of ours
         # travels in one, and so nothing of anyone else's should.
         reset_contextvars=True,

@@ -15,34 +15,10 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMClientError
 
-from expertgate.server.errors import ApiError
+from expertgate.server.errors import ApiError, bad_request
+from expertgate.server.limits import check_limits, check_values
 
-_MAX_CHOICES = 64
-"""`n` times prompts: what one HTTP request may ask of the engine at once."""
-_MAX_TOKEN_IDS = 1024
-"""vLLM's GPU sampler takes so many ids of `allowed_token_ids` or `logit_bias`, and dies of more."""
-_MAX_STOP_TOKEN_IDS = 128
-"""Likewise, where `min_tokens` is set."""
-_MAX_BAD_WORD_BYTES = 500
-"""Tokenised with and without a leading space, these stay within that sampler's 1,024 tokens."""
-_MAX_STOPS = 16
-_MAX_STOP_CHARS = 256
-_SEED_END = 1 << 63
-_INT32_END = 1 << 31
-_MAX_DEPTH = 64
-
-_INTEGERS = (
-    "top_k",
-    "min_tokens",
-    "max_tokens",
-    "max_completion_tokens",
-    "stream_interval",
-    "truncate_prompt_tokens",
-    "logprobs",
-    "top_logprobs",
-    "prompt_logprobs",
-)
-"""None of these is of use beyond 32 bits, which is what the tensors behind them hold."""
+_SHOWN_CHARS = 64
 
 _TYPES = ("str", "int", "float", "bool", "list", "dict")
 
@@ -145,6 +121,8 @@ _NESTED: dict[str, frozenset[str]] = {
     "messages[].content[]": frozenset({"type", "text"}),
     "messages[].tool_calls[]": frozenset({"id", "type", "function", "index"}),
     "messages[].tool_calls[].function": frozenset({"name", "arguments"}),
+    "tool_choice": frozenset({"type", "function"}),
+    "tool_choice.function": frozenset({"name"}),
     "tools[]": frozenset({"type", "function"}),
     "tools[].function": frozenset({"name", "description", "parameters", "strict"}),
 }
@@ -188,7 +166,8 @@ def read(kind: type[Body], raw: bytes) -> Body:
     """The request in a body of JSON. Raises ApiError 400, naming the first thing that's wrong."""
     body = _json(raw)
     _check_fields(kind, body)
-    _check_limits(body)
+    check_limits(body)
+    _check_nested(body)
     try:
         return kind.model_validate(body)
     except ValidationError as error:
@@ -210,10 +189,6 @@ def read(kind: type[Body], raw: bytes) -> Body:
         raise bad_request("the body is nested too deeply") from None
 
 
-def bad_request(message: str, param: str | None = None) -> ApiError:
-    return ApiError(400, "invalid_request", message, param)
-
-
 def openapi(kind: type[ChatRequest | TextRequest]) -> dict[str, Any]:
     """The JSON schema of a body, with the fields that are accepted and no others."""
     schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
@@ -224,7 +199,9 @@ def openapi(kind: type[ChatRequest | TextRequest]) -> dict[str, Any]:
 
 def _json(raw: bytes) -> dict[str, Any]:
     try:
-        body = json.loads(raw, object_pairs_hook=_object, parse_constant=_no_constant)
+        # Decoded here: given bytes, json would guess at UTF-16 and UTF-32 as well.
+        text = raw.decode("utf-8")
+        body = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
     except RecursionError:
         raise bad_request("the body is nested too deeply") from None
     except UnicodeDecodeError:
@@ -233,7 +210,7 @@ def _json(raw: bytes) -> dict[str, Any]:
         raise bad_request(f"the body is not JSON: {error}") from None
     if not isinstance(body, dict):
         raise bad_request("the body must be a JSON object")
-    _check_values(body, 0)
+    check_values(body)
     return body
 
 
@@ -241,31 +218,16 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         # A gateway may have read the first of the two, and this server would read the last.
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is given twice")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"{name[:_SHOWN_CHARS]!r} is given twice")
+            seen.add(name)
     return found
 
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON number")
-
-
-def _check_values(value: Any, depth: int) -> None:
-    """Refuses what JSON allows and code behind stumbles over: lone surrogates, deep nesting."""
-    if depth > _MAX_DEPTH:
-        raise bad_request(f"the body is nested more than {_MAX_DEPTH} deep")
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise bad_request("the body holds half of a surrogate pair") from None
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            _check_values(key, depth)
-            _check_values(inner, depth + 1)
-    elif isinstance(value, list):
-        for inner in value:
-            _check_values(inner, depth + 1)
 
 
 def _check_fields(kind: type[ChatRequest | TextRequest], body: Mapping[str, Any]) -> None:
@@ -274,6 +236,9 @@ def _check_fields(kind: type[ChatRequest | TextRequest], body: Mapping[str, Any]
             raise _unknown(name, name, kind.fields)
     if body.get(kind.required) is None:
         raise bad_request(f"{kind.required} is missing", kind.required)
+
+
+def _check_nested(body: Mapping[str, Any]) -> None:
     for place, part in _at(body, "messages[].content[]"):
         if part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise bad_request(f"{place}: only parts of type 'text' can be read", place)
@@ -317,52 +282,6 @@ def _at(value: Any, path: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
             else found
         )
     return [(place, inner) for place, inner in reached if isinstance(inner, dict)]
-
-
-def _check_limits(body: Mapping[str, Any]) -> None:
-    """Limits that vLLM leaves to its GPU sampler, which dies of them, or that cost everyone."""
-    n = body.get("n")
-    choices = n if type(n) is int else 1
-    prompt = body.get("prompt")
-    prompts = 1
-    if isinstance(prompt, list):
-        if not prompt:
-            raise bad_request("prompt is an empty list", "prompt")
-        if not all(isinstance(item, int) for item in prompt):
-            prompts = len(prompt)
-    if choices < 1:
-        raise bad_request("n must be at least 1", "n")
-    if choices * prompts > _MAX_CHOICES:
-        raise bad_request(f"n times prompts is {choices * prompts}; at most {_MAX_CHOICES}", "n")
-    seed = body.get("seed")
-    if type(seed) is int and not -_SEED_END <= seed < _SEED_END - choices:
-        raise bad_request("seed, plus n, must lie within 64 bits", "seed")
-    for name in _INTEGERS:
-        value = body.get(name)
-        if type(value) is int and not -1 <= value < _INT32_END:
-            raise bad_request(f"{name} must lie between -1 and {_INT32_END - 1}", name)
-    for name, most in (
-        ("allowed_token_ids", _MAX_TOKEN_IDS),
-        ("logit_bias", _MAX_TOKEN_IDS),
-        ("logprob_token_ids", _MAX_TOKEN_IDS),
-        ("stop_token_ids", _MAX_STOP_TOKEN_IDS),
-    ):
-        value = body.get(name)
-        if isinstance(value, list | dict) and len(value) > most:
-            raise bad_request(f"{name} has {len(value)} entries; at most {most}", name)
-    words = body.get("bad_words")
-    if isinstance(words, list):
-        size = sum(len(word.encode()) + 1 for word in words if isinstance(word, str))
-        if size > _MAX_BAD_WORD_BYTES:
-            raise bad_request(
-                f"bad_words is {size} bytes; at most {_MAX_BAD_WORD_BYTES}", "bad_words"
-            )
-    stops = body.get("stop")
-    if isinstance(stops, list) and len(stops) > _MAX_STOPS:
-        raise bad_request(f"stop has {len(stops)} entries; at most {_MAX_STOPS}", "stop")
-    for stop in stops if isinstance(stops, list) else [stops]:
-        if isinstance(stop, str) and len(stop) > _MAX_STOP_CHARS:
-            raise bad_request(f"a stop string may have {_MAX_STOP_CHARS} characters", "stop")
 
 
 def _telling(error: ValidationError) -> Any:

@@ -15,6 +15,7 @@ from expertgate.server.handlers import Handlers
 from expertgate.server.identity import Identity
 
 PURPOSE_HEADER = "X-Purpose"
+_MAX_PURPOSE_CHARS = 256
 
 
 @dataclass(slots=True)
@@ -45,4 +46,8 @@ class Service:
         if len(purposes) > 1:
             message = f"send one {PURPOSE_HEADER} header, not several"
             raise ApiError(400, "invalid_request", message, PURPOSE_HEADER)
-        return self.policies.decide(principal, {"purpose": purposes[0]} if purposes else {})
+        purpose = purposes[0] if purposes else ""
+        if len(purpose) > _MAX_PURPOSE_CHARS or not purpose.isprintable():
+            message = f"{PURPOSE_HEADER} may have {_MAX_PURPOSE_CHARS} printable characters"
+            raise ApiError(400, "invalid_request", message, PURPOSE_HEADER)
+        return self.policies.decide(principal, {"purpose": purpose} if purposes else {})

@@ -24,6 +24,9 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.errored = False
         self.dies = False
+        self.refuses: Exception | None = None
+        """Raised once the request is registered, as by a message that can't be encoded."""
+        self.finish_reason: str | None = None
         self.ended = 0
         self.outputs = outputs
         self.vllm_config = self.model_config = self.renderer = self.input_processor = None
@@ -36,7 +39,11 @@ class FakeEngine:
             for place in range(self.outputs):
                 if self.dies:
                     raise EngineDeadError
-                yield output(finished=place == self.outputs - 1)
+                if self.refuses is not None:
+                    raise self.refuses
+                made = output(finished=place == self.outputs - 1)
+                made.outputs[0].finish_reason = self.finish_reason
+                yield made
         finally:
             self.ended += 1
 

@@ -195,6 +195,22 @@ def test_two_purposes_are_refused(service):
     assert client.get("/v1/experts", headers=headers).status_code == 400
 
 
+@pytest.mark.parametrize("purpose", ["x" * 257, "a\tb", "a\x85b"])
+def test_a_purpose_fits_a_log_line(service, purpose):
+    client = TestClient(create_app(service))
+    headers = {"user": "alice", "X-Purpose": purpose.encode("latin-1")}
+    response = client.get("/v1/experts", headers=headers)
+    assert error_of(response) == (400, "invalid_request")
+    assert client.get("/v1/experts", headers={**headers, "X-Purpose": "x" * 256}).is_success
+
+
+def test_there_are_no_pages_only_the_document(service):
+    client = TestClient(create_app(service))
+    for path in ("/docs", "/docs/oauth2-redirect", "/redoc"):
+        assert client.get(path).status_code == 404
+    assert client.get("/openapi.json").status_code == 200
+
+
 def test_leaving_while_the_handler_works_ends_grant_and_handler(service, script):
     ended = []
 

@@ -1,7 +1,8 @@
 import asyncio
 
 import pytest
-from vllm.sampling_params import SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from expertgate.model.masks import EXTRA_ARG
 from expertgate.policies.expert_set import PUBLIC_ONLY, ExpertSet
@@ -124,6 +125,33 @@ def test_leaving_a_stream_ends_the_engines(guard, engine, grants):
         assert engine.ended == 1  # at once, not when the garbage is collected
 
     asyncio.run(leave())
+
+
+def test_a_call_that_fails_within_the_engine_gives_its_place_back(guard, engine, grants):
+    engine.refuses = OverflowError("int too big to convert")
+    with grants.issue(MATH, "alice") as grant:
+        with pytest.raises(OverflowError):
+            run(guard.generate(PROMPT, params(grant.handle), "id"))
+        assert grant.running == set()
+    assert engine.aborted == [engine.calls[0].request_id]
+
+
+def test_a_call_that_finishes_is_not_aborted(guard, engine, grants):
+    with grants.issue(MATH, "alice") as grant:
+        run(guard.generate(PROMPT, params(grant.handle), "id"))
+    assert engine.aborted == []
+
+
+def test_a_schema_that_fails_in_the_engine_is_the_clients_fault(guard, engine, grants):
+    engine.finish_reason = "error"
+    with grants.issue(MATH, "alice") as grant:
+        free = params(grant.handle)
+        (found,) = run(guard.generate(PROMPT, free, "id"))  # vLLM's handlers see to this one
+        assert found.outputs[0].finish_reason == "error"
+        bound = params(grant.handle)
+        bound.structured_outputs = StructuredOutputsParams(json={"$ref": "#"})
+        with pytest.raises(VLLMValidationError, match="schema"):
+            run(guard.generate(PROMPT, bound, "id"))
 
 
 def test_several_prompts_run_on_one_grant_with_ids_of_their_own(guard, engine, grants):

@@ -183,6 +183,39 @@ def test_a_broken_or_missing_file_leaves_the_old_keys_in_force(path, caplog, bro
     assert store.principal_for(secret).id == "carol"
 
 
+def test_what_could_not_be_read_is_read_as_soon_as_it_can(path, monkeypatch, caplog):
+    """Else a key that was revoked meanwhile would stay valid: nothing changes the file again."""
+    alice = create_key(path, "alice", [], None)
+    store = KeyStore(path)
+    path.write_text("[]\n")
+    with monkeypatch.context() as unreadable:
+
+        def refuse(_):
+            raise PermissionError(13, "Permission denied")
+
+        unreadable.setattr(type(path), "read_bytes", refuse)
+        for _ in range(3):
+            wait_for_a_look()
+            assert store.principal_for(alice).id == "alice"
+    errors = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(errors) == 1
+    wait_for_a_look()
+    with pytest.raises(BadCredential):
+        store.principal_for(alice)
+
+
+def test_a_change_that_sets_time_and_size_back_is_seen(path):
+    alice = create_key(path, "alice", [], None)
+    store = KeyStore(path)
+    before = path.stat()
+    path.write_text("#" * (before.st_size - 1) + "\n")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_ino == before.st_ino
+    wait_for_a_look()
+    with pytest.raises(BadCredential):
+        store.principal_for(alice)
+
+
 ENTRY = f"- id: a\n  sha256: {HASH}\n"
 
 

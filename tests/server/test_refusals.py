@@ -38,6 +38,8 @@ def safe_config():
             quantization=None,
             enable_trace_replay=False,
             return_sampling_mask=False,
+            model="/checkpoint",
+            tokenizer="/tokenizer",
             hf_config=Config(architectures=["FlexOlmoForCausalLM"]),
         ),
         cache_config=Config(
@@ -84,6 +86,8 @@ def safe_config():
         ("model_config", "quantization", "int4"),
         ("model_config", "enable_trace_replay", True),
         ("model_config", "return_sampling_mask", True),
+        ("model_config", "model", "/another"),
+        ("model_config", "tokenizer", "/another"),
         ("model_config", "hf_config", Config(architectures=["OlmoeForCausalLM"])),
         ("cache_config", "kv_offloading_size", 1.0),
         ("cache_config", "kv_sharing_fast_prefill", True),
@@ -105,10 +109,10 @@ def safe_config():
 )
 def test_a_resolved_setting_that_loses_masks_is_refused(section, field, value):
     config = safe_config()
-    refuse_config(config, WORKER)
+    refuse_config(config, WORKER, "/checkpoint", "/tokenizer")
     setattr(getattr(config, section) if section else config, field, value)
     with pytest.raises(SettingError) as refused:
-        refuse_config(config, WORKER)
+        refuse_config(config, WORKER, "/checkpoint", "/tokenizer")
     assert "\n" not in str(refused.value)
 
 
@@ -116,7 +120,7 @@ def test_vllms_own_scheduler_and_ngram_are_fine():
     config = safe_config()
     config.scheduler_config.scheduler_cls = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
     config.speculative_config = Config(method="ngram")
-    refuse_config(config, WORKER)
+    refuse_config(config, WORKER, "/checkpoint", "/tokenizer")
 
 
 @pytest.mark.parametrize(
@@ -148,6 +152,8 @@ def test_vllms_own_scheduler_and_ngram_are_fine():
         ("speculative_config", {"method": "ngram", "model": "another"}),
         ("speculative_config", "ngram"),
         ("compilation_config", {"backend": "a.b"}),
+        ("compilation_config", True),
+        ("structured_outputs_config", {"backend": "outlines"}),
         ("a_later_vllms_own", 1),
         ("model", "another"),
     ],
@@ -184,6 +190,9 @@ def test_vetted_arguments_pass():
         {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
         {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"},
         {"VLLM_SKIP_MODEL_NAME_VALIDATION": "1"},
+        {"VLLM_MODEL_REDIRECT_PATH": "redirect.json"},
+        {"VLLM_USE_MODELSCOPE": "True"},
+        {"VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": "1"},
     ],
 )
 def test_an_environment_that_opens_a_door_is_refused(environment):
@@ -212,6 +221,37 @@ def test_a_planted_plug_in_is_refused(monkeypatch, planted):
         refuse_process({})
 
 
+@pytest.mark.parametrize(
+    "flags", [["--compilation-config", '{"mode": 3}'], ["-cc.mode=3"]], ids=["json", "dotted"]
+)
+def test_a_flag_of_compilation_is_vetted_by_what_it_sets(flags):
+    arguments = parse_flags(flags)
+    assert arguments == {"compilation_config": {"mode": 3}}
+    refuse_arguments(arguments)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--compilation-config", '{"mode": 3, "backend": "a.b"}'], ["-cc.backend=a.b"]],
+    ids=["json", "dotted"],
+)
+def test_a_flag_of_compilation_brings_no_code(flags):
+    with pytest.raises(SettingError, match="compilation_config"):
+        refuse_arguments(parse_flags(flags))
+
+
+def test_vllms_own_file_of_flags_is_never_read(tmp_path):
+    (tmp_path / "more.yaml").write_text("enable-lora: true\n")
+    for flags in (
+        ["--config", str(tmp_path / "more.yaml")],
+        [f"--config={tmp_path / 'more.yaml'}"],
+        ["--enforce-eager", "--config", "missing.yaml"],
+        ["--config"],
+    ):
+        with pytest.raises(SettingError, match="--config"):
+            parse_flags(flags)
+
+
 def test_flags_are_vllms_own_and_only_those_given():
     assert parse_flags(["--max-model-len", "2k", "--enforce-eager"]) == {
         "max_model_len": 2000,
@@ -220,7 +260,15 @@ def test_flags_are_vllms_own_and_only_those_given():
     assert parse_flags([]) == {}
 
 
-@pytest.mark.parametrize("flags", [["--no-such-flag"], ["--max-model-len", "many"], ["stray"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--no-such-flag"],
+        ["--max-model-len", "many"],
+        ["stray"],
+        ["--compilation-config", "{"],
+    ],
+)
 def test_flags_that_vllm_does_not_know_are_refused_in_a_line(flags):
     with pytest.raises(SettingError) as refused:
         parse_flags(flags)

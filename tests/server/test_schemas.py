@@ -149,6 +149,12 @@ def test_only_parts_of_text_are_read(part):
         b'{"prompt": "a", "user": ' + b"[" * 200_000 + b"]" * 200_000 + b"}",
         b'{"prompt": "a", "logit_bias": ' + b'{"a":' * 100 + b"1" + b"}" * 100 + b"}",
         b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
+        b'{"prompt": "a", "temperature": 1e400}',
+        b'{"prompt": "a", "top_k": 99999999999999999999}',
+        b'{"prompt": "a", "user": -9223372036854775809}',
+        '{"prompt": "a"}'.encode("utf-16"),
+        '{"prompt": "a"}'.encode("utf-32-be"),
+        '{"prompt": "a"}'.encode("utf-8-sig"),
     ],
 )
 def test_bytes_that_are_no_request(raw):

@@ -1,0 +1,304 @@
+"""What a body may hold, checked on plain JSON before any model of vLLM's sees it.
+
+Kinds are strict here, as pydantic's are not: it reads `"1000"` and `16384.0` as integers, which
+would then have passed every limit unseen. And a long list of junk is refused by its length or its
+first item, because pydantic would make several errors of each.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from expertgate.policies.expert_set import MAX_EXPERTS
+from expertgate.server.errors import ApiError, bad_request
+
+_MAX_DEPTH = 64
+_INT64_END = 1 << 63
+_INT32_END = 1 << 31
+
+_MAX_CHOICES = 64
+"""`n` times prompts: what one HTTP request may ask of the engine at once."""
+_MAX_MESSAGES = 1024
+_MAX_PARTS = 1024
+"""Of all messages together."""
+_MAX_TOOLS = 128
+_MAX_TOOL_CALLS = 512
+"""Of all messages together."""
+_MAX_TOKEN_IDS = 1024
+"""vLLM's GPU sampler takes so many ids of `allowed_token_ids` or `logit_bias`, and dies of more."""
+_MAX_STOP_TOKEN_IDS = 128
+"""Likewise, where `min_tokens` is set."""
+_MAX_BAD_WORDS = 128
+_MAX_BAD_WORD_BYTES = 500
+"""Tokenised with and without a leading space, these stay within that sampler's 1,024 tokens."""
+_MAX_STOPS = 16
+_MAX_STOP_CHARS = 256
+
+_MAX_SCHEMA_BYTES = 1 << 14
+_MAX_SCHEMA_PROPERTIES = 200
+_MAX_SCHEMA_NESTING = 20
+"""Ten objects, each with its `properties`."""
+_MAX_SCHEMA_LENGTHS = 16
+"""Strings of another length are another automaton, each a tenth of a second of compiling."""
+_SCHEMA_BOUNDS = {
+    **dict.fromkeys(
+        ("minItems", "maxItems", "minContains", "maxContains", "minProperties", "maxProperties"),
+        1_000,
+    ),
+    **dict.fromkeys(("minLength", "maxLength"), 10_000),
+}
+"""A keyword of JSON Schema that counts, and the most that it may be."""
+
+INTEGERS = (
+    "max_completion_tokens",
+    "max_tokens",
+    "min_tokens",
+    "n",
+    "prompt_logprobs",
+    "seed",
+    "stream_interval",
+    "top_k",
+    "top_logprobs",
+    "truncate_prompt_tokens",
+)
+"""None of these but `seed` is of use beyond 32 bits, which is what the tensors behind them hold."""
+INTEGERS_OR_BOOLEANS = ("logprobs",)
+NUMBERS = (
+    "frequency_penalty",
+    "min_p",
+    "presence_penalty",
+    "repetition_penalty",
+    "temperature",
+    "top_p",
+)
+TOKEN_IDS = {
+    "allowed_token_ids": _MAX_TOKEN_IDS,
+    "logprob_token_ids": _MAX_TOKEN_IDS,
+    "stop_token_ids": _MAX_STOP_TOKEN_IDS,
+}
+_MESSAGE_TEXTS = ("name", "reasoning", "reasoning_content", "refusal", "tool_call_id")
+
+
+def check_values(value: Any, depth: int = 0) -> None:
+    """Refuses what JSON allows and code behind stumbles over. Raises ApiError 400.
+
+    Lone surrogates, deep nesting, and numbers that the engine's messages can't carry.
+    """
+    if depth > _MAX_DEPTH:
+        raise bad_request(f"the body is nested more than {_MAX_DEPTH} deep")
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise bad_request("the body holds half of a surrogate pair") from None
+    elif isinstance(value, int):
+        if not -_INT64_END <= value < _INT64_END:
+            raise bad_request("the body holds an integer of more than 64 bits")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise bad_request("the body holds a number that is too large")
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            check_values(key, depth)
+            check_values(inner, depth + 1)
+    elif isinstance(value, list):
+        for inner in value:
+            check_values(inner, depth + 1)
+
+
+def check_limits(body: Mapping[str, Any]) -> None:
+    """Limits on what costs everyone, or what vLLM's GPU sampler dies of. Raises ApiError."""
+    _check_numbers(body)
+    _check_choices(body)
+    _check_words(body)
+    _check_experts(body.get("experts"))
+    if "messages" in body:
+        _check_messages(body["messages"])
+    _check_objects("tools", body.get("tools"), _MAX_TOOLS)
+    _check_grammar(body)
+
+
+def _check_numbers(body: Mapping[str, Any]) -> None:
+    for name in (*INTEGERS, *INTEGERS_OR_BOOLEANS):
+        value = body.get(name)
+        if value is None or (name in INTEGERS_OR_BOOLEANS and isinstance(value, bool)):
+            continue
+        if type(value) is not int:
+            raise bad_request(f"{name} must be an integer", name)
+        if name != "seed" and not -1 <= value < _INT32_END:
+            raise bad_request(f"{name} must lie between -1 and {_INT32_END - 1}", name)
+    for name in NUMBERS:
+        if body.get(name) is not None and not _is_number(body[name]):
+            raise bad_request(f"{name} must be a number", name)
+    for name, most in TOKEN_IDS.items():
+        value = body.get(name)
+        if isinstance(value, list):
+            _check_length(name, value, most)
+            if not _are_integers(value):
+                raise bad_request(f"{name} must be a list of integers", name)
+    bias = body.get("logit_bias")
+    if isinstance(bias, dict):
+        _check_length("logit_bias", bias, _MAX_TOKEN_IDS)
+        if not all(map(_is_number, bias.values())):
+            raise bad_request("logit_bias must have numbers as values", "logit_bias")
+
+
+def _check_choices(body: Mapping[str, Any]) -> None:
+    n = body.get("n")
+    choices = 1 if n is None else n
+    if choices < 1:
+        raise bad_request("n must be at least 1", "n")
+    prompts = _prompts(body.get("prompt"))
+    if choices * prompts > _MAX_CHOICES:
+        raise bad_request(f"n times prompts is {choices * prompts}; at most {_MAX_CHOICES}", "n")
+    seed = body.get("seed")
+    # Each choice has a seed of its own, counted on from this one.
+    if seed is not None and seed >= _INT64_END - choices:
+        raise bad_request("seed, plus n, must lie within 64 bits", "seed")
+
+
+def _prompts(prompt: Any) -> int:
+    """How many there are: a list is one of token ids, or several of either kind."""
+    if not isinstance(prompt, list):
+        return 1
+    if not prompt:
+        raise bad_request("prompt is an empty list", "prompt")
+    if type(prompt[0]) is int:
+        if not _are_token_ids(prompt):
+            raise bad_request("prompt must be text, token ids, or a list of either", "prompt")
+        return 1
+    texts = all(isinstance(item, str) for item in prompt)
+    if not texts and not all(isinstance(item, list) and _are_token_ids(item) for item in prompt):
+        raise bad_request("prompt must be text, token ids, or a list of either", "prompt")
+    return len(prompt)
+
+
+def _check_words(body: Mapping[str, Any]) -> None:
+    words = body.get("bad_words")
+    if isinstance(words, list):
+        _check_length("bad_words", words, _MAX_BAD_WORDS)
+        if not all(isinstance(word, str) for word in words):
+            raise bad_request("bad_words must be a list of text", "bad_words")
+        size = sum(len(word.encode()) + 1 for word in words)
+        if size > _MAX_BAD_WORD_BYTES:
+            raise bad_request(
+                f"bad_words is {size} bytes; at most {_MAX_BAD_WORD_BYTES}", "bad_words"
+            )
+    stops = body.get("stop")
+    if isinstance(stops, list):
+        _check_length("stop", stops, _MAX_STOPS)
+    for stop in stops if isinstance(stops, list) else [stops]:
+        if isinstance(stop, str) and len(stop) > _MAX_STOP_CHARS:
+            raise bad_request(f"a stop string may have {_MAX_STOP_CHARS} characters", "stop")
+
+
+def _check_experts(experts: Any) -> None:
+    listed = experts.get("exclude") if isinstance(experts, dict) else experts
+    if isinstance(listed, list) and len(listed) > MAX_EXPERTS:
+        message = f"experts: has {len(listed)} names; at most {MAX_EXPERTS}"
+        raise ApiError(400, "invalid_experts", message, "experts")
+
+
+def _check_messages(messages: Any) -> None:
+    if not isinstance(messages, list):
+        raise bad_request("messages must be a list of objects", "messages")
+    _check_objects("messages", messages, _MAX_MESSAGES)
+    parts, calls = _MAX_PARTS, _MAX_TOOL_CALLS
+    for index, message in enumerate(messages):
+        place = f"messages[{index}]"
+        if not isinstance(message.get("role"), str):
+            raise bad_request(f"{place}.role must be text", f"{place}.role")
+        for name in _MESSAGE_TEXTS:
+            if not isinstance(message.get(name), str | None):
+                raise bad_request(f"{place}.{name} must be text", f"{place}.{name}")
+        content = message.get("content")
+        if not isinstance(content, str | list | None):
+            where = f"{place}.content"
+            raise bad_request(f"{where} must be text, or a list of parts of text", where)
+        parts -= _check_objects(f"{place}.content", content, parts)
+        calls -= _check_objects(f"{place}.tool_calls", message.get("tool_calls"), calls)
+
+
+def _check_grammar(body: Mapping[str, Any]) -> None:
+    """A schema is made into a grammar, for which other requests wait."""
+    form = body.get("response_format")
+    kind = form.get("type") if isinstance(form, dict) else None
+    if kind not in (None, "text") and body.get("allowed_token_ids"):
+        name = "allowed_token_ids"
+        raise bad_request(f"{name} can't go with response_format {kind}", name)
+    if isinstance(form, dict) and "json_schema" in form:
+        _check_schema(form["json_schema"], "response_format.json_schema")
+    if body.get("tool_choice") != "none" and isinstance(body.get("tools"), list):
+        # Together, because where a tool is required all of them make one grammar.
+        _check_schema([_parameters(tool) for tool in body["tools"]], "tools")
+
+
+def _parameters(tool: Mapping[str, Any]) -> Any:
+    function = tool.get("function")
+    return function.get("parameters") if isinstance(function, dict) else None
+
+
+def _check_schema(schema: Any, place: str) -> None:
+    size = len(json.dumps(schema, ensure_ascii=False).encode())
+    if size > _MAX_SCHEMA_BYTES:
+        raise bad_request(f"{place} is {size} bytes; at most {_MAX_SCHEMA_BYTES}", place)
+    # A `$ref` may point anywhere, so anything inside may come to be read as a schema. A property
+    # may be called as a keyword is: its value is an object then, never text or a number.
+    properties = 0
+    lengths: set[tuple[str, ...]] = set()
+    reached: list[tuple[Any, int]] = [(schema, -1)]  # what holds it is no part of the schema
+    while reached:
+        value, depth = reached.pop()
+        if not isinstance(value, dict | list):
+            continue
+        if depth > _MAX_SCHEMA_NESTING:
+            raise bad_request(f"{place} is nested more than {_MAX_SCHEMA_NESTING} deep", place)
+        if isinstance(value, list):
+            reached += [(inner, depth + 1) for inner in value]
+            continue
+        lengths.add(tuple(str(value.get(key)) for key in ("minLength", "maxLength")))
+        if len(lengths) > _MAX_SCHEMA_LENGTHS + 1:  # and that of no length
+            message = f"{place} bounds the length of text in more than {_MAX_SCHEMA_LENGTHS} ways"
+            raise bad_request(message, place)
+        for key, inner in value.items():
+            if key == "patternProperties" or (key == "pattern" and isinstance(inner, str)):
+                raise bad_request(f"{place}: {key} can't be used here", place)
+            most = _SCHEMA_BOUNDS.get(key)
+            if most is not None and _is_number(inner) and not 0 <= inner <= most:
+                raise bad_request(f"{place}: {key} must lie between 0 and {most}", place)
+            if key == "properties" and isinstance(inner, dict):
+                properties += len(inner)
+            reached.append((inner, depth + 1))
+    if properties > _MAX_SCHEMA_PROPERTIES:
+        raise bad_request(
+            f"{place} has {properties} properties; at most {_MAX_SCHEMA_PROPERTIES}", place
+        )
+
+
+def _check_objects(place: str, value: Any, most: int) -> int:
+    """How many items `value` has, where it is a list, whose items must be objects."""
+    if not isinstance(value, list):
+        return 0
+    _check_length(place, value, most)
+    for index, item in enumerate(value):
+        if not isinstance(item, dict):
+            raise bad_request(f"{place}[{index}] must be an object", f"{place}[{index}]")
+    return len(value)
+
+
+def _check_length(place: str, value: list[Any] | dict[str, Any], most: int) -> None:
+    if len(value) > most:
+        raise bad_request(f"{place} has {len(value)} entries; at most {most}", place)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _are_integers(values: Iterable[Any]) -> bool:
+    return all(type(value) is int for value in values)
+
+
+def _are_token_ids(values: Iterable[Any]) -> bool:
+    return all(type(value) is int and value >= 0 for value in values)

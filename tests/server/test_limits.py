@@ -1,0 +1,248 @@
+import json
+import time
+import typing
+
+import pytest
+
+from expertgate.server import limits
+from expertgate.server.errors import ApiError
+from expertgate.server.schemas import ChatRequest, TextRequest, read
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+TEXT = {"prompt": "hi"}
+HUGE = 10**300
+
+
+def chat(**fields):
+    return read(ChatRequest, json.dumps({**CHAT, **fields}).encode())
+
+
+def text(**fields):
+    return read(TextRequest, json.dumps({**TEXT, **fields}).encode())
+
+
+def refused(call, *args, **kwargs):
+    with pytest.raises(ApiError) as error:
+        call(*args, **kwargs)
+    assert error.value.status == 400
+    assert "pydantic" not in error.value.message
+    assert "Dict" not in error.value.message
+    return error.value
+
+
+def schema_of(schema):
+    return {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+
+
+def tools_of(schema):
+    return [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ask", [chat, text])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", "1000"),
+        ("n", 16384.0),
+        ("n", 2.0),
+        ("n", True),
+        ("max_tokens", "99999999999"),
+        ("max_tokens", 1e15),
+        ("seed", "9223372036854775807"),
+        ("seed", 1.0),
+        ("top_k", "99999999999999999999"),
+        ("top_k", "9" * 5000),
+        ("min_tokens", "1"),
+        ("prompt_logprobs", "1"),
+        ("truncate_prompt_tokens", "1"),
+        ("logprobs", "1"),
+        ("stop_token_ids", ["1"]),
+        ("stop_token_ids", ["99999999999999999999"]),
+        ("allowed_token_ids", [1.0]),
+        ("logprob_token_ids", ["1"]),
+        ("temperature", "nan"),
+        ("temperature", "0.5"),
+        ("top_p", "Infinity"),
+        ("min_p", True),
+        ("presence_penalty", []),
+        ("logit_bias", {"1": "nan"}),
+        ("logit_bias", {"1": "inf"}),
+    ],
+)
+def test_a_number_is_written_as_one(ask, name, value):
+    assert refused(ask, **{name: value}).param == name
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [["1", 2], [1, "2"], [1.0], [True], [[1], "a"], [["99999999999999999999"]], [-1], [{}], [None]],
+    ids=str,
+)
+def test_a_prompt_is_text_or_token_ids(prompt):
+    assert refused(text, prompt=prompt).param == "prompt"
+
+
+@pytest.mark.parametrize("kind", [ChatRequest, TextRequest])
+def test_every_field_that_may_hold_a_number_is_checked(kind):
+    """vLLM's models read text as numbers, so a field that isn't listed would have no limit."""
+    listed = {
+        *limits.INTEGERS,
+        *limits.INTEGERS_OR_BOOLEANS,
+        *limits.NUMBERS,
+        *limits.TOKEN_IDS,
+        "logit_bias",
+        "prompt",
+    }
+    for name in kind.fields - listed:
+        hints = typing.get_type_hints(kind, include_extras=False)
+        assert not {"int", "float"} & set(_names(hints[name])), name
+
+
+def _names(hint):
+    inner = typing.get_args(hint)
+    return [n for part in inner for n in _names(part)] if inner else [getattr(hint, "__name__", "")]
+
+
+@pytest.mark.parametrize("value", [HUGE, -HUGE, 1 << 63])
+def test_an_integer_of_more_than_64_bits_reaches_no_engine(value):
+    refused(chat, response_format=schema_of({"const": value}))
+    refused(chat, tools=tools_of({"enum": [1, value]}), tool_choice="none")
+    refused(text, seed=value)
+
+
+# --- lists ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ask", "fields"),
+    [
+        (chat, {"messages": [{}] * 100_000}),
+        (chat, {"messages": [{"role": "user", "content": ""}] * 1025}),
+        (chat, {"messages": [[]] * 100}),
+        (chat, {"messages": [{"role": "user", "content": [[]] * 100_000}]}),
+        (chat, {"messages": [{"role": "user", "content": ["a"]}]}),
+        (chat, {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 1025}]}),
+        (
+            chat,
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 600}] * 2},
+        ),
+        (chat, {"messages": [{"role": "user", "content": {}}]}),
+        (chat, {"messages": [{"role": "user", "content": 5}]}),
+        (chat, {"messages": [{"role": 5, "content": "a"}]}),
+        (chat, {"messages": [{"role": "user", "content": "a", "name": [{}] * 10_000}]}),
+        (chat, {"messages": [{"role": "assistant", "tool_calls": [[]] * 100_000}]}),
+        (chat, {"messages": [{"role": "assistant", "tool_calls": [{}] * 513}]}),
+        (chat, {"messages": {"role": "user"}}),
+        (chat, {"messages": "hi"}),
+        (chat, {"tools": [[]] * 100_000}),
+        (chat, {"tools": [{}] * 129}),
+        (chat, {"tools": [1]}),
+        (chat, {"tool_choice": {"type": "function", "function": {"name": "f", "x": 1}}}),
+        (chat, {"bad_words": [[]] * 100_000}),
+        (chat, {"bad_words": [""] * 129}),
+        (chat, {"bad_words": [1]}),
+        (chat, {"stop": [[]] * 100_000}),
+        (chat, {"stop_token_ids": [[]] * 100_000}),
+        (chat, {"logit_bias": {str(i): [] for i in range(1024)}}),
+        (text, {"prompt": [{}] * 100_000}),
+        (text, {"prompt": [-1] * 100_000}),
+        (text, {"prompt": [[-1] * 100_000]}),
+        (text, {"prompt": [""] * 100_000}),
+    ],
+)
+def test_junk_is_refused_at_once(ask, fields):
+    began = time.perf_counter()
+    error = refused(ask, **fields)
+    assert time.perf_counter() - began < 1
+    assert error.code == "invalid_request"
+    assert error.param
+
+
+@pytest.mark.parametrize("experts", [[[]] * 100_000, {"exclude": [1] * 100_000}, ["a"] * 65])
+def test_many_experts_are_refused_at_once(experts):
+    began = time.perf_counter()
+    assert refused(chat, experts=experts).code == "invalid_experts"
+    assert time.perf_counter() - began < 1
+
+
+def test_the_name_that_is_given_twice_is_found_in_one_pass():
+    names = ",".join(f'"{n}":1' for n in range(60_000))
+    began = time.perf_counter()
+    error = refused(read, TextRequest, f'{{{names},"59999":2}}'.encode())
+    assert time.perf_counter() - began < 1
+    assert "'59999' is given twice" in error.message
+
+
+def test_as_much_as_is_allowed_passes():
+    part = {"type": "text", "text": "a"}
+    assert chat(messages=[{"role": "user", "content": [part]}] * 1024)
+    assert text(prompt=["a"] * 64)
+    assert text(prompt=[[1]] * 32, n=2)
+    assert text(logit_bias={"1": -100, "2": 0.5}, temperature=0, top_k=-1, logprobs=None)
+    assert chat(logprobs=True, top_logprobs=0, seed=-(1 << 63))
+
+
+# --- schemas --------------------------------------------------------------------------------------
+
+
+def nested(depth):
+    schema = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}}
+    return schema
+
+
+BAD_SCHEMAS = [
+    {"type": "string", "pattern": "\\p{L}"},
+    {"type": "string", "pattern": "((a*)*)*"},
+    {"patternProperties": {"(": {}}},
+    {"anyOf": [{"items": {"pattern": "a"}}]},
+    {"$defs": {"a": {"pattern": "a"}}, "$ref": "#/$defs/a"},
+    # A reference may make a schema of what looks like data, or like properties.
+    {"const": {"pattern": "a"}, "$ref": "#/const"},
+    {"properties": {"pattern": "a"}, "$ref": "#/properties"},
+    {"type": "array", "minItems": 10**6},
+    {"type": "array", "maxItems": 1e9},
+    {"type": "string", "minLength": -5},
+    {"type": "string", "maxLength": 10**5},
+    {"type": "object", "minProperties": 10**5},
+    {"properties": {f"p{n}": {} for n in range(201)}},
+    {"anyOf": [{"type": "string", "maxLength": 100 + n} for n in range(17)]},
+    {"enum": ["x" * 17_000]},
+    nested(11),
+]
+
+
+@pytest.mark.parametrize("schema", BAD_SCHEMAS, ids=lambda schema: str(schema)[:40])
+def test_a_schema_is_bounded_wherever_it_stands(schema):
+    refused(chat, response_format=schema_of(schema))
+    refused(text, response_format=schema_of(schema))
+    refused(chat, tools=tools_of(schema), tool_choice="required")
+    refused(chat, tools=tools_of(schema))
+    # Where it is only a part of the prompt, it is the template's.
+    assert chat(tools=tools_of(schema), tool_choice="none")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        nested(10),
+        {"properties": {"pattern": {"type": "string"}, "minItems": {"type": "integer"}}},
+        {"properties": {f"p{n}": {"type": "string", "maxLength": 10_000} for n in range(200)}},
+        {"anyOf": [{"type": "string", "maxLength": 100 + n} for n in range(16)]},
+        {"type": "array", "items": {"enum": ["a", 1, None]}, "minItems": 1, "maxItems": 1000},
+    ],
+    ids=lambda schema: str(schema)[:40],
+)
+def test_schemas_of_every_day_pass(schema):
+    assert chat(response_format=schema_of(schema))
+    assert chat(tools=tools_of(schema), tool_choice="required")
+
+
+def test_a_schema_and_chosen_tokens_are_two_masters():
+    error = refused(text, response_format={"type": "json_object"}, allowed_token_ids=[1])
+    assert error.param == "allowed_token_ids"
+    assert text(response_format={"type": "text"}, allowed_token_ids=[1])

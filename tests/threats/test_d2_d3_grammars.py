@@ -1,0 +1,53 @@
+"""Schemas that cost everyone, or that only the engine finds to be impossible: each is a 400."""
+
+import time
+
+import pytest
+
+RECURSIVE = {"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}]}}, "$ref": "#/$defs/a"}
+
+
+def form(schema):
+    return {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#"},
+        {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+        RECURSIVE,
+        {"type": "array", "minItems": 10**6},
+        {"type": "string", "minLength": -5},
+        {"type": "string", "minLength": 5, "maxLength": 4},
+        {"type": "string", "pattern": "\\p{L}"},
+        {"type": "string", "pattern": "((a*)*)*"},
+        {"patternProperties": {"(": {}}},
+        {"properties": {f"p{n}": {"type": "string"} for n in range(5000)}},
+        {"anyOf": [{"type": "string", "maxLength": 100 + n} for n in range(250)]},
+        {"$ref": "#/nowhere"},
+    ],
+    ids=lambda schema: str(schema)[:40],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_schema_that_cannot_be_used_is_refused_in_time(server, schema, stream):
+    began = time.monotonic()
+    response = server.chat("alice", response_format=form(schema), stream=stream)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["code"] == "invalid_request"
+    assert time.monotonic() - began < 2
+    assert server.complete("bob").status_code == 200
+
+
+def test_tokens_that_the_schema_cannot_have_are_refused(server):
+    response = server.chat("alice", response_format=form({"const": 1}), allowed_token_ids=[65])
+    assert response.status_code == 400
+
+
+def test_a_schema_of_every_day_is_followed(server):
+    schema = {"type": "object", "properties": {"a": {"enum": ["b"]}}, "required": ["a"]}
+    response = server.chat(
+        "alice", response_format={**form({**schema, "additionalProperties": False})}, max_tokens=60
+    )
+    assert response.status_code == 200
+    assert response.json()["choices"][0]["message"]["content"].lstrip().startswith("{")
