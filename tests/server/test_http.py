@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
-import httpx
 import openai
 import pytest
 import yaml
@@ -454,24 +453,6 @@ def test_after_all_that_nothing_failed_inside(server):
     assert server.get("/ready").json() == {"ready": True}
     assert "internal_error" not in server.log
     assert "never retrieved" not in server.log
-
-
-def test_a_full_queue_says_when_to_come_back(server):
-    # The configuration lets 64 choices in, and one request may ask for as many. It is in once its
-    # first words come, and full until the first eight of them end, many seconds later.
-    long = {"prompt": "hi", "max_tokens": 1900, "ignore_eos": True, "n": 64, "temperature": 1}
-    url, headers = f"{server.url}/v1/completions", server.headers("alice")
-    body = {**long, "stream": True}
-    with httpx.stream("POST", url, json=body, headers=headers, timeout=120) as running:
-        assert running.status_code == 200
-        next(running.iter_lines())
-        for stream in (False, True):
-            response = server.complete("bob", stream=stream)
-            assert code_of(response, 429) == "overloaded"
-            assert int(response.headers["retry-after"]) > 0
-    deadline = time.monotonic() + 30  # that it has left takes a moment to be seen
-    while server.complete("bob").status_code == 429:
-        assert time.monotonic() < deadline
 
 
 def gone(processes):
