@@ -9,9 +9,11 @@ from types import MappingProxyType
 class Principal:
     """Whoever a credential belongs to; the same whether it was a key, a token or a gateway's word.
 
-    `claims` are strings, numbers, booleans or lists of strings that policies may read.
+    `claims` are strings, numbers, booleans or lists of strings that policies may read. `via` says
+    what vouches for all this, such as `key`.
     """
 
     id: str
     groups: frozenset[str] = frozenset()
     claims: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    via: str = ""

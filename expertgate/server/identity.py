@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection
 
 from expertgate.policies.principal import Principal
 from expertgate.server.config import IdentityConfig
@@ -15,7 +15,7 @@ _ASSERTED = ("X-Forwarded-User", "X-Forwarded-Groups")
 class CredentialSource(Protocol):
     """One kind of credential."""
 
-    def identify(self, headers: Headers) -> Principal | None:
+    async def identify(self, connection: HTTPConnection) -> Principal | None:
         """None for a request without a credential of this kind.
 
         Raises ApiError 401 for one that has it, and where it doesn't hold.
@@ -28,8 +28,8 @@ class ApiKeys:
     def __init__(self, keys: KeyStore) -> None:
         self._keys = keys
 
-    def identify(self, headers: Headers) -> Principal | None:
-        scheme, _, secret = headers.get("Authorization", "").partition(" ")
+    async def identify(self, connection: HTTPConnection) -> Principal | None:
+        scheme, _, secret = connection.headers.get("Authorization", "").partition(" ")
         secret = secret.strip(" ")
         if scheme.lower() != "bearer" or not secret.startswith(PREFIX):
             return None
@@ -46,17 +46,17 @@ class Identity:
         """Raises KeysError."""
         self._sources: tuple[CredentialSource, ...] = (ApiKeys(KeyStore(config.api_keys)),)
 
-    def identify(self, headers: Headers) -> Principal:
+    async def identify(self, connection: HTTPConnection) -> Principal:
         """Raises ApiError: 401 without a credential that holds, 400 for an asserted identity."""
         for name in _ASSERTED:
-            if name in headers:
+            if name in connection.headers:
                 # Ignored, it would leave a gateway believing that its user is the one who asks.
                 raise ApiError(400, "invalid_request", f"header {name} may not be sent here", name)
-        if len(headers.getlist("Authorization")) > 1:
+        if len(connection.headers.getlist("Authorization")) > 1:
             # Something in front of us may have judged the other one.
             raise invalid_credential("send one Authorization header, not several")
         for source in self._sources:
-            principal = source.identify(headers)
+            principal = await source.identify(connection)
             if principal is not None:
                 return principal
         raise invalid_credential("send an API key: 'Authorization: Bearer eg-...'")

@@ -162,7 +162,7 @@ class KeyStore:
         if key.expires is not None and key.expires <= datetime.now(UTC):
             log.info("refused key %s, which expired at %s", key.id, key.expires.isoformat())
             raise BadCredential
-        return Principal(key.id, key.groups)
+        return Principal(key.id, key.groups, via="key")
 
     def _refresh(self) -> None:
         now = time.monotonic()

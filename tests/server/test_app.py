@@ -47,11 +47,15 @@ def script():
     return Script()
 
 
+async def by_header(connection):
+    return Principal(connection.headers["user"])
+
+
 @pytest.fixture
 def service(script):
     made = Service(
         catalogue=Catalogue.default(3),
-        identity=SimpleNamespace(identify=lambda headers: Principal(headers["user"])),
+        identity=SimpleNamespace(identify=by_header),
         policies=SimpleNamespace(
             decide=lambda principal, context: Decision(ExpertSet.of([0, 2]), {}, "v")
         ),

@@ -1,9 +1,10 @@
+import asyncio
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection
 
 from expertgate.policies.principal import Principal
 from expertgate.server.config import IdentityConfig
@@ -27,17 +28,24 @@ def identity(path, secret):
     return Identity(IdentityConfig(api_keys=path))
 
 
+def ask(identity, raw: list[tuple[bytes, bytes]]) -> Principal:
+    return asyncio.run(identity.identify(HTTPConnection({"type": "http", "headers": raw})))
+
+
+def sent(*headers: tuple[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.lower().encode(), value.encode("latin-1")) for name, value in headers]
+
+
 def refused(identity, *headers: tuple[str, str]) -> ApiError:
-    raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers]
     with pytest.raises(ApiError) as error:
-        identity.identify(Headers(raw=raw))
+        ask(identity, sent(*headers))
     return error.value
 
 
 @pytest.mark.parametrize("form", ["Bearer {}", "bearer {}", "BEARER {}", "Bearer   {} "])
 def test_a_key_tells_who_asks(identity, secret, form):
-    found = identity.identify(Headers({"Authorization": form.format(secret)}))
-    assert found == Principal("alice", frozenset({"research"}))
+    found = ask(identity, sent(("Authorization", form.format(secret))))
+    assert found == Principal("alice", frozenset({"research"}), via="key")
 
 
 @pytest.mark.parametrize(
@@ -86,5 +94,5 @@ def test_an_asserted_identity_is_refused_not_ignored(identity, secret, name):
 @given(st.lists(st.tuples(st.sampled_from([b"authorization", b"x-user"]), st.binary(max_size=60))))
 def test_no_headers_fail_otherwise_or_let_anyone_in(identity, raw):
     with pytest.raises(ApiError) as error:
-        identity.identify(Headers(raw=raw))
+        ask(identity, raw)
     assert error.value.status == 401

@@ -47,7 +47,7 @@ def test_a_key_is_256_random_bits_and_only_its_hash_is_kept(path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert os.listdir(path.parent) == ["keys.yaml"]
     assert KeyStore(path).principal_for(secret) == Principal(
-        "alice", frozenset({"research", "staff"})
+        "alice", frozenset({"research", "staff"}), via="key"
     )
 
 
@@ -257,7 +257,7 @@ def test_only_the_secret_opens(path, user, guess):
     path.unlink(missing_ok=True)
     secret = create_key(path, user, [user], None)
     store = KeyStore(path)
-    assert store.principal_for(secret) == Principal(user, frozenset({user}))
+    assert store.principal_for(secret) == Principal(user, frozenset({user}), via="key")
     for wrong in (guess, secret + guess[:1] + "A", secret[:-1], secret.swapcase(), secret + " "):
         with pytest.raises(BadCredential):
             store.principal_for(wrong)

@@ -26,7 +26,7 @@ async def version() -> JSONResponse:
 
 async def models(request: Request) -> JSONResponse:
     service = _service(request)
-    service.identity.identify(request.headers)
+    await service.identity.identify(request)
     _, handlers = service.running()
     card = {
         "id": handlers.model_name,
@@ -41,7 +41,7 @@ async def models(request: Request) -> JSONResponse:
 async def experts(request: Request) -> JSONResponse:
     """The catalogue, as far as the caller is granted it."""
     service = _service(request)
-    decision = service.decide(service.identity.identify(request.headers), request)
+    decision = service.decide(await service.identity.identify(request), request)
     # An index would tell how many experts there are that the caller may not know of.
     shown = [
         service.catalogue.experts[index].model_dump(mode="json", exclude={"index"})

@@ -42,7 +42,7 @@ async def _generate(
     request: Request, kind: type[Body], handler: Callable[[Handlers], Callable[..., Any]]
 ) -> Response:
     service: Service = request.app.state.service
-    principal = service.identity.identify(request.headers)
+    principal = await service.identity.identify(request)
     body = schemas.read(kind, await read_body(request))
     engine, handlers = service.running()
     selection = select(body, request.headers, handlers.model_name)
