@@ -100,7 +100,7 @@ def failed(code, kind="BadRequestError"):
         (UnavailableError("dead"), (503, "engine_unavailable")),
         (EngineGenerateError(), (500, "internal_error")),
         (GrantError("none"), (500, "internal_error")),
-        (RuntimeError("at /root/secret"), (500, "internal_error")),
+        (RuntimeError("at /srv/secret"), (500, "internal_error")),
         (KeyError("secret"), (500, "internal_error")),
     ],
     ids=lambda value: type(value).__name__,
@@ -149,7 +149,7 @@ def test_an_error_within_a_stream_has_our_shape_and_ends_the_grant(ask, script, 
 
 
 def test_a_stream_that_breaks_ends_its_grant(ask, script, service):
-    script.result = stream('data: {"choices":[]}\n\n', RuntimeError("at /root/secret"))
+    script.result = stream('data: {"choices":[]}\n\n', RuntimeError("at /srv/secret"))
     assert "secret" not in ask(stream=True).text
     assert len(service.grants) == 0
 
