@@ -21,6 +21,9 @@ class CredentialSource(Protocol):
         Raises ApiError 401 for one that has it, and where it doesn't hold.
         """
 
+    def refresh(self) -> int:
+        """Looks now at what credentials are judged by; how often that has changed."""
+
 
 class ApiKeys:
     """`Authorization: Bearer eg-…`."""
@@ -37,6 +40,9 @@ class ApiKeys:
             return self._keys.principal_for(secret)
         except BadCredential:
             raise invalid_credential("this API key is not valid") from None
+
+    def refresh(self) -> int:
+        return self._keys.refresh()
 
 
 class Identity:
@@ -60,3 +66,7 @@ class Identity:
             if principal is not None:
                 return principal
         raise invalid_credential("send an API key: 'Authorization: Bearer eg-...'")
+
+    def refresh(self) -> int:
+        """A number that grows where a credential that held may not hold now, or be another's."""
+        return sum(source.refresh() for source in self._sources)

@@ -142,6 +142,7 @@ class KeyStore:
         self._looked = time.monotonic()
         self._stamp = _stamp(path)
         self._fault = ""
+        self._changes = 0
         self._keys = _by_hash(_read(path), path)
 
     def principal_for(self, secret: str) -> Principal:
@@ -165,29 +166,33 @@ class KeyStore:
         return Principal(key.id, key.groups, via="key")
 
     def _refresh(self) -> None:
-        now = time.monotonic()
-        if now - self._looked < _LOOK_EVERY_S:
-            return
-        self._looked = now
+        if time.monotonic() - self._looked >= _LOOK_EVERY_S:
+            self.refresh()
+
+    def refresh(self) -> int:
+        """Looks at the file now; how often other keys have come into force since the start."""
+        self._looked = time.monotonic()
         # Before it is read: what is written meanwhile changes the stamp once more.
         stamp = _stamp(self._path)
         if stamp == self._stamp:
             self._fault = ""
-            return
+            return self._changes
         try:
             raw = _read(self._path)
         except KeysError as error:
             # The stamp stays the old one: what can't be read now is tried at the next look.
             self._failed(error)
-            return
+            return self._changes
         self._stamp = stamp
         try:
             self._keys = _by_hash(raw, self._path)
         except KeysError as error:
             self._failed(error)
-            return
+            return self._changes
         self._fault = ""
+        self._changes += 1
         log.info("%s: %d keys are in force", self._path, len(self._keys))
+        return self._changes
 
     def _failed(self, error: KeysError) -> None:
         """Says it once for each change of the fault, not at every look."""

@@ -163,6 +163,22 @@ def test_a_key_made_removed_or_changed_while_the_server_runs(path):
         store.principal_for(alice)
 
 
+def test_changes_are_counted_whoever_looks_first(path):
+    secret = create_key(path, "a", [], None)
+    store = KeyStore(path)
+    assert store.refresh() == store.refresh()
+    seen = store.refresh()
+    path.write_text("[]")
+    # A request may be the first to look; whoever watches must not miss the change.
+    wait_for_a_look()
+    with pytest.raises(BadCredential):
+        store.principal_for(secret)
+    assert store.refresh() > seen
+    seen = store.refresh()
+    path.write_text("broken: [")
+    assert store.refresh() == seen
+
+
 @pytest.mark.parametrize("broken", ["- id: [\n", "- id: alice\n", None])
 def test_a_broken_or_missing_file_leaves_the_old_keys_in_force(path, caplog, broken):
     secret = create_key(path, "alice", [], None)
