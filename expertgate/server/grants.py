@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
+from expertgate.model.usage import Usage
 from expertgate.policies.expert_set import ExpertSet
 
 HANDLE_ARG = "expertgate_grant"
@@ -25,7 +26,8 @@ class Grant:
     """Open from when the request is permitted until its response has ended.
 
     `running` holds the engine's ids of the calls that are under way on this grant: several, where
-    a request has several prompts.
+    a request has several prompts. `usage` is there once the request has ended; not where nothing
+    ran, or where the engine died before it could tell.
     """
 
     experts: ExpertSet
@@ -34,6 +36,7 @@ class Grant:
     registry: "Grants"
     running: set[str] = field(default_factory=set)
     calls: int = 0
+    usage: Usage | None = None
 
     @property
     def open(self) -> bool:
