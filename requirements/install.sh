@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# install.sh PYTHON VENV cpu|cuda: makes the environment and installs the locks into it.
+# install.sh PYTHON VENV cpu|cuda [runtime]: makes the environment and installs the locks into it.
+# `runtime` leaves out the test tools and expertgate itself: an image copies that in by itself.
 set -euo pipefail
-python=$1 venv=$2 variant=$3
+python=$1 venv=$2 variant=$3 what=${4:-all}
 cd "$(dirname "$0")/.."
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
@@ -13,8 +14,9 @@ cd "$(dirname "$0")/.."
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 
 # --no-deps: the locks are complete, and resolving would bring in what they leave out (lock.py).
-locks=(--no-deps -r "requirements/$variant.txt" -r requirements/dev.txt)
-echo "Installing the $variant build of the engine and the test tools into $venv ..."
+locks=(--no-deps -r "requirements/$variant.txt")
+[ "$what" = runtime ] || locks+=(-r requirements/dev.txt)
+echo "Installing the $variant build of the engine into $venv ..."
 if [ "$variant" = cpu ]; then
   # PyPI has no CPU build of torch: first from wherever pip is set up to look, then from PyTorch's.
   torch=$(grep '^torch==' requirements/cpu.txt)
@@ -23,4 +25,5 @@ if [ "$variant" = cpu ]; then
       --index-url https://download.pytorch.org/whl/cpu
 fi
 "${pip[@]}" install --quiet "${locks[@]}"
-"${pip[@]}" install --quiet --no-deps --no-build-isolation --editable .
+[ "$what" = runtime ] ||
+  "${pip[@]}" install --quiet --no-deps --no-build-isolation --editable .

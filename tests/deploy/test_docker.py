@@ -1,0 +1,203 @@
+"""The image by its parts, since tests have no Docker engine: linted, and its commands run."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import expertgate
+from tests.deploy.dockerfile import ROOT, read
+from tests.server.running import Server, stop
+
+DOCKERFILE = ROOT / "Dockerfile"
+BUILD, FINAL = read(DOCKERFILE)
+COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
+SERVICE = COMPOSE["services"]["expertgate"]
+
+
+def test_hadolint_finds_nothing():
+    done = subprocess.run(
+        [Path(sysconfig.get_path("scripts"), "hadolint"), "--no-color", DOCKERFILE],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_hadolint_finds_what_is_wrong(tmp_path):
+    bad = tmp_path / "Dockerfile"
+    bad.write_text(DOCKERFILE.read_text().replace('"VARIANT"', "VARIANT") + "USER root\n")
+    hadolint = Path(sysconfig.get_path("scripts"), "hadolint")
+    done = subprocess.run([hadolint, bad], capture_output=True, text=True, check=False)
+    assert done.returncode
+    assert "DL3002" in done.stdout  # the last user is root
+
+
+def test_both_stages_start_from_one_image_of_an_exact_version():
+    [default] = re.findall(r"^ARG PYTHON_IMAGE=(\S+)$", DOCKERFILE.read_text(), re.MULTILINE)
+    assert re.search(r":3\.11\.\d+-slim-\w+$", default)
+    assert BUILD.image == "${PYTHON_IMAGE} AS build"
+    assert FINAL.image == "${PYTHON_IMAGE}"
+
+
+def test_the_user_is_a_number_and_not_root():
+    assert FINAL.all("USER") == ["10001:10001"]
+    assert "--uid 10001" in FINAL.all("RUN")[0]
+
+
+def test_labels_tell_the_truth():
+    labels = FINAL.pairs("LABEL")
+    assert labels["org.opencontainers.image.version"] == expertgate.__version__
+    assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
+
+
+def test_nothing_of_the_build_stays_but_the_environment():
+    assert FINAL.all("COPY") == ["--from=build /opt/expertgate /opt/expertgate"]
+
+
+def test_the_context_has_what_is_copied_and_little_else():
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    sources = {name.rstrip("/") for rest in BUILD.all("COPY") for name in rest.split()[:-1]}
+    assert ignored[0] == "*"
+    assert {name.strip("!/") for name in ignored if name.startswith("!")} == sources
+    assert all((ROOT / name).exists() for name in sources)
+
+
+def test_it_installs_as_make_does():
+    install, _ = BUILD.all("RUN")
+    script, *arguments = install.split()
+    assert os.access(ROOT / script, os.X_OK)
+    assert f"\t{script} " in (ROOT / "Makefile").read_text()
+    assert arguments[2:] == ['"${VARIANT}"', "runtime"]
+
+
+def test_compose_gives_the_folders_that_must_be_writable():
+    home = FINAL.pairs("ENV")["HOME"]
+    assert SERVICE["read_only"] is True
+    assert {entry.split(":")[0] for entry in SERVICE["tmpfs"]} == {"/tmp", home}
+    assert SERVICE["cap_drop"] == ["ALL"]
+    assert all(port.startswith("127.0.0.1:") for port in SERVICE["ports"])
+
+
+def in_source(command, source, venv):
+    """A RUN of the build stage, on this machine's paths."""
+    return command.replace("/opt/expertgate", str(venv)).replace(
+        "requirements/install.sh python ", f"requirements/install.sh {sys.executable} "
+    )
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """What the build stage has in /src."""
+    folder = tmp_path_factory.mktemp("src")
+    for rest in BUILD.all("COPY"):
+        *names, target = rest.split()
+        for name in names:
+            origin = ROOT / name.rstrip("/")
+            if origin.is_dir():
+                skip = shutil.ignore_patterns("__pycache__", "*.egg-info")
+                shutil.copytree(origin, folder / target.rstrip("/"), ignore=skip)
+            else:
+                shutil.copy(origin, folder / target)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def venv(source, tmp_path_factory):
+    """/opt/expertgate: our own package installed by the file's command.
+
+    The locks come from the environment that runs the tests, which was made of the same ones;
+    with EXPERTGATE_TEST_IMAGE=1 they are installed anew, by the file's command (minutes, 4 GB).
+    """
+    folder = tmp_path_factory.mktemp("opt") / "expertgate"
+    locks, package = (in_source(command, source, folder) for command in BUILD.all("RUN"))
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    if os.environ.get("EXPERTGATE_TEST_IMAGE"):
+        from vllm.platforms import current_platform
+
+        variant = {"VARIANT": "cpu" if current_platform.is_cpu() else "cuda"}
+        subprocess.run(locks, shell=True, cwd=source, env=environment | variant, check=True)
+    else:
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+        [packages] = folder.glob("lib/python*/site-packages")
+        (packages / "locks.pth").write_text(sysconfig.get_path("purelib"))
+    subprocess.run(package, shell=True, cwd=source, env=environment, check=True)
+    return folder
+
+
+def test_the_installed_package_is_whole(venv):
+    [packages] = venv.glob("lib/python*/site-packages")
+    tracked = subprocess.run(
+        ["git", "ls-files", "expertgate"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert [name for name in tracked if not (packages / name).is_file()] == []
+
+
+READ_ONLY = """
+set -eu
+for folder in /tmp /dev/shm; do mount --bind "$folder" "$folder"; done
+mount -o remount,ro,bind /
+if touch /written 2>/dev/null; then exit 9; fi
+exec "$@"
+"""
+
+
+def may_unshare():
+    probe = ["unshare", "-rm", "sh", "-c", READ_ONLY, "sh", "true"]
+    try:
+        return subprocess.run(probe, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not may_unshare(), reason="needs unprivileged mount namespaces")
+def test_the_start_command_serves_from_a_read_only_root(venv, tmp_path):
+    """ENTRYPOINT with compose's command becomes healthy by HEALTHCHECK's own command."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    start = [
+        part.replace("8000", str(port)).replace("0.0.0.0", "127.0.0.1")
+        for part in FINAL.command("ENTRYPOINT") + SERVICE["command"]
+    ]
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = FINAL.pairs("ENV") | {"HOME": str(home), "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{venv}/bin:/usr/bin:/bin"
+    log = tmp_path / "log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            ["unshare", "-rm", "sh", "-c", READ_ONLY, "sh", *start],
+            cwd="/",
+            env=environment,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+    server = Server(tmp_path, f"http://127.0.0.1:{port}", process)
+    check = json.loads(FINAL.all("HEALTHCHECK")[0].partition("CMD ")[2])
+    healthy = [part.replace("8000", str(port)) for part in check]
+    try:
+        assert subprocess.run(healthy, env=environment, stderr=subprocess.DEVNULL).returncode
+        deadline = time.monotonic() + 180
+        while "Stop with" not in server.log:
+            assert process.poll() is None, server.log
+            assert time.monotonic() < deadline, server.log
+            time.sleep(0.2)
+        subprocess.run(healthy, env=environment, check=True)
+        key = re.findall(r"eg-[\w-]{43}", server.log)[0]
+        server.keys["nurse"] = key
+        assert server.get("/v1/models", "nurse").status_code == 200
+    finally:
+        stop(server)
+    assert process.wait(60) == 0
