@@ -11,13 +11,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 
 import cedarpy
 
+from expertgate.policies.context import ATTRIBUTES, ClaimKind, Context, ContextError, record
 from expertgate.policies.decision import Decision
 from expertgate.policies.expert_set import ExpertSet
 from expertgate.policies.principal import Principal
-from expertgate.policies.schema import SCHEMA, Resource, resource_entities, user_entity
+from expertgate.policies.schema import Resource, resource_entities, schema, user_entity
 from expertgate.policies.statement import PolicyError, Statement, statements
 
 NOT_PERMITTED = "no policy permits it"
@@ -29,31 +31,48 @@ _FAILURE = re.compile(r"error while evaluating policy `policy(\d+)`: (.*)", re.D
 class PolicySet:
     """The policies of one folder, checked against the experts they speak of. Immutable."""
 
-    def __init__(self, policies: Sequence[Statement], resources: Sequence[Resource]) -> None:
+    def __init__(
+        self,
+        policies: Sequence[Statement],
+        resources: Sequence[Resource],
+        claims: Mapping[str, ClaimKind] = MappingProxyType({}),
+    ) -> None:
         """Raises PolicyError for the first policy that doesn't hold; see `load`."""
         for policy in policies:
             policy.check()
         _check_experts(policies, resources)
         self._ids = _ids(policies)
         self._resources = tuple(resources)
-        self._schema = cedarpy.Schema.from_str(SCHEMA)
+        self._claims = dict(claims)
         # One text for validator and evaluator, so that both number its policies alike.
         text = "\n".join(policy.text for policy in policies)
-        _validate(text, policies, self._schema)
+        _validate(text, policies, schema(claims))
         self._policies = cedarpy.PolicySet.from_str(text)
+        # What no policy speaks of is left out of the context, and so out of the cache's key. Were
+        # it spoken of after all, the policy would fail, and deny.
+        self.reads = frozenset(a for a in ATTRIBUTES if any(p.may_name(a) for p in policies))
+        """The attributes of the context that decisions may depend on."""
+        self._schema = cedarpy.Schema.from_str(schema(claims, self.reads))
         entities = resource_entities(resources)
         self._experts = cedarpy.Entities.from_json_str(entities, self._schema)
         self.version = hashlib.sha256(
-            b"expertgate/policy-set/1:" + json.dumps([text, self._ids, SCHEMA, entities]).encode()
+            b"expertgate/policy-set/2:"
+            + json.dumps([text, self._ids, schema(claims), entities]).encode()
         ).hexdigest()
         """Hex SHA-256 over all that a decision depends on, save what it is asked."""
         self._cached = lru_cache(maxsize=_CACHED_DECISIONS)(self._decide)
 
     @classmethod
-    def load(cls, folder: Path, resources: Sequence[Resource]) -> "PolicySet":
+    def load(
+        cls,
+        folder: Path,
+        resources: Sequence[Resource],
+        claims: Mapping[str, ClaimKind] = MappingProxyType({}),
+    ) -> "PolicySet":
         """Every `*.cedar` of `folder`, in the order of their names.
 
-        The position of a resource is the index of its expert. Raises PolicyError where there is no
+        The position of a resource is the index of its expert; `claims` are those that policies may
+        read, by their types. Raises PolicyError where there is no
         policy at all, or one that can't be read or parsed, doesn't fit the schema (Cedar's strict
         validation), names an expert that isn't there, or has another's `@id`.
         """
@@ -72,14 +91,19 @@ class PolicySet:
                 f"{folder}: there is no policy, so no expert could be consulted; put at least one "
                 "`permit(...);` into a *.cedar file there"
             )
-        return cls(policies, resources)
+        return cls(policies, resources, claims)
 
-    def decide(self, principal: Principal, context: Mapping[str, object]) -> Decision:
+    def decide(self, principal: Principal, context: Context) -> Decision:
         """Which experts `principal` may consult. Decisions are cached.
 
-        A context that the schema doesn't know denies every expert, with a reason.
+        What can't be put to the policies (a claim of another type than it is declared, text that
+        is none) denies every expert, with a reason.
         """
-        return self._cached(principal.id, principal.groups, json.dumps(context, sort_keys=True))
+        try:
+            found = record(context, principal, self.reads, self._claims)
+        except ContextError as error:
+            return self._nothing(str(error))
+        return self._cached(principal.id, principal.groups, json.dumps(found, sort_keys=True))
 
     # Its arguments are the key of the cache: a decision sees nothing that isn't in its key.
     def _decide(self, user: str, groups: frozenset[str], context: str) -> Decision:
@@ -87,8 +111,7 @@ class PolicySet:
             entities = self._experts.with_added_json_str(user_entity(user, groups), self._schema)
         except ValueError as error:
             # Half of a surrogate pair in an id: text to Python, not to Cedar.
-            words = f"the principal can't be put to the policies: {error}"
-            return Decision(ExpertSet(0), {r.name: (words,) for r in self._resources}, self.version)
+            return self._nothing(f"the principal can't be put to the policies: {error}")
         results = cedarpy.is_authorized_batch(
             [
                 {
@@ -115,6 +138,9 @@ class PolicySet:
             decided = tuple(sorted({self._id(policy) for policy in diagnostics.reasons}))
             reasons[resource.name] = decided or (NOT_PERMITTED,)
         return Decision(ExpertSet.of(granted), reasons, self.version)
+
+    def _nothing(self, words: str) -> Decision:
+        return Decision(ExpertSet(0), {r.name: (words,) for r in self._resources}, self.version)
 
     def _id(self, policy: str) -> str:
         """Our id of a policy that Cedar calls `policy3`."""
@@ -150,8 +176,8 @@ def _ids(policies: Sequence[Statement]) -> list[str]:
     return [policy.id for policy in policies]
 
 
-def _validate(text: str, policies: Sequence[Statement], schema: cedarpy.Schema) -> None:
-    result = cedarpy.validate_policies(text, schema)
+def _validate(text: str, policies: Sequence[Statement], schema_text: str) -> None:
+    result = cedarpy.validate_policies(text, schema_text)
     for error in result.errors:
         policy = policies[int(error.policy_id.removeprefix("policy"))]
         words = error.error.removeprefix(f"for policy `{error.policy_id}`, ")

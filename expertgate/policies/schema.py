@@ -1,18 +1,20 @@
-"""What policies can speak of: users in groups, the action `consult`, and experts."""
+"""What policies can speak of: users in groups, the action `consult`, experts, and a context."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
-SCHEMA = """\
+from expertgate.policies.context import ATTRIBUTES, ClaimKind, declaration
+
+_SCHEMA = """\
 entity Group;
 entity User in [Group];
-entity Expert = { owner: String, license: String, tags: Set<String> };
-action consult appliesTo {
+entity Expert = {{ owner: String, license: String, tags: Set<String> }};
+action consult appliesTo {{
   principal: [User],
   resource: [Expert],
-  context: { purpose?: String },
-};
+  context: {},
+}};
 """
 
 
@@ -24,6 +26,11 @@ class Resource:
     owner: str
     license: str
     tags: tuple[str, ...]
+
+
+def schema(claims: Mapping[str, ClaimKind], attributes: Set[str] = ATTRIBUTES.keys()) -> str:
+    """Cedar's schema, with these attributes in the context."""
+    return _SCHEMA.format(declaration(attributes, claims))
 
 
 def resource_entities(resources: Iterable[Resource]) -> str:

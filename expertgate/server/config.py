@@ -6,6 +6,7 @@
     identity:
       api_keys: keys.yaml
     policies: policies/            # every *.cedar in it
+    claims: {department: string}   # of tokens, those that policies may read, and their types
     host: 127.0.0.1
     port: 8000
     engine:                        # vLLM's own arguments, as they are
@@ -17,8 +18,9 @@ Paths are relative to the file's folder.
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from expertgate.policies.context import ClaimKind
 from expertgate.server.yaml_file import YamlError, YamlFile
 
 
@@ -28,6 +30,10 @@ class ConfigError(ValueError):
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+ClaimName = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,256}$", strict=True)]
+"""Printable ASCII without blanks; many are addresses, such as `https://acme.example/department`."""
 
 
 class IdentityConfig(_Part):
@@ -44,6 +50,7 @@ class Config(_Part):
     catalogue: Path | None = None
     identity: IdentityConfig
     policies: Path
+    claims: dict[ClaimName, ClaimKind] = Field(default_factory=dict)
     host: str = "127.0.0.1"
     port: Annotated[int, Field(strict=True, ge=0, le=65535)] = 8000
     engine: dict[str, Any] = Field(default_factory=dict)

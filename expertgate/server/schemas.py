@@ -15,6 +15,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMClientError
 
+from expertgate.server.circumstances import Purpose
 from expertgate.server.errors import ApiError, bad_request
 from expertgate.server.limits import check_limits, check_values
 
@@ -64,6 +65,7 @@ _SHARED_FIELDS = frozenset(
         "n",
         "presence_penalty",
         "prompt_logprobs",
+        "purpose",
         "repetition_penalty",
         "response_format",
         "return_token_ids",
@@ -146,6 +148,7 @@ class ChatRequest(ChatCompletionRequest):
     required: ClassVar[str] = "messages"
 
     experts: Experts = None
+    purpose: Purpose = None
 
 
 class TextRequest(CompletionRequest):
@@ -157,6 +160,7 @@ class TextRequest(CompletionRequest):
     required: ClassVar[str] = "prompt"
 
     experts: Experts = None
+    purpose: Purpose = None
 
 
 Body = TypeVar("Body", ChatRequest, TextRequest)

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from starlette.requests import Request
-
 from expertgate.model.catalogue import Catalogue
 from expertgate.policies.cedar import PolicySet
+from expertgate.policies.context import Context
 from expertgate.policies.decision import Decision
 from expertgate.policies.principal import Principal
 from expertgate.server.errors import ApiError
@@ -13,9 +12,6 @@ from expertgate.server.grants import Grants
 from expertgate.server.guard import GuardedLLM
 from expertgate.server.handlers import Handlers
 from expertgate.server.identity import Identity
-
-PURPOSE_HEADER = "X-Purpose"
-_MAX_PURPOSE_CHARS = 256
 
 
 @dataclass(slots=True)
@@ -40,14 +36,6 @@ class Service:
             raise ApiError(503, "engine_unavailable", str(self.engine.dead_error))
         return self.engine, self.handlers
 
-    def decide(self, principal: Principal, request: Request) -> Decision:
-        """What this principal may consult in this request. Raises ApiError 400."""
-        purposes = request.headers.getlist(PURPOSE_HEADER)
-        if len(purposes) > 1:
-            message = f"send one {PURPOSE_HEADER} header, not several"
-            raise ApiError(400, "invalid_request", message, PURPOSE_HEADER)
-        purpose = purposes[0] if purposes else ""
-        if len(purpose) > _MAX_PURPOSE_CHARS or not purpose.isprintable():
-            message = f"{PURPOSE_HEADER} may have {_MAX_PURPOSE_CHARS} printable characters"
-            raise ApiError(400, "invalid_request", message, PURPOSE_HEADER)
-        return self.policies.decide(principal, {"purpose": purpose} if purposes else {})
+    def decide(self, principal: Principal, context: Context) -> Decision:
+        """What this principal may consult in this context."""
+        return self.policies.decide(principal, context)

@@ -43,7 +43,7 @@ def serve_config(
     checkpoint = Checkpoint(locate(wanted, config.revision))
     known = catalogue.load(checkpoint, config.catalogue)
     identity = Identity(config.identity)
-    policies = PolicySet.load(config.policies, _resources(known))
+    policies = PolicySet.load(config.policies, _resources(known), config.claims)
     bound = listen(host or config.host, config.port if port is None else port)
     url = f"http://{_authority(bound)}"
     print(f"expertgate {expertgate.__version__}: starting {wanted} at {url}", flush=True)

@@ -1,3 +1,4 @@
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -5,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertgate.policies.cedar import NOT_PERMITTED, PolicySet
+from expertgate.policies.context import ATTRIBUTES, Context, ip_address
 from expertgate.policies.expert_set import ExpertSet
 from expertgate.policies.principal import Principal
 from expertgate.policies.schema import Resource
@@ -16,15 +18,26 @@ RESOURCES = [
     Resource("news", "herald", "closed", ("text", "daily")),
 ]
 EVERYBODY = "permit(principal, action, resource);"
+CLAIMS = {"department": "string", "level": "integer", "on_call": "boolean", "projects": "strings"}
+NOON = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)  # a Tuesday
+EAST = timezone(timedelta(hours=2))
+ALL = ["public", "math", "news"]
 
 
 def policies(text: str) -> PolicySet:
-    return PolicySet(list(statements(text, Path("rules.cedar"))), RESOURCES)
+    return PolicySet(list(statements(text, Path("rules.cedar"))), RESOURCES, CLAIMS)
 
 
-def granted(text: str, user: str = "alice", *groups: str, **context: object) -> list[str]:
-    decision = policies(text).decide(Principal(user, frozenset(groups)), context)
-    return [RESOURCES[index].name for index in decision.granted]
+def granted(text: str, user: str = "alice", *groups: str, purpose: str | None = None) -> list[str]:
+    return names(text, Principal(user, frozenset(groups)), Context(NOON, purpose))
+
+
+def names(text: str, principal: Principal, context: Context) -> list[str]:
+    return [RESOURCES[i].name for i in policies(text).decide(principal, context).granted]
+
+
+def when(condition: str) -> str:
+    return f"permit(principal, action, resource) when {{ {condition} }};"
 
 
 @pytest.mark.parametrize(
@@ -70,7 +83,7 @@ def test_reasons_are_ids_or_places_or_say_that_nothing_permits():
         '@id("public-to-all") permit(principal, action, resource == Expert::"public");\n'
         'permit(principal, action, resource == Expert::"public");\n'
         '@id("not-math") forbid(principal, action, resource == Expert::"math");'
-    ).decide(Principal("alice"), {})
+    ).decide(Principal("alice"), Context(NOON))
     assert found.reasons == {
         "public": ("public-to-all", "rules.cedar:2"),
         "math": ("not-math",),
@@ -83,21 +96,107 @@ def test_a_failing_forbid_denies():
     found = policies(
         EVERYBODY + '@id("sum") forbid(principal, action, resource == Expert::"math")'
         "when { 9223372036854775807 + 1 > 0 };"
-    ).decide(Principal("alice"), {})
+    ).decide(Principal("alice"), Context(NOON))
     assert found.granted == ExpertSet.of([0, 2])
     (reason,) = found.reasons["math"]
     assert reason.startswith("sum failed: integer overflow")
 
 
-@pytest.mark.parametrize(
-    "context",
-    [{"purpose": 1}, {"purpose": None}, {"porpoise": "care"}, {"purpose": "\ud800"},
-     {"purpose": {"__entity": {"type": "User", "id": "root"}}}],
-)  # fmt: skip
-def test_a_context_outside_the_schema_denies_everything(context):
-    found = policies(EVERYBODY).decide(Principal("alice"), context)
+def test_half_a_surrogate_pair_as_purpose_denies_everything():
+    text = when('context has purpose && context.purpose != "x"')
+    found = policies(text).decide(Principal("alice"), Context(NOON, "\ud800"))
     assert not found.granted
     assert all(reasons != (NOT_PERMITTED,) for reasons in found.reasons.values())
+
+
+@pytest.mark.parametrize(
+    ("condition", "time", "expected"),
+    [
+        ('context.time < datetime("2027-01-01")', NOON, ALL),
+        ('context.time < datetime("2026-11-24T12:00:00Z")', NOON, []),
+        ('context.time.toTime() >= duration("8h") && context.weekday <= 5', NOON, ALL),
+        ("context.weekday == 2", NOON, ALL),
+        ("context.weekday == 3", NOON.replace(hour=23, minute=59, second=59), []),
+        # A time of another zone is the same moment.
+        (
+            "context.weekday == 3",
+            datetime(2026, 11, 25, 1, tzinfo=timezone(timedelta(hours=2))),
+            [],
+        ),
+        ('context["ti\\u{6d}e"] == datetime("2026-11-24T12:00:00Z")', NOON, ALL),
+        # In whole seconds, so that a decision that read it holds for the second.
+        (
+            'context.time == datetime("2026-11-24T12:00:00Z")',
+            NOON.replace(microsecond=999_999),
+            ALL,
+        ),
+    ],
+)
+def test_time(condition, time, expected):
+    assert names(when(condition), Principal("alice"), Context(time)) == expected
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("10.1.2.3", ALL),
+        ("::ffff:10.1.2.3", ALL),  # how a socket that speaks both shows an IPv4 client
+        ("11.1.2.3", []),
+        ("::1", []),
+        (None, []),
+        ("testclient", []),
+        ("10.1.2.3, 10.0.0.1", []),
+    ],
+)
+def test_address(address, expected):
+    text = when('context has address && context.address.isInRange(ip("10.0.0.0/8"))')
+    assert names(text, Principal("alice"), Context(NOON, None, ip_address(address))) == expected
+
+
+def test_a_zone_is_no_part_of_an_address():
+    text = when('context has address && context.address == ip("fe80::1")')
+    context = Context(NOON, None, ip_address("fe80::1%eth0"))
+    assert names(text, Principal("alice"), context) == ALL
+
+
+@pytest.mark.parametrize(
+    ("claims", "condition", "expected"),
+    [
+        ({"department": "care"}, 'context.claims.department == "care"', ALL),
+        ({"department": "law"}, 'context.claims.department == "care"', []),
+        ({}, 'context.claims.department == "care"', []),
+        ({"level": 3}, "context.claims.level >= 3", ALL),
+        ({"on_call": True}, "context.claims.on_call", ALL),
+        ({"projects": ["a", "b"]}, 'context.claims.projects.contains("b")', ALL),
+        ({"projects": frozenset({"a"})}, 'context.claims.projects.contains("b")', []),
+        # Not declared, so nobody's.
+        ({"level": 3, "root": True, "__entity": {}}, "context.claims.level == 3", ALL),
+    ],
+)
+def test_claims(claims, condition, expected):
+    first = condition.partition("claims.")[2].partition(" ")[0].partition(".")[0]
+    text = when(f"context.claims has {first} && {condition}")
+    assert names(text, Principal("alice", claims=claims), Context(NOON)) == expected
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [{"department": 1}, {"department": None}, {"level": "3"}, {"level": True}, {"level": 2.0},
+     {"level": 1 << 63}, {"on_call": 1}, {"projects": "ab"}, {"projects": [1]},
+     {"department": {"__entity": {"type": "User", "id": "root"}}}, {"department": "\ud800"}],
+)  # fmt: skip
+def test_a_claim_of_another_type_denies_everything_also_past_a_forbid(claims):
+    text = EVERYBODY + "forbid(principal, action, resource) when { context.claims has level };"
+    found = policies(text).decide(Principal("alice", claims=claims), Context(NOON))
+    assert not found.granted
+    assert all("declared" in reason or "build" in reason for (reason,) in found.reasons.values())
+
+
+def test_names_of_claims_may_be_addresses():
+    rules = list(statements(when('context.claims has "https://a/b"'), Path("r.cedar")))
+    found = PolicySet(rules, RESOURCES, {"https://a/b": "string"})
+    assert found.decide(Principal("x", claims={"https://a/b": ""}), Context(NOON)).granted
+    assert not found.decide(Principal("x"), Context(NOON)).granted
 
 
 ODD_IDS = [
@@ -120,7 +219,7 @@ def test_odd_ids_can_be_named_by_policies():
 
 
 def test_half_a_surrogate_pair_is_denied_with_a_reason():
-    found = policies(EVERYBODY).decide(Principal("\ud800"), {})
+    found = policies(EVERYBODY).decide(Principal("\ud800"), Context(NOON))
     assert not found.granted
     assert "can't be put to the policies" in found.reasons["public"][0]
 
@@ -129,7 +228,7 @@ def test_half_a_surrogate_pair_is_denied_with_a_reason():
 @given(st.text(), st.frozensets(st.text(), max_size=3), st.text())
 def test_nobody_becomes_root_by_a_name(user, groups, purpose):
     text = 'permit(principal == User::"root", action, resource == Expert::"math");'
-    found = policies(text).decide(Principal(user, groups), {"purpose": purpose})
+    found = policies(text).decide(Principal(user, groups), Context(NOON, purpose))
     assert (found.granted == ExpertSet.of([1])) == (user == "root")
 
 
@@ -141,10 +240,38 @@ def test_decisions_are_cached_by_all_they_depend_on():
         'when { context has purpose && context.purpose == "a" };'
     )
     principals = [Principal("a"), Principal("b"), Principal("b", frozenset({"a"}))]
+    contexts = [Context(NOON), Context(NOON, "a")]
     for _ in range(2):
-        sets = [found.decide(p, c).granted for p in principals for c in ({}, {"purpose": "a"})]
+        sets = [found.decide(p, c).granted for p in principals for c in contexts]
         assert [list(s) for s in sets] == [[0], [0, 2], [], [2], [1], [1, 2]]
-    assert found.decide(Principal("a"), {}) is found.decide(Principal("a"), {})
+    later = Context(NOON + timedelta(days=1), None, ip_address("10.0.0.1"))
+    # None of these policies reads the clock or the address.
+    assert found.decide(Principal("a"), later) is found.decide(Principal("a"), Context(NOON))
+
+
+def test_a_decision_that_read_the_clock_ends_with_its_second():
+    found = policies(when('context.time < datetime("2026-11-24T12:00:01Z")'))
+    assert found.reads == {"time"}
+    within = found.decide(Principal("a"), Context(NOON.replace(microsecond=999_999)))
+    assert within.granted
+    assert within is found.decide(Principal("a"), Context(NOON))
+    assert not found.decide(Principal("a"), Context(NOON + timedelta(seconds=1))).granted
+
+
+@pytest.mark.parametrize(
+    ("condition", "read"),
+    [
+        ("true", set()),
+        ("context has time", {"time"}),
+        ('context has "weekday"', {"weekday"}),
+        ('context["ti\\u{6d}e"] > datetime("2026-01-01")', set(ATTRIBUTES)),
+        ("(if true then context else context).weekday == 1", {"weekday"}),
+        ('resource.owner == "time"', {"time"}),  # more than is read does no harm
+        ("context.claims has level", {"claims"}),
+    ],
+)
+def test_what_decisions_depend_on(condition, read):
+    assert policies(when(condition)).reads == read
 
 
 @pytest.mark.parametrize(
@@ -189,8 +316,11 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path):
     (tmp_path / "b.cedar").write_text(EVERYBODY)
     (tmp_path / "a.cedar").write_text("// nothing\n\n" + EVERYBODY)
     (tmp_path / "c.txt").write_text("no policy")
-    found = PolicySet.load(tmp_path, RESOURCES)
-    assert found.decide(Principal("x"), {}).reasons["public"] == ("a.cedar:3", "b.cedar:1")
+    found = PolicySet.load(tmp_path, RESOURCES).decide(Principal("x"), Context(NOON))
+    assert found.reasons["public"] == (
+        "a.cedar:3",
+        "b.cedar:1",
+    )
 
 
 @pytest.mark.parametrize("content", [None, "", "// only words\n"])

@@ -199,13 +199,43 @@ def test_two_purposes_are_refused(service):
     assert client.get("/v1/experts", headers=headers).status_code == 400
 
 
-@pytest.mark.parametrize("purpose", ["x" * 257, "a\tb", "a\x85b"])
+@pytest.mark.parametrize("purpose", ["", "x" * 257, "a\tb", "a\x85b", "\xe9"])
 def test_a_purpose_fits_a_log_line(service, purpose):
     client = TestClient(create_app(service))
     headers = {"user": "alice", "X-Purpose": purpose.encode("latin-1")}
     response = client.get("/v1/experts", headers=headers)
     assert error_of(response) == (400, "invalid_request")
     assert client.get("/v1/experts", headers={**headers, "X-Purpose": "x" * 256}).is_success
+
+
+def test_a_purpose_may_stand_in_header_or_body_and_reaches_the_policy(service):
+    seen = []
+
+    def decide(principal, context):
+        seen.append((context.purpose, context.address))
+        return Decision(ExpertSet(0), {}, "v")
+
+    service.policies = SimpleNamespace(decide=decide)
+    client = TestClient(create_app(service), client=("10.0.0.7", 5000))
+
+    def ask(header, body):
+        headers = {"user": "alice"} | ({} if header is None else {"X-Purpose": header})
+        more = {} if body is None else {"purpose": body}
+        return error_of(
+            client.post("/v1/completions", json={"prompt": "a", **more}, headers=headers)
+        )
+
+    refused = (403, "expert_not_permitted")
+    assert [ask(None, None), ask("care", None), ask(None, "care"), ask("care", "care")] == [
+        refused
+    ] * 4
+    # Whatever headers of a proxy say, the address is the connection's.
+    client.get("/v1/experts", headers={"user": "alice", "X-Forwarded-For": "1.2.3.4"})
+    assert [purpose for purpose, _ in seen] == [None, "care", "care", "care", None]
+    assert {str(address) for _, address in seen} == {"10.0.0.7"}
+    for header, body in (("care", "ads"), (None, ""), (None, "\xe9"), ("care", "Care"), (None, 1)):
+        assert ask(header, body) == (400, "invalid_request")
+    assert len(seen) == 5
 
 
 def test_there_are_no_pages_only_the_document(service):

@@ -59,6 +59,8 @@ def test_engine_arguments_pass_through_as_they_are(load):
         ),
         (LEAST + "port: 70000\n", ["3: port: Input should be less than or equal to 65535"]),
         (LEAST + "port: true\n", ["3: port: Input should be a valid integer"]),
+        (LEAST + "claims: {a: text}\n", ["3: claims.a: Input should be 'string', 'integer'"]),
+        (LEAST + "claims: {a b: string}\n", ["3: claims.a b"]),
         (LEAST + "model: 7\n", ["3: model: Input should be a valid string"]),
         (LEAST + "engine: [1]\n", ["3: engine: Input should be a valid dictionary"]),
         (LEAST + "port: 1\nport: 2\n", ["4: port: is given twice"]),

@@ -4,6 +4,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 
 import expertgate
+from expertgate.server.circumstances import context_of
 from expertgate.server.service import Service
 
 
@@ -41,7 +42,7 @@ async def models(request: Request) -> JSONResponse:
 async def experts(request: Request) -> JSONResponse:
     """The catalogue, as far as the caller is granted it."""
     service = _service(request)
-    decision = service.decide(await service.identity.identify(request), request)
+    decision = service.decide(await service.identity.identify(request), context_of(request))
     # An index would tell how many experts there are that the caller may not know of.
     shown = [
         service.catalogue.experts[index].model_dump(mode="json", exclude={"index"})

@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from expertgate.server import answers, schemas
+from expertgate.server.circumstances import context_of
 from expertgate.server.grants import HANDLE_ARG, Grant
 from expertgate.server.guard import GuardedLLM
 from expertgate.server.handlers import Handlers
@@ -46,7 +47,7 @@ async def _generate(
     body = schemas.read(kind, await read_body(request))
     engine, handlers = service.running()
     selection = select(body, request.headers, handlers.model_name)
-    decision = service.decide(principal, request)
+    decision = service.decide(principal, context_of(request, body.purpose))
     experts = effective(selection, decision.granted, service.catalogue)
 
     grant = service.grants.issue(experts, principal.id)
