@@ -3,7 +3,7 @@
     model: ./checkpoint            # a folder, or a Hub id; the command line may name it instead
     revision: main                 # of a Hub id
     catalogue: experts.json        # default: beside the model's config.json
-    identity:
+    identity:                      # see identity_config
       api_keys: keys.yaml
     policies: policies/            # every *.cedar in it
     claims: {department: string}   # of tokens, those that policies may read, and their types
@@ -21,6 +21,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from expertgate.policies.context import ClaimKind
+from expertgate.server.identity_config import IdentityConfig
 from expertgate.server.yaml_file import YamlError, YamlFile
 
 
@@ -28,22 +29,14 @@ class ConfigError(ValueError):
     """What is wrong with a configuration: one fault a line, each with file, line and place."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
 ClaimName = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,256}$", strict=True)]
 """Printable ASCII without blanks; many are addresses, such as `https://acme.example/department`."""
 
 
-class IdentityConfig(_Part):
-    """Where credentials are looked up."""
-
-    api_keys: Path
-
-
-class Config(_Part):
+class Config(BaseModel):
     """See the module's words for an example."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: Annotated[str, Field(min_length=1)] | None = None
     revision: str | None = None
@@ -76,7 +69,7 @@ class Config(_Part):
             update={
                 "model": model,
                 "catalogue": None if self.catalogue is None else folder / self.catalogue,
-                "identity": IdentityConfig(api_keys=folder / self.identity.api_keys),
+                "identity": self.identity.beside(folder),
                 "policies": folder / self.policies,
             }
         )

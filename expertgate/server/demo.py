@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
-from expertgate.server.config import Config, IdentityConfig
-from expertgate.server.keys import create_key
+from expertgate.server.config import Config
+from expertgate.server.identity_config import IdentityConfig
+from expertgate.server.key_edits import create_key
 from expertgate.server.serving import serve_config
 
 DEMO = Path(str(files("expertgate"))) / "demo"

@@ -2,14 +2,15 @@
 
 from typing import Protocol
 
+from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
 
 from expertgate.policies.principal import Principal
-from expertgate.server.config import IdentityConfig
-from expertgate.server.errors import ApiError, invalid_credential
+from expertgate.server.errors import invalid_credential
+from expertgate.server.gateway import named_user, refuse_named_user
+from expertgate.server.identity_config import IdentityConfig
 from expertgate.server.keys import PREFIX, BadCredential, KeyStore
-
-_ASSERTED = ("X-Forwarded-User", "X-Forwarded-Groups")
+from expertgate.server.names import ANONYMOUS
 
 
 class CredentialSource(Protocol):
@@ -26,23 +27,38 @@ class CredentialSource(Protocol):
 
 
 class ApiKeys:
-    """`Authorization: Bearer eg-…`."""
+    """`Authorization: Bearer eg-…`: the key's own user, or the one whom a gateway's key names."""
 
     def __init__(self, keys: KeyStore) -> None:
         self._keys = keys
 
     async def identify(self, connection: HTTPConnection) -> Principal | None:
-        scheme, _, secret = connection.headers.get("Authorization", "").partition(" ")
-        secret = secret.strip(" ")
-        if scheme.lower() != "bearer" or not secret.startswith(PREFIX):
+        secret = bearer(connection.headers)
+        if not secret.startswith(PREFIX):
             return None
         try:
-            return self._keys.principal_for(secret)
+            key = self._keys.key_for(secret)
         except BadCredential:
             raise invalid_credential("this API key is not valid") from None
+        if key.may_assert:
+            return named_user(key, connection.headers)
+        refuse_named_user(connection.headers)
+        return Principal(key.id, key.groups, via="key")
 
     def refresh(self) -> int:
         return self._keys.refresh()
+
+
+class Anonymous:
+    """No credential at all; a bad one is not none."""
+
+    async def identify(self, connection: HTTPConnection) -> Principal | None:
+        if "Authorization" in connection.headers:
+            return None
+        return Principal(ANONYMOUS, via=ANONYMOUS)
+
+    def refresh(self) -> int:
+        return 0
 
 
 class Identity:
@@ -50,23 +66,35 @@ class Identity:
 
     def __init__(self, config: IdentityConfig) -> None:
         """Raises KeysError."""
-        self._sources: tuple[CredentialSource, ...] = (ApiKeys(KeyStore(config.api_keys)),)
+        self._keys = ApiKeys(KeyStore(config.api_keys)) if config.api_keys else None
+        others: list[CredentialSource] = []
+        if config.anonymous:
+            others.append(Anonymous())
+        self._others = tuple(others)
 
     async def identify(self, connection: HTTPConnection) -> Principal:
-        """Raises ApiError: 401 without a credential that holds, 400 for an asserted identity."""
-        for name in _ASSERTED:
-            if name in connection.headers:
-                # Ignored, it would leave a gateway believing that its user is the one who asks.
-                raise ApiError(400, "invalid_request", f"header {name} may not be sent here", name)
+        """Raises ApiError: 401 without a credential that holds, 400 for a user named wrongly."""
         if len(connection.headers.getlist("Authorization")) > 1:
             # Something in front of us may have judged the other one.
             raise invalid_credential("send one Authorization header, not several")
-        for source in self._sources:
+        principal = await self._keys.identify(connection) if self._keys else None
+        if principal is not None:
+            return principal
+        # Only a key makes a gateway.
+        refuse_named_user(connection.headers)
+        for source in self._others:
             principal = await source.identify(connection)
             if principal is not None:
                 return principal
-        raise invalid_credential("send an API key: 'Authorization: Bearer eg-...'")
+        raise invalid_credential("send a credential: 'Authorization: Bearer ...'")
 
     def refresh(self) -> int:
         """A number that grows where a credential that held may not hold now, or be another's."""
-        return sum(source.refresh() for source in self._sources)
+        keys = self._keys.refresh() if self._keys else 0
+        return keys + sum(source.refresh() for source in self._others)
+
+
+def bearer(headers: Headers) -> str:
+    """The bearer token of a request (RFC 6750 §2.1), or nothing."""
+    scheme, _, token = headers.get("Authorization", "").partition(" ")
+    return token.strip(" ") if scheme.lower() == "bearer" else ""

@@ -3,65 +3,54 @@
     - id: alice
       sha256: 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08
       groups: [research]
-      expires: 2027-01-01T00:00:00Z     # may be missing
+      created: 2026-11-24T12:00:00Z     # this and what follows may be missing
+      expires: 2027-01-01T00:00:00Z
+      revoked: 2026-12-01T00:00:00Z     # no longer valid; the id stays taken
+      may_assert: true                  # a gateway's: it names the users that it asks for
+      previous: [{sha256: 2c26b46b…, expires: 2026-11-25T12:00:00Z}]  # replaced, and valid so long
 
 A key is `eg-` and 256 random bits, so its plain SHA-256 can't be turned back; it is shown once,
 when it is made, and is in no file, log, error or repr of ours.
 """
 
-import base64
-import fcntl
 import hashlib
 import hmac
 import logging
-import os
-import secrets
-import tempfile
-import textwrap
-import time
-from collections.abc import Iterable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    StrictBool,
     StringConstraints,
-    ValidationError,
 )
 
-from expertgate.policies.principal import Principal
-from expertgate.server.yaml_file import YamlError, YamlFile
+from expertgate.server.names import Name, key_id
+from expertgate.server.watched import WatchedFile
+from expertgate.server.yaml_file import Place, YamlError, YamlFile
 
 log = logging.getLogger(__name__)
 
 PREFIX = "eg-"
-_SECRET_BYTES = 32
-_LOOK_EVERY_S = 0.2
 
 
 class KeysError(ValueError):
-    """A key file that can't be read or added to: one fault a line, with file, line and place."""
+    """A key file that can't be read or changed: one fault a line, with file, line and place."""
 
 
 class BadCredential(Exception):  # noqa: N818  (what it is, and named as one)
     """A key that is unknown, revoked or expired; which of them is for the log alone."""
 
 
-def _printable(text: str) -> str:
-    # Ids and groups end up in logs, one line each.
-    if not text.isprintable():
-        raise ValueError("must be printable text")
-    return text
-
-
-def _time(value: object) -> datetime | None:
-    if value is None:
-        return None
+def _time(value: object) -> datetime:
+    if isinstance(value, datetime):
+        return value
     try:
         if not isinstance(value, str):
             raise ValueError
@@ -73,197 +62,128 @@ def _time(value: object) -> datetime | None:
     return time
 
 
-Name = Annotated[str, StringConstraints(min_length=1, max_length=256), AfterValidator(_printable)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Time = Annotated[datetime, BeforeValidator(_time)]
+# Nothing at all, as in `expires:`, is refused: one reader's "never" is another's "already".
+OptionalTime = Annotated[datetime | None, BeforeValidator(_time)]
 
 
-class Key(BaseModel):
-    """What is known of one API key."""
-
+class _Entry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    id: Name
+
+class Replaced(_Entry):
+    """The hash of a secret that was replaced, and when it ends."""
+
+    sha256: Sha256
+    expires: Time
+
+
+class Key(_Entry):
+    """What is known of one API key."""
+
+    id: Annotated[Name, AfterValidator(key_id)]
     sha256: Sha256
     groups: frozenset[Name] = frozenset()
-    expires: Annotated[datetime | None, BeforeValidator(_time)] = None
+    created: OptionalTime = None
+    expires: OptionalTime = None
+    revoked: OptionalTime = None
+    may_assert: StrictBool = False
+    """A gateway's, which asks for its users; `groups` are then all that they may have."""
+    previous: tuple[Replaced, ...] = ()
+
+    def state(self, now: datetime) -> str:
+        """`active`, `expired` or `revoked`."""
+        if self.revoked is not None:
+            return "revoked"
+        return "active" if self.expires is None or now < self.expires else "expired"
+
+    def secrets(self) -> Iterator[tuple[Place, str, datetime | None]]:
+        """Of each of its secrets: the hash's place in the entry, the hash, and when it ends."""
+        yield ("sha256",), self.sha256, self.expires
+        for index, replaced in enumerate(self.previous):
+            yield ("previous", index, "sha256"), replaced.sha256, replaced.expires
 
 
-def create_key(path: Path, id: str, groups: Iterable[str], expires: datetime | None) -> str:  # noqa: A002
-    """Adds a key to the file, made if it is missing, and gives the secret, which is kept nowhere.
-
-    Other entries and comments stay as they are; at every moment the file is the old or the new
-    one, and of two creators neither loses a key. Raises KeysError where the file can't be read or
-    written, the id is taken, or an argument doesn't fit.
-    """
-    secret = PREFIX + base64.urlsafe_b64encode(secrets.token_bytes(_SECRET_BYTES)).decode().rstrip(
-        "="
-    )
-    entry: dict[str, object] = {"id": id, "sha256": _hash(secret), "groups": sorted(set(groups))}
-    if expires is not None:
-        entry["expires"] = expires.isoformat()
-    try:
-        Key.model_validate(entry)
-    except ValidationError as error:
-        fault = error.errors(include_input=False)[0]
-        raise KeysError(
-            f"{fault['loc'][0]}: {fault['msg'].removeprefix('Value error, ')}"
-        ) from None
-    try:
-        target = path.resolve()
-        # The file is replaced by a new one, so it is its folder that is locked.
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
-            old = target.read_bytes() if target.exists() else b""
-            known = _parse(old, path)
-            if id in (key.id for key in known):
-                raise KeysError(f"{path}: there is a key {id!r}; choose another id, or remove it")
-            new = _appended(old, entry, path)
-            if len(_parse(new, path)) != len(known) + 1:
-                raise KeysError(f"{path}: nothing can be added at its end; is it one plain list?")
-            _replace(target, new)
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise KeysError(f"{path}: {error.strerror or error}") from None
-    return secret
+@dataclass(frozen=True, slots=True)
+class _Secret:
+    sha256: str
+    key: Key
+    ends: datetime | None
 
 
 class KeyStore:
     """The keys of a file, read again when it changes; a broken file leaves the old ones in force.
 
-    A key whose entry is gone is revoked, within a fifth of a second.
+    A key whose entry is gone is revoked, as one that is marked so, within a fifth of a second.
     """
 
     def __init__(self, path: Path) -> None:
         """Raises KeysError."""
-        self._path = path
-        self._looked = time.monotonic()
-        self._stamp = _stamp(path)
-        self._fault = ""
-        self._changes = 0
-        self._keys = _by_hash(_read(path), path)
-
-    def principal_for(self, secret: str) -> Principal:
-        """Raises BadCredential, for a wrong key and an expired one alike."""
-        self._refresh()
         try:
-            digest = _hash(secret)
+            self._file = WatchedFile(path, _by_hash)
+        except OSError as error:
+            raise KeysError(f"{path}: {error.strerror or error}") from None
+
+    def refresh(self) -> int:
+        """Looks at the file now; how often other keys have come into force since the start."""
+        return self._file.refresh()
+
+    def key_for(self, secret: str) -> Key:
+        """Raises BadCredential, for a wrong key and an expired one alike."""
+        known = self._file.get()
+        try:
+            digest = hash_of(secret)
         except UnicodeEncodeError:
             # Half of a surrogate pair; the error would have the secret in it.
             raise BadCredential from None
         # What the look-up's time could tell is about the hash, of which the caller chooses no bit
         # towards a known one: to learn anything of a key is to invert SHA-256. The comparison in
         # constant time costs nothing, and keeps that true of the last step.
-        key = self._keys.get(digest)
-        if key is None or not hmac.compare_digest(key.sha256, digest):
-            log.info("refused a key that is not in %s", self._path)
+        found = known.get(digest)
+        if found is None or not hmac.compare_digest(found.sha256, digest):
+            log.info("refused a key that is not in %s", self._file.path)
             raise BadCredential
-        if key.expires is not None and key.expires <= datetime.now(UTC):
-            log.info("refused key %s, which expired at %s", key.id, key.expires.isoformat())
+        key, now = found.key, datetime.now(UTC)
+        if key.state(now) != "active":
+            log.info("refused key %s, which is %s", key.id, key.state(now))
             raise BadCredential
-        return Principal(key.id, key.groups, via="key")
-
-    def _refresh(self) -> None:
-        if time.monotonic() - self._looked >= _LOOK_EVERY_S:
-            self.refresh()
-
-    def refresh(self) -> int:
-        """Looks at the file now; how often other keys have come into force since the start."""
-        self._looked = time.monotonic()
-        # Before it is read: what is written meanwhile changes the stamp once more.
-        stamp = _stamp(self._path)
-        if stamp == self._stamp:
-            self._fault = ""
-            return self._changes
-        try:
-            raw = _read(self._path)
-        except KeysError as error:
-            # The stamp stays the old one: what can't be read now is tried at the next look.
-            self._failed(error)
-            return self._changes
-        self._stamp = stamp
-        try:
-            self._keys = _by_hash(raw, self._path)
-        except KeysError as error:
-            self._failed(error)
-            return self._changes
-        self._fault = ""
-        self._changes += 1
-        log.info("%s: %d keys are in force", self._path, len(self._keys))
-        return self._changes
-
-    def _failed(self, error: KeysError) -> None:
-        """Says it once for each change of the fault, not at every look."""
-        fault = str(error).replace("\n", "; ")
-        if fault != self._fault:
-            log.error("the keys read before stay in force: %s", fault)
-        self._fault = fault
+        if found.ends is not None and found.ends <= now:
+            log.info("refused key %s: this secret of it was replaced", key.id)
+            raise BadCredential
+        return key
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise KeysError(f"{path}: {error.strerror or error}") from None
+def hash_of(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def _by_hash(raw: bytes, path: Path) -> dict[str, Key]:
-    return {key.sha256: key for key in _parse(raw, path)}
-
-
-def _parse(raw: bytes, path: Path) -> list[Key]:
+def parse_keys(raw: bytes, path: Path) -> list[Key]:
     """The keys of a file; an empty one has none. Raises KeysError."""
     try:
         file = YamlFile.parse(raw, path)
         if file.value is None:
             return []
         keys = file.validate(list[Key])
-        for field in ("id", "sha256"):
-            first: dict[str, int] = {}
-            for index, key in enumerate(keys):
-                value = getattr(key, field)
-                if value in first:
-                    raise file.fault((index, field), f"is that of entry [{first[value]}] as well")
-                first[value] = index
+        seen: dict[str, int] = {}
+        for index, key in enumerate(keys):
+            own = [
+                (("id",), f"id {key.id}"),
+                *((place, hash_) for place, hash_, _ in key.secrets()),
+            ]
+            for place, value in own:
+                if value in seen:
+                    words = f"is that of entry [{seen[value]}] as well"
+                    raise file.fault((index, *place), words)
+                seen[value] = index
     except YamlError as error:
         raise KeysError(str(error)) from None
     return keys
 
 
-def _appended(old: bytes, entry: dict[str, object], path: Path) -> bytes:
-    """The text of the file with one more item, indented as its list is."""
-    node = yaml.compose(old, Loader=yaml.CSafeLoader)
-    if isinstance(node, yaml.SequenceNode) and node.flow_style:
-        raise KeysError(f"{path}: is a list in [brackets]; write its entries one by one, with '- '")
-    item = yaml.safe_dump([entry], sort_keys=False, allow_unicode=True)
-    indent = " " * node.start_mark.column if node is not None and node.start_mark else ""
-    separator = b"" if not old or old.endswith(b"\n") else b"\n"
-    return old + separator + textwrap.indent(item, indent).encode()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _hash(secret: str) -> str:
-    return hashlib.sha256(secret.encode()).hexdigest()
-
-
-def _stamp(path: Path) -> tuple[int, int, int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    # The time of a change as well: of its mode, or by someone who set the other time back.
-    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
+def _by_hash(raw: bytes, path: Path) -> dict[str, _Secret]:
+    return {
+        sha256: _Secret(sha256, key, ends)
+        for key in parse_keys(raw, path)
+        for _, sha256, ends in key.secrets()
+    }

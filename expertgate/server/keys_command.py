@@ -1,39 +1,70 @@
-"""`expertgate keys`: making API keys."""
+"""`expertgate keys`: making, listing, replacing and ending API keys."""
 
 import re
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import click
 
-from expertgate.server.keys import create_key
+from expertgate.server.key_edits import create_key, expire_key, revoke_key, rotate_key
+from expertgate.server.keys import Key, KeysError, parse_keys
 
-_DAYS = re.compile(r"([1-9][0-9]{0,3})d")
+_SPAN = re.compile(r"([0-9]{1,4})([dhm])")
+_UNITS = {"d": "days", "h": "hours", "m": "minutes"}
+
+
+def _span(text: str) -> timedelta | None:
+    match = _SPAN.fullmatch(text)
+    return timedelta(**{_UNITS[match[2]]: int(match[1])}) if match else None
+
+
+def _grace(_: click.Context, __: click.Parameter, value: str) -> timedelta:
+    span = _span(value)
+    if span is None:
+        raise click.BadParameter(f"{value!r} is no time span, such as 24h, 30m or 7d")
+    return span
 
 
 def _expiry(_: click.Context, __: click.Parameter, value: str | None) -> datetime | None:
     if value is None:
         return None
     now = datetime.now(UTC).replace(microsecond=0)
-    days = _DAYS.fullmatch(value)
-    if days:
-        return now + timedelta(days=int(days[1]))
-    try:
-        time = datetime.fromisoformat(value)
-    except ValueError:
-        raise click.BadParameter(
-            f"{value!r} is neither days, as 30d, nor an ISO 8601 time"
-        ) from None
+    span = _span(value)
+    if span is not None:
+        time = now + span
+    else:
+        try:
+            time = datetime.fromisoformat(value)
+        except ValueError:
+            raise click.BadParameter(
+                f"{value!r} is neither a time span, as 30d, nor an ISO 8601 time"
+            ) from None
     if time.tzinfo is None:
         raise click.BadParameter(f"{value!r} has no time zone; add Z if UTC is meant")
     if time <= now:
-        raise click.BadParameter(f"{value!r} is past")
+        raise click.BadParameter(f"{value!r} is not in the future")
     return time
+
+
+def _file(help: str) -> Callable[[Any], Any]:  # noqa: A002
+    return click.option(
+        "--file",
+        "path",
+        type=click.Path(dir_okay=False, path_type=Path),
+        default="keys.yaml",
+        show_default=True,
+        help=help,
+    )
 
 
 @click.group()
 def keys() -> None:
-    """API keys: a file of their hashes, and whose they are."""
+    """API keys: a file of their hashes, and whose they are.
+
+    A running server sees every change at once.
+    """
 
 
 @keys.command()
@@ -41,15 +72,88 @@ def keys() -> None:
 @click.option("--group", "groups", multiple=True, help="A group of theirs; may be repeated.")
 @click.option("--expires", callback=_expiry, metavar="30d|TIME", help="When it ends, if ever.")
 @click.option(
-    "--file",
-    "path",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default="keys.yaml",
-    show_default=True,
-    help="The key file; made if it is missing.",
+    "--may-assert",
+    is_flag=True,
+    help="For a gateway: it names its users, with no other groups than these.",
 )
-def create(id: str, groups: tuple[str, ...], expires: datetime | None, path: Path) -> None:  # noqa: A002
+@_file("The key file; made if it is missing.")
+def create(
+    id: str,  # noqa: A002
+    groups: tuple[str, ...],
+    expires: datetime | None,
+    may_assert: bool,
+    path: Path,
+) -> None:
     """Make a key and print it, this once."""
-    secret = create_key(path, id, groups, expires)
+    secret = create_key(path, id, groups, expires, may_assert=may_assert)
     click.echo(secret)
     click.echo(f"{path} has its hash; the key itself is shown only here", err=True)
+
+
+@keys.command("list")
+@_file("The key file.")
+def list_(path: Path) -> None:
+    """Say which keys there are, without any secret."""
+    try:
+        known = parse_keys(path.read_bytes(), path)
+    except OSError as error:
+        raise KeysError(f"{path}: {error.strerror or error}") from None
+    now = datetime.now(UTC)
+    rows = [("ID", "STATE", "CREATED", "EXPIRES", "GROUPS"), *(_row(key, now) for key in known)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        click.echo("  ".join(cells).rstrip())
+
+
+@keys.command()
+@click.argument("id")
+@click.option(
+    "--grace",
+    callback=_grace,
+    default="24h",
+    show_default=True,
+    metavar="24h",
+    help="How long the old secret goes on.",
+)
+@click.option(
+    "--expires", callback=_expiry, metavar="30d|TIME", help="When the key ends; else as before."
+)
+@_file("The key file.")
+def rotate(id: str, grace: timedelta, expires: datetime | None, path: Path) -> None:  # noqa: A002
+    """Give a key a new secret and print it, this once; id and groups stay."""
+    secret = rotate_key(path, id, grace, expires)
+    click.echo(secret)
+    click.echo(f"{path} has its hash; the key itself is shown only here", err=True)
+
+
+@keys.command()
+@click.argument("id")
+@click.argument("when", metavar="30d|TIME", callback=_expiry)
+@_file("The key file.")
+def expire(id: str, when: datetime, path: Path) -> None:  # noqa: A002
+    """Say when a key ends."""
+    expire_key(path, id, when)
+
+
+@keys.command()
+@click.argument("id")
+@_file("The key file.")
+def revoke(id: str, path: Path) -> None:  # noqa: A002
+    """End a key now, with all its secrets. Its id stays taken."""
+    revoke_key(path, id)
+
+
+def _row(key: Key, now: datetime) -> tuple[str, str, str, str, str]:
+    state = key.state(now)
+    old = [replaced.expires for replaced in key.previous if replaced.expires > now]
+    if state == "active" and old:
+        state = f"active, and its old secret until {_shown(max(old))}"
+    groups = ", ".join(sorted(key.groups)) or "-"
+    if key.may_assert:
+        groups = f"of its users: {groups}"
+    return key.id, state, _shown(key.created), _shown(key.expires), groups
+
+
+def _shown(time: datetime | None) -> str:
+    return "-" if time is None else time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -49,13 +49,19 @@ def test_engine_arguments_pass_through_as_they_are(load):
         (LEAST + "prot: 1\n", ["3: prot: unknown key; did you mean port?"]),
         (LEAST + "zzz: 1\n", ["3: zzz: unknown key"]),
         ("policies: p\n", ["1: identity: is missing"]),
-        ("policies: p\nidentity:\n", ["2: identity: must be a mapping of api_keys"]),
+        ("policies: p\nidentity:\n", ["2: identity: must be a mapping of api_keys, anonymous"]),
         (
             "policies: p\nidentity:\n  api_key: k\n",
-            [
-                "2: identity.api_keys: is missing",
-                "3: identity.api_key: unknown key; did you mean api_keys?",
-            ],
+            ["3: identity.api_key: unknown key; did you mean api_keys?"],
+        ),
+        ("policies: p\nidentity: {}\n", ["2: identity: lets nobody in; name at least one of"]),
+        (
+            "policies: p\nidentity: {anonymous: false}\n",
+            ["2: identity: lets nobody in; name at least one of"],
+        ),
+        (
+            "policies: p\nidentity: {anonymous: 1}\n",
+            ["2: identity.anonymous: Input should be a valid boolean"],
         ),
         (LEAST + "port: 70000\n", ["3: port: Input should be less than or equal to 65535"]),
         (LEAST + "port: true\n", ["3: port: Input should be a valid integer"]),

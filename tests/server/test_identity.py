@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from starlette.requests import HTTPConnection
 
 from expertgate.policies.principal import Principal
-from expertgate.server.config import IdentityConfig
 from expertgate.server.errors import ApiError
 from expertgate.server.identity import Identity
-from expertgate.server.keys import create_key
+from expertgate.server.identity_config import IdentityConfig
+from expertgate.server.key_edits import create_key
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +96,119 @@ def test_no_headers_fail_otherwise_or_let_anyone_in(identity, raw):
     with pytest.raises(ApiError) as error:
         ask(identity, raw)
     assert error.value.status == 401
+
+
+# --- gateways ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gateway(path, secret):
+    """The key of a gateway that may hand on two groups."""
+    return create_key(path, "portal", ["research", "staff"], None, may_assert=True)
+
+
+@pytest.fixture(scope="module")
+def with_gateway(path, gateway):
+    return Identity(IdentityConfig(api_keys=path, anonymous=True))
+
+
+def named(key, *headers):
+    return sent(("Authorization", f"Bearer {key}"), *headers)
+
+
+USER = ("X-Forwarded-User", "ada")
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ((), set()),
+        ((("X-Forwarded-Groups", ""),), set()),
+        ((("X-Forwarded-Groups", "staff"),), {"staff"}),
+        ((("X-Forwarded-Groups", "staff , research,staff"),), {"staff", "research"}),
+    ],
+)
+def test_a_gateway_names_its_user(with_gateway, gateway, groups, expected):
+    found = ask(with_gateway, named(gateway, USER, *groups))
+    assert found == Principal("portal/ada", frozenset(expected), via="gateway:portal")
+
+
+def test_a_gateways_user_is_nobody_else(with_gateway, gateway, secret):
+    """Whatever a gateway says: a user with that key, another gateway's user, or nobody's."""
+    for name in ("alice", "portal", "anonymous", "other/ada", "corp:ada", "zoë", "a@acme.example"):
+        raw = named(gateway, ("X-Forwarded-User", name.encode().decode("latin-1")))
+        assert ask(with_gateway, raw).id == f"portal/{name}"
+
+
+def test_a_gateway_is_never_itself(with_gateway, gateway):
+    """Else a request that lost its user on the way would run with the gateway's own rights."""
+    for headers in ((), (("X-Forwarded-Groups", "staff"),), (("X-Forwarded-User", ""),)):
+        error = refused(with_gateway, ("Authorization", f"Bearer {gateway}"), *headers)
+        assert (error.status, error.code, error.param) == (400, "invalid_request", USER[0])
+
+
+@pytest.mark.parametrize("groups", ["admin", "staff,admin", "Staff", "staff research"])
+def test_a_gateway_hands_on_no_group_that_it_does_not_have(with_gateway, gateway, groups):
+    # Refused, not left out: what is forbidden to that group would be allowed without it.
+    error = refused(
+        with_gateway,
+        ("Authorization", f"Bearer {gateway}"),
+        USER,
+        ("X-Forwarded-Groups", groups),
+    )
+    assert (error.status, error.param) == (400, "X-Forwarded-Groups")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        pytest.param([USER, USER], id="two users"),
+        pytest.param([("X-Forwarded-User", "ada, eve")], id="two users, joined by a proxy"),
+        pytest.param([("X-Forwarded-User", "a\tb")], id="a tab"),
+        pytest.param([("X-Forwarded-User", "a\x85b")], id="a line end"),
+        pytest.param([("X-Forwarded-User", "a\xff")], id="not UTF-8"),
+        pytest.param([("X-Forwarded-User", "\xc2\xa0ada")], id="a blank that isn't stripped"),
+        pytest.param([("X-Forwarded-User", "x" * 257)], id="long"),
+        pytest.param([USER, ("X-Forwarded-Groups", "staff"), ("X-Forwarded-Groups", "research")],
+                     id="two lists of groups"),
+        pytest.param([USER, ("X-Forwarded-Groups", "staff,,research")], id="an empty group"),
+        pytest.param([USER, ("X-Forwarded-Groups", "staff,")], id="a comma at the end"),
+        pytest.param([USER, ("X-Forwarded-Groups", ",".join(["staff"] * 129))], id="many groups"),
+    ],
+)  # fmt: skip
+def test_a_user_that_is_named_wrongly_is_a_400(with_gateway, gateway, headers):
+    error = refused(with_gateway, ("Authorization", f"Bearer {gateway}"), *headers)
+    assert (error.status, error.code) == (400, "invalid_request")
+    assert error.param in ("X-Forwarded-User", "X-Forwarded-Groups")
+
+
+def test_a_key_that_ends_is_no_gateway(tmp_path):
+    path = tmp_path / "keys.yaml"
+    key = create_key(path, "portal", [], datetime.now(UTC) - timedelta(days=1), may_assert=True)
+    identity = Identity(IdentityConfig(api_keys=path, anonymous=True))
+    assert refused(identity, ("Authorization", f"Bearer {key}"), USER).status == 401
+
+
+@pytest.mark.parametrize("name", ["X-Forwarded-User", "X-Forwarded-Groups"])
+def test_nobody_else_names_a_user(with_gateway, secret, name):
+    for credential in ("", f"Bearer {secret}", "Basic eA=="):
+        authorization = [("Authorization", credential)] if credential else []
+        error = refused(with_gateway, *authorization, (name, "staff"))
+        assert (error.status, error.code, error.param) == (400, "invalid_request", name)
+
+
+# --- nobody -----------------------------------------------------------------------------------
+
+
+def test_anonymous_is_only_who_sends_no_credential(with_gateway, secret):
+    assert ask(with_gateway, sent(("X-Api-Key", "eg-1"))) == Principal("anonymous", via="anonymous")
+    assert ask(with_gateway, sent(("Authorization", f"Bearer {secret}"))).id == "alice"
+    for bad in ("", "Bearer", "Bearer eg-1", "Bearer sk-1", "Basic eA==", "Bearer a.b.c"):
+        assert refused(with_gateway, ("Authorization", bad)).status == 401
+
+
+def test_anonymous_is_off_unless_it_is_asked_for(identity):
+    assert refused(identity).status == 401
+    alone = Identity(IdentityConfig(anonymous=True))
+    assert ask(alone, []).groups == frozenset()
+    assert refused(alone, ("Authorization", "Bearer eg-" + "A" * 43)).status == 401

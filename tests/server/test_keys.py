@@ -12,13 +12,14 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from expertgate.policies.principal import Principal
-from expertgate.server import keys
-from expertgate.server.keys import BadCredential, KeysError, KeyStore, create_key
+from expertgate.server import watched
+from expertgate.server.key_edits import create_key, expire_key, revoke_key, rotate_key
+from expertgate.server.keys import BadCredential, KeysError, KeyStore
 
 SOON = datetime.now(UTC) + timedelta(days=1)
 PAST = datetime.now(UTC) - timedelta(seconds=1)
 HASH = "a" * 64
+OTHER = "b" * 64
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def fault(path, text: str) -> str:
 
 
 def wait_for_a_look() -> None:
-    time.sleep(keys._LOOK_EVERY_S)
+    time.sleep(watched.LOOK_EVERY_S)
 
 
 def test_a_key_is_256_random_bits_and_only_its_hash_is_kept(path):
@@ -46,9 +47,8 @@ def test_a_key_is_256_random_bits_and_only_its_hash_is_kept(path):
     assert entry["sha256"] == hashlib.sha256(secret.encode()).hexdigest()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert os.listdir(path.parent) == ["keys.yaml"]
-    assert KeyStore(path).principal_for(secret) == Principal(
-        "alice", frozenset({"research", "staff"}), via="key"
-    )
+    key = KeyStore(path).key_for(secret)
+    assert (key.id, key.groups) == ("alice", {"research", "staff"})
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_what_is_in_the_file_stays_as_it_is(path, old):
     path.write_text(old)
     secret = create_key(path, "alice", ["g"], None)
     assert path.read_text().startswith(old)
-    assert KeyStore(path).principal_for(secret).id == "alice"
+    assert KeyStore(path).key_for(secret).id == "alice"
 
 
 @pytest.mark.parametrize("old", ["[]\n", f"[{{id: b, sha256: {HASH}}}]\n", "- id: b\n", "a: 1\n",
@@ -93,9 +93,7 @@ def test_two_creators_lose_no_key(path):
     with ThreadPoolExecutor(8) as pool:
         secrets = list(pool.map(lambda n: create_key(path, f"user-{n}", [], None), range(24)))
     store = KeyStore(path)
-    assert [store.principal_for(secret).id for secret in secrets] == [
-        f"user-{n}" for n in range(24)
-    ]
+    assert [store.key_for(secret).id for secret in secrets] == [f"user-{n}" for n in range(24)]
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(path, monkeypatch):
@@ -124,7 +122,7 @@ def test_a_linked_file_is_written_where_it_lies(path):
 def test_wrong_keys(path, secret):
     create_key(path, "alice", [], None)
     with pytest.raises(BadCredential) as error:
-        KeyStore(path).principal_for(secret)
+        KeyStore(path).key_for(secret)
     assert str(error.value) == ""
 
 
@@ -132,15 +130,15 @@ def test_the_hash_is_not_the_key(path):
     create_key(path, "alice", [], None)
     (entry,) = yaml.safe_load(path.read_text())
     with pytest.raises(BadCredential):
-        KeyStore(path).principal_for(entry["sha256"])
+        KeyStore(path).key_for(entry["sha256"])
 
 
 def test_an_expired_key_is_as_bad_as_a_wrong_one_and_the_log_knows_why(path, caplog):
     secret = create_key(path, "alice", [], PAST)
     with caplog.at_level(logging.INFO), pytest.raises(BadCredential) as error:
-        KeyStore(path).principal_for(secret)
+        KeyStore(path).key_for(secret)
     assert str(error.value) == ""
-    assert "key alice, which expired" in caplog.text
+    assert "key alice, which is expired" in caplog.text
     assert secret not in caplog.text
     assert secret[3:10] not in caplog.text
 
@@ -148,19 +146,19 @@ def test_an_expired_key_is_as_bad_as_a_wrong_one_and_the_log_knows_why(path, cap
 def test_a_key_made_removed_or_changed_while_the_server_runs(path):
     alice = create_key(path, "alice", [], None)
     store = KeyStore(path)
-    assert store.principal_for(alice).groups == frozenset()
+    assert store.key_for(alice).groups == frozenset()
 
     bob = create_key(path, "bob", [], None)
     wait_for_a_look()
-    assert store.principal_for(bob).id == "bob"
+    assert store.key_for(bob).id == "bob"
 
     entries = yaml.safe_load(path.read_text())
     entries[1]["groups"] = ["staff"]
     path.write_text(yaml.safe_dump(entries[1:]))
     wait_for_a_look()
-    assert store.principal_for(bob).groups == {"staff"}
+    assert store.key_for(bob).groups == {"staff"}
     with pytest.raises(BadCredential):
-        store.principal_for(alice)
+        store.key_for(alice)
 
 
 def test_changes_are_counted_whoever_looks_first(path):
@@ -172,7 +170,7 @@ def test_changes_are_counted_whoever_looks_first(path):
     # A request may be the first to look; whoever watches must not miss the change.
     wait_for_a_look()
     with pytest.raises(BadCredential):
-        store.principal_for(secret)
+        store.key_for(secret)
     assert store.refresh() > seen
     seen = store.refresh()
     path.write_text("broken: [")
@@ -189,14 +187,14 @@ def test_a_broken_or_missing_file_leaves_the_old_keys_in_force(path, caplog, bro
         path.write_text(broken)
     for _ in range(2):
         wait_for_a_look()
-        assert store.principal_for(secret).id == "alice"
+        assert store.key_for(secret).id == "alice"
     errors = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert len(errors) == 1  # once, not at every look
     assert "\n" not in errors[0].getMessage()
 
     path.write_text(good.replace("alice", "carol"))
     wait_for_a_look()
-    assert store.principal_for(secret).id == "carol"
+    assert store.key_for(secret).id == "carol"
 
 
 def test_what_could_not_be_read_is_read_as_soon_as_it_can(path, monkeypatch, caplog):
@@ -212,12 +210,12 @@ def test_what_could_not_be_read_is_read_as_soon_as_it_can(path, monkeypatch, cap
         unreadable.setattr(type(path), "read_bytes", refuse)
         for _ in range(3):
             wait_for_a_look()
-            assert store.principal_for(alice).id == "alice"
+            assert store.key_for(alice).id == "alice"
     errors = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert len(errors) == 1
     wait_for_a_look()
     with pytest.raises(BadCredential):
-        store.principal_for(alice)
+        store.key_for(alice)
 
 
 def test_a_change_that_sets_time_and_size_back_is_seen(path):
@@ -229,7 +227,170 @@ def test_a_change_that_sets_time_and_size_back_is_seen(path):
     assert path.stat().st_ino == before.st_ino
     wait_for_a_look()
     with pytest.raises(BadCredential):
-        store.principal_for(alice)
+        store.key_for(alice)
+
+
+# --- changed by command -----------------------------------------------------------------------
+
+SPELLINGS = [
+    pytest.param(
+        f"# ours\n- id: bob  # é\n  sha256: {OTHER}  # his\n\n  # and hers\n"
+        "- id: alice\n  sha256: {hash}  # new in May\n  groups: [staff]\n# the end\n",
+        id="block",
+    ),
+    pytest.param("- {{id: alice, sha256: {hash}, groups: [staff]}}  # é\n", id="flow"),
+    pytest.param('[{{"id": "alice", "sha256": "{hash}", "groups": ["staff"]}}]', id="json"),
+    pytest.param(
+        "-   sha256: '{hash}'\n    id: alice\n    groups:\n    - staff\n", id="hash first"
+    ),
+    pytest.param("- id: alice\r\n  groups: [staff]\r\n  sha256: {hash}\r\n", id="CRLF"),
+    pytest.param("- id: alice\n  groups: [staff]\n  sha256: {hash}", id="no newline at the end"),
+    pytest.param(
+        "- id: alice\n  sha256: {hash}\n  groups: [staff]\n  previous:  # old ones\n"
+        f"  - sha256: {OTHER.replace('b', 'c')}\n    expires: 2020-01-01T00:00:00Z  # long ago\n"
+        "# kept\n- id: bob\n"
+        f"  sha256: {OTHER}\n",
+        id="with previous ones",
+    ),
+]
+
+
+@pytest.fixture(params=SPELLINGS)
+def spelt(request, path):
+    """A file that someone wrote by hand, and alice's secret in it."""
+    secret = "eg-" + "s" * 43
+    text = request.param.format(hash=hashlib.sha256(secret.encode()).hexdigest())
+    path.write_bytes(text.encode())
+    return secret
+
+
+def comments(path):
+    return [line.split("#", 1)[1].strip() for line in path.read_text().splitlines() if "#" in line]
+
+
+def others(path):
+    return [entry for entry in yaml.safe_load(path.read_bytes()) if entry["id"] != "alice"]
+
+
+def test_a_rotated_key_has_two_secrets_until_the_grace_ends(path, spelt):
+    before = comments(path), others(path)
+    new = rotate_key(path, "alice", timedelta(hours=24), None)
+    store = KeyStore(path)
+    for secret in (spelt, new):
+        assert (store.key_for(secret).id, store.key_for(secret).groups) == ("alice", {"staff"})
+    assert new not in path.read_text()
+    said, kept = comments(path), others(path)
+    assert kept == before[1]
+    # What was said of a hash that is gone may go with it, and nothing else.
+    assert set(before[0]) - set(said) <= {"long ago"}
+
+
+def test_a_revoked_key_ends_with_all_its_secrets(path, spelt):
+    before = comments(path), others(path)
+    new = rotate_key(path, "alice", timedelta(hours=24), None)
+    revoke_key(path, "alice")
+    assert (set(before[0]) - set(comments(path)), others(path)) in [
+        (set(), before[1]),
+        ({"long ago"}, before[1]),
+    ]
+    store = KeyStore(path)
+    for secret in (spelt, new):
+        with pytest.raises(BadCredential):
+            store.key_for(secret)
+    # Its id is nobody else's, and it does not come back.
+    for edit in (
+        lambda: create_key(path, "alice", [], None),
+        lambda: rotate_key(path, "alice", timedelta(), None),
+        lambda: expire_key(path, "alice", SOON),
+        lambda: revoke_key(path, "alice"),
+    ):
+        with pytest.raises(KeysError):
+            edit()
+
+
+def test_an_expiry_is_set_and_set_again(path, spelt):
+    for when in (SOON, SOON + timedelta(days=1)):
+        expire_key(path, "alice", when)
+        assert KeyStore(path).key_for(spelt).expires == when
+    expire_key(path, "alice", PAST)
+    with pytest.raises(BadCredential):
+        KeyStore(path).key_for(spelt)
+
+
+def test_the_old_secret_ends_with_the_grace(path):
+    old = create_key(path, "alice", [], None)
+    new = rotate_key(path, "alice", timedelta(), None)
+    with pytest.raises(BadCredential):
+        KeyStore(path).key_for(old)
+    assert KeyStore(path).key_for(new).id == "alice"
+    # One that is at its end is no longer in the file; one that isn't goes on for as long as it had.
+    newer = rotate_key(path, "alice", timedelta(hours=1), None)
+    newest = rotate_key(path, "alice", timedelta(hours=2), None)
+    store = KeyStore(path)
+    assert {store.key_for(secret).id for secret in (new, newer, newest)} == {"alice"}
+    (entry,) = yaml.safe_load(path.read_text())
+    assert len(entry["previous"]) == 2
+    ended = path.read_text().replace(str(entry["previous"][0]["expires"]), "2020-01-01T00:00:00Z")
+    path.write_text(ended)
+    store = KeyStore(path)
+    with pytest.raises(BadCredential):
+        store.key_for(new)
+    assert {store.key_for(secret).id for secret in (newer, newest)} == {"alice"}
+
+
+def test_a_grace_is_not_longer_than_the_key_had_anyway(path):
+    soon = datetime.now(UTC).replace(microsecond=0) + timedelta(hours=1)
+    old = create_key(path, "alice", [], soon)
+    rotate_key(path, "alice", timedelta(days=7), SOON)
+    (entry,) = yaml.safe_load(path.read_text())
+    assert datetime.fromisoformat(str(entry["previous"][0]["expires"])) == soon
+    assert KeyStore(path).key_for(old).expires == SOON
+
+
+def test_an_expired_key_is_rotated_only_to_a_new_end(path):
+    old = create_key(path, "alice", [], PAST)
+    with pytest.raises(KeysError, match="is expired"):
+        rotate_key(path, "alice", timedelta(hours=24), None)
+    new = rotate_key(path, "alice", timedelta(hours=24), SOON)
+    assert KeyStore(path).key_for(new).id == "alice"
+    with pytest.raises(BadCredential):  # an expired secret is not woken by the grace
+        KeyStore(path).key_for(old)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"- id: bob\n  sha256: {HASH}\n",
+        "- id: alice\n",
+        "",
+    ],
+)
+def test_what_cannot_be_changed_is_left_alone(path, text):
+    path.write_text(text)
+    for edit in (
+        lambda: rotate_key(path, "alice", timedelta(), None),
+        lambda: expire_key(path, "alice", SOON),
+        lambda: revoke_key(path, "alice"),
+    ):
+        with pytest.raises(KeysError, match=r"keys\.yaml"):
+            edit()
+        assert path.read_text() == text
+
+
+def test_a_file_keeps_its_mode(path):
+    create_key(path, "alice", [], None)
+    path.chmod(0o640)
+    rotate_key(path, "alice", timedelta(), None)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_two_who_change_a_file_undo_nothing(path):
+    users = [f"user-{n}" for n in range(8)]
+    for user in users:
+        create_key(path, user, [], None)
+    with ThreadPoolExecutor(8) as pool:
+        secrets = list(pool.map(lambda u: rotate_key(path, u, timedelta(), None), users))
+    assert [KeyStore(path).key_for(secret).id for secret in secrets] == users
 
 
 ENTRY = f"- id: a\n  sha256: {HASH}\n"
@@ -239,7 +400,7 @@ ENTRY = f"- id: a\n  sha256: {HASH}\n"
     ("text", "words"),
     [
         ("keys: []\n", ":1: Input should be a valid list"),
-        ("- a\n", ":1: [0]: must be a mapping of id, sha256, groups, expires"),
+        ("- a\n", ":1: [0]: must be a mapping of id, sha256, groups, created, "),
         ("- id: a\n", ":1: [0].sha256: is missing"),
         (f"{ENTRY}  group: [x]\n", ":3: [0].group: unknown key; did you mean groups?"),
         (f"{ENTRY}- id: a\n  sha256: {'b' * 64}\n", ":3: [1].id: is that of entry [0] as well"),
@@ -256,6 +417,19 @@ ENTRY = f"- id: a\n  sha256: {HASH}\n"
         (f"{ENTRY}  expires: soon\n", ":3: [0].expires: must be an ISO 8601 time"),
         # A number would be seconds since 1970 to a parser that guesses.
         (f"{ENTRY}  expires: 2027\n", ":3: [0].expires: must be an ISO 8601 time"),
+        # Nothing at all could be read as "never", and as the opposite by the next reader.
+        (f"{ENTRY}  expires:\n", ":3: [0].expires: must be an ISO 8601 time"),
+        (f"{ENTRY}  revoked:\n", ":3: [0].revoked: must be an ISO 8601 time"),
+        (f"{ENTRY}  revoked: true\n", ":3: [0].revoked: must be an ISO 8601 time"),
+        (f"{ENTRY}  may_assert: 1\n", ":3: [0].may_assert: Input should be a valid boolean"),
+        (f"{ENTRY}  previous: [{{sha256: {OTHER}}}]\n", ":3: [0].previous[0].expires: is missing"),
+        (
+            f"{ENTRY}  previous: [{{sha256: {HASH}, expires: 2027-01-01T00:00:00Z}}]\n",
+            ":3: [0].previous[0].sha256: is that of entry [0] as well",
+        ),
+        (f"- id: corp:a\n  sha256: {HASH}\n", ":1: [0].id: must not contain ':' or '/'"),
+        (f"- id: portal/a\n  sha256: {HASH}\n", ":1: [0].id: must not contain ':' or '/'"),
+        (f"- id: anonymous\n  sha256: {HASH}\n", ":1: [0].id: is what callers without"),
     ],
 )
 def test_a_fault_has_its_place(path, text, words):
@@ -267,13 +441,17 @@ def test_a_missing_file_ends_the_start(path):
         KeyStore(path)
 
 
+def fits_an_id(text):
+    return text.isprintable() and text != "anonymous" and not set(text) & set(":/")
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
-@given(st.text(min_size=1, max_size=20).filter(str.isprintable), st.text(max_size=40))
+@given(st.text(min_size=1, max_size=20).filter(fits_an_id), st.text(max_size=40))
 def test_only_the_secret_opens(path, user, guess):
     path.unlink(missing_ok=True)
     secret = create_key(path, user, [user], None)
     store = KeyStore(path)
-    assert store.principal_for(secret) == Principal(user, frozenset({user}), via="key")
+    assert (store.key_for(secret).id, store.key_for(secret).groups) == (user, {user})
     for wrong in (guess, secret + guess[:1] + "A", secret[:-1], secret.swapcase(), secret + " "):
         with pytest.raises(BadCredential):
-            store.principal_for(wrong)
+            store.key_for(wrong)

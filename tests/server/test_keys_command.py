@@ -11,14 +11,18 @@ from expertgate.server.keys_command import keys
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return lambda *arguments: CliRunner().invoke(keys, ["create", *arguments])
+    return lambda *arguments: call("create", *arguments)
+
+
+def call(*arguments):
+    return CliRunner().invoke(keys, arguments)
 
 
 def test_the_secret_is_all_there_is_on_stdout(run, tmp_path):
     result = run("--id", "alice", "--group", "research", "--group", "staff")
     assert result.exit_code == 0
     secret = result.stdout.removesuffix("\n")
-    principal = KeyStore(tmp_path / "keys.yaml").principal_for(secret)
+    principal = KeyStore(tmp_path / "keys.yaml").key_for(secret)
     assert (principal.id, principal.groups) == ("alice", {"research", "staff"})
     assert secret not in result.stderr
     assert "keys.yaml" in result.stderr
@@ -38,11 +42,11 @@ def test_expiry(run, tmp_path, given, days):
     ("expires", "words"),
     [
         ("2999-01-01", "has no time zone; add Z"),
-        ("2001-01-01T00:00:00Z", "is past"),
-        ("0d", "neither days"),
-        ("-1d", "neither days"),
-        ("99999d", "neither days"),
-        ("soon", "neither days"),
+        ("2001-01-01T00:00:00Z", "not in the future"),
+        ("0d", "not in the future"),
+        ("-1d", "neither a time span"),
+        ("99999d", "neither a time span"),
+        ("soon", "neither a time span"),
     ],
 )
 def test_an_expiry_that_cannot_be_meant_makes_no_key(run, tmp_path, expires, words):
@@ -58,4 +62,63 @@ def test_a_taken_id_keeps_its_key(run, tmp_path):
     result = run("--id", "a")
     assert isinstance(result.exception, KeysError)
     assert result.stdout == ""
-    assert KeyStore(tmp_path / "keys.yaml").principal_for(secret).id == "a"
+    assert KeyStore(tmp_path / "keys.yaml").key_for(secret).id == "a"
+
+
+def test_a_list_shows_every_key_and_no_secret(run, tmp_path):
+    made = [
+        run("--id", "alice", "--group", "staff", "--group", "research", "--expires", "30d"),
+        run("--id", "bob"),
+        run("--id", "carol"),
+        run("--id", "portal", "--group", "research", "--may-assert"),
+    ]
+    rotated = call("rotate", "bob", "--grace", "7d")
+    assert call("revoke", "carol").exit_code == 0
+    shown = call("list")
+    head, alice, bob, carol, portal = shown.stdout.splitlines()
+    assert head.split() == ["ID", "STATE", "CREATED", "EXPIRES", "GROUPS"]
+    assert alice.split()[:2] == ["alice", "active"]
+    assert alice.endswith("  research, staff")
+    assert "active, and its old secret until" in bob
+    assert carol.split()[:2] == ["carol", "revoked"]
+    assert portal.endswith("of its users: research")
+    text = (tmp_path / "keys.yaml").read_text()
+    for secret in (result.stdout.strip() for result in (*made, rotated)):
+        assert secret not in shown.stdout + text
+    assert not any(entry["sha256"] in shown.stdout for entry in yaml.safe_load(text))
+
+
+def test_an_empty_list(run, tmp_path):
+    (tmp_path / "keys.yaml").write_text("")
+    assert call("list").stdout.splitlines() == ["ID  STATE  CREATED  EXPIRES  GROUPS"]
+
+
+def test_rotation_prints_the_new_secret_once(run, tmp_path):
+    old = run("--id", "alice").stdout.strip()
+    result = call("rotate", "alice")
+    new = result.stdout.removesuffix("\n")
+    store = KeyStore(tmp_path / "keys.yaml")
+    assert store.key_for(new).id == store.key_for(old).id == "alice"
+    (entry,) = yaml.safe_load((tmp_path / "keys.yaml").read_text())
+    (previous,) = entry["previous"]
+    ends = datetime.fromisoformat(str(previous["expires"]))
+    assert abs(ends - datetime.now(UTC) - timedelta(hours=24)) < timedelta(minutes=1)
+
+
+@pytest.mark.parametrize("grace", ["24", "1y", "-1h", "", "1h30m"])
+def test_a_grace_that_cannot_be_meant_changes_nothing(run, tmp_path, grace):
+    run("--id", "alice")
+    before = (tmp_path / "keys.yaml").read_text()
+    result = call("rotate", "alice", "--grace", grace)
+    assert result.exit_code == 2
+    assert "no time span" in " ".join(result.stderr.split())
+    assert (tmp_path / "keys.yaml").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "arguments", [("list",), ("rotate", "a"), ("revoke", "a"), ("expire", "a", "1d")]
+)
+def test_no_file_is_one_line(run, arguments):
+    result = call(*arguments)
+    assert isinstance(result.exception, KeysError)
+    assert len(str(result.exception).splitlines()) == 1
