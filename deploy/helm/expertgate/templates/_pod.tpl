@@ -1,0 +1,168 @@
+{{- /*
+The pod of a server. Takes the root context and the role: `server`, or, over several nodes,
+`leader` or `worker`.
+*/ -}}
+{{- define "expertgate.pod" -}}
+{{- $root := .root -}}
+{{- $role := .role -}}
+{{- $worker := eq $role "worker" -}}
+metadata:
+  labels:
+    {{- include "expertgate.selector" $root | nindent 4 }}
+    app.kubernetes.io/component: {{ $worker | ternary "worker" "server" }}
+  annotations:
+    # What is read at the start only.
+    checksum/config: {{ include "expertgate.config" $root | sha256sum }}
+    checksum/catalogue: {{ $root.Values.catalogue.content | sha256sum }}
+    checksum/policies: {{ toJson $root.Values.policies.files | sha256sum }}
+    {{- with $root.Values.podAnnotations }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+{{- with $root.Values }}
+spec:
+  serviceAccountName: {{ include "expertgate.name" $root }}
+  automountServiceAccountToken: false
+  enableServiceLinks: false
+  {{- with .imagePullSecrets }}
+  imagePullSecrets:
+    {{- range . }}
+    - name: {{ . }}
+    {{- end }}
+  {{- end }}
+  # The hook, then what the server takes: 30 s for streams to end, 20 for the engine, and a margin.
+  terminationGracePeriodSeconds: {{ add .preStopSeconds 55 }}
+  securityContext:
+    runAsNonRoot: true
+    runAsUser: 10001
+    runAsGroup: 10001
+    fsGroup: 10001
+    fsGroupChangePolicy: OnRootMismatch
+    seccompProfile: {type: RuntimeDefault}
+  containers:
+    - name: expertgate
+      image: {{ include "expertgate.image" $root }}
+      imagePullPolicy: {{ .image.pullPolicy }}
+      {{- if eq $role "server" }}
+      args: [serve, --config, /etc/expertgate/config/expertgate.yaml]
+      {{- else if eq $role "leader" }}
+      command: [sh, -euc]
+      args:
+        - |
+          ray start --head --port=6379 --include-dashboard=false
+          until python -c 'import ray, sys; ray.init("auto", log_to_driver=False); sys.exit(sum(n["Alive"] for n in ray.nodes()) < int(sys.argv[1]))' "$LWS_GROUP_SIZE"; do sleep 2; done
+          exec expertgate serve --config /etc/expertgate/config/expertgate.yaml
+      {{- else }}
+      command: [sh, -euc]
+      args:
+        - |
+          until ray start --address="$LWS_LEADER_ADDRESS:6379" --block; do sleep 2; done
+      {{- end }}
+      {{- if or (ne $role "server") .model.tokenSecret }}
+      env:
+        {{- if ne $role "server" }}
+        - {name: VLLM_PLUGINS, value: expertgate}
+        - {name: VLLM_NO_USAGE_STATS, value: "1"}
+        - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
+        {{- end }}
+        {{- with .model.tokenSecret }}
+        - name: HF_TOKEN
+          valueFrom: {secretKeyRef: {name: {{ . }}, key: HF_TOKEN}}
+        {{- end }}
+      {{- end }}
+      {{- if not $worker }}
+      ports:
+        - {name: http, containerPort: 8000}
+      startupProbe:
+        httpGet: {path: /health, port: http}
+        periodSeconds: 5
+        failureThreshold: {{ eq $role "leader" | ternary 240 60 }}
+      # Red only once the engine has died, so that a slow start or a long queue restarts nothing.
+      livenessProbe:
+        httpGet: {path: /health, port: http}
+        periodSeconds: 10
+        timeoutSeconds: 5
+        failureThreshold: 3
+      readinessProbe:
+        httpGet: {path: /ready, port: http}
+        periodSeconds: 5
+        timeoutSeconds: 5
+        failureThreshold: 2
+      lifecycle:
+        preStop:
+          sleep: {seconds: {{ .preStopSeconds }}}
+      {{- end }}
+      resources:
+        requests:
+          {{- toYaml .resources.requests | nindent 10 }}
+        limits:
+          {{- toYaml .resources.limits | nindent 10 }}
+          {{- with .gpus }}
+          nvidia.com/gpu: {{ . }}
+          {{- end }}
+      securityContext:
+        allowPrivilegeEscalation: false
+        readOnlyRootFilesystem: true
+        capabilities: {drop: [ALL]}
+      volumeMounts:
+        - {name: cache, mountPath: /home/expertgate}
+        - {name: tmp, mountPath: /tmp}
+        - {name: shared-memory, mountPath: /dev/shm}
+        {{- if .model.existingClaim }}
+        - {name: models, mountPath: /models, readOnly: true}
+        {{- end }}
+        {{- if not $worker }}
+        # Whole folders: what is mounted by subPath never changes while the pod runs.
+        - {name: config, mountPath: /etc/expertgate/config, readOnly: true}
+        - {name: keys, mountPath: /etc/expertgate/keys, readOnly: true}
+        - {name: policies, mountPath: /etc/expertgate/policies, readOnly: true}
+        {{- if or .catalogue.content .catalogue.existingConfigMap }}
+        - {name: catalogue, mountPath: /etc/expertgate/catalogue, readOnly: true}
+        {{- end }}
+        {{- end }}
+  volumes:
+    - name: cache
+      {{- if .cache.existingClaim }}
+      persistentVolumeClaim: {claimName: {{ .cache.existingClaim }}}
+      {{- else }}
+      emptyDir: {sizeLimit: {{ .cache.size }}}
+      {{- end }}
+    - name: tmp
+      emptyDir: {sizeLimit: 8Gi}
+    - name: shared-memory
+      emptyDir: {medium: Memory, sizeLimit: {{ .sharedMemory }}}
+    {{- with .model.existingClaim }}
+    - name: models
+      persistentVolumeClaim: {claimName: {{ . }}, readOnly: true}
+    {{- end }}
+    {{- if not $worker }}
+    - name: config
+      configMap: {name: {{ include "expertgate.name" $root }}-config}
+    - name: keys
+      secret: {secretName: {{ .apiKeys.existingSecret }}, defaultMode: 0440}
+    - name: policies
+      configMap: {name: {{ .policies.existingConfigMap | default (printf "%s-policies" (include "expertgate.name" $root)) }}}
+    {{- if or .catalogue.content .catalogue.existingConfigMap }}
+    - name: catalogue
+      configMap: {name: {{ .catalogue.existingConfigMap | default (printf "%s-catalogue" (include "expertgate.name" $root)) }}}
+    {{- end }}
+    {{- end }}
+  {{- with .nodeSelector }}
+  nodeSelector: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .tolerations }}
+  tolerations: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .affinity }}
+  affinity: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .topologySpreadConstraints }}
+  topologySpreadConstraints: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .priorityClassName }}
+  priorityClassName: {{ . }}
+  {{- end }}
+  {{- with .runtimeClassName }}
+  runtimeClassName: {{ . }}
+  {{- end }}
+{{- end }}
+{{- end -}}

@@ -1,0 +1,278 @@
+"""The chart, rendered by Helm's own code for several values, and what must hold for all of them."""
+
+import json
+from pathlib import Path
+
+import helm_python as helm
+import kubernetes_validate
+import pytest
+import yaml
+
+import expertgate
+from expertgate.server import run
+from expertgate.server.config import Config
+from tests.deploy.dockerfile import ROOT, read
+
+CHART = ROOT / "deploy" / "helm" / "expertgate"
+VALUES = Path(__file__).parent / "values"
+NAMES = ["defaults", *sorted(path.stem for path in VALUES.glob("*.yaml"))]
+KUBERNETES = "1.30"
+"""The oldest that Chart.yaml admits; its schemas know every field that the chart writes."""
+
+
+def values(name):
+    return {} if name == "defaults" else yaml.safe_load((VALUES / f"{name}.yaml").read_text())
+
+
+def render(given, release="gate"):
+    with helm.Chart.load(CHART) as chart:
+        chart.validate_schema(chart.merge_values(given))
+        texts = chart.render(given, name=release, namespace="models")
+    found = []
+    for path, text in texts.items():
+        if path.endswith(".yaml"):
+            found += [item for item in yaml.safe_load_all(text) if item]
+    return found
+
+
+@pytest.fixture(params=NAMES)
+def objects(request):
+    return render(values(request.param))
+
+
+def kind(objects, name):
+    return [item for item in objects if item["kind"] == name]
+
+
+def pods(objects):
+    """The pod templates, workers of a multi-node server among them."""
+    found = [item["spec"]["template"] for item in kind(objects, "Deployment")]
+    for item in kind(objects, "LeaderWorkerSet"):
+        template = item["spec"]["leaderWorkerTemplate"]
+        found += [template["leaderTemplate"], template["workerTemplate"]]
+    assert found
+    return found
+
+
+def container(pod):
+    [only] = pod["spec"]["containers"]
+    assert "initContainers" not in pod["spec"]
+    return only
+
+
+def servers(objects):
+    found = [pod for pod in pods(objects) if container(pod).get("ports")]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lint_strict_finds_nothing(name):
+    report = helm.lint(CHART, values(name), strict=True)
+    assert [m for m in report["messages"] if m["severity"] > 1] == []
+    assert report["errors"] == []
+
+
+def test_every_object_fits_the_schema_of_kubernetes(objects):
+    for item in objects:
+        if item["kind"] == "LeaderWorkerSet":
+            for pod in pods(objects):
+                assert pod["metadata"]["labels"]
+                whole = {"apiVersion": "v1", "kind": "PodTemplate", "template": pod}
+                kubernetes_validate.validate(whole, KUBERNETES, strict=True)
+        elif item["kind"] != "HTTPRoute":  # a resource of the Gateway API's, not of Kubernetes'
+            kubernetes_validate.validate(item, KUBERNETES, strict=True)
+
+
+def test_nothing_runs_as_root_or_can_become_it(objects):
+    for pod in pods(objects):
+        assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+        assert pod["spec"]["securityContext"]["runAsUser"] == 10001
+        assert pod["spec"]["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert container(pod)["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod["spec"])
+        assert all("hostPath" not in volume for volume in pod["spec"]["volumes"])
+
+
+def test_a_pod_can_do_nothing_to_the_cluster(objects):
+    assert not [item for item in objects if "Role" in item["kind"]]
+    for holder in [*(pod["spec"] for pod in pods(objects)), *kind(objects, "ServiceAccount")]:
+        assert holder["automountServiceAccountToken"] is False
+
+
+def test_it_may_write_where_the_image_must_be_able_to_and_nowhere_else(objects):
+    home = read(ROOT / "Dockerfile")[-1].pairs("ENV")["HOME"]
+    for pod in pods(objects):
+        mounts = container(pod)["volumeMounts"]
+        writable = {mount["mountPath"] for mount in mounts if not mount.get("readOnly")}
+        assert writable == {home, "/tmp", "/dev/shm"}
+        names = [volume["name"] for volume in pod["spec"]["volumes"]]
+        assert sorted(mount["name"] for mount in mounts) == sorted(names)
+
+
+def test_files_that_change_are_mounted_as_folders(objects):
+    for pod in pods(objects):
+        assert all("subPath" not in mount for mount in container(pod)["volumeMounts"])
+
+
+def test_resources_are_set(objects):
+    for pod in pods(objects):
+        resources = container(pod)["resources"]
+        assert resources["requests"]
+        assert resources["limits"]["memory"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ranks_are_as_many_as_gpus(name):
+    objects, gpus = render(values(name)), values(name).get("gpus", 2)
+    for pod in pods(objects):
+        assert container(pod)["resources"]["limits"].get("nvidia.com/gpu", 0) == gpus
+    assert config(objects)["engine"].get("tensor_parallel_size", 0) == gpus
+
+
+def test_one_listener_is_exposed(objects):
+    [service] = kind(objects, "Service")
+    [port] = service["spec"]["ports"]
+    assert port["targetPort"] == "http"
+    for pod in servers(objects):
+        assert container(pod)["ports"] == [{"name": "http", "containerPort": 8000}]
+        selector, labels = service["spec"]["selector"], pod["metadata"]["labels"]
+        assert selector.items() <= labels.items()
+    workers = [pod for pod in pods(objects) if pod not in servers(objects)]
+    assert all(not selector.items() <= pod["metadata"]["labels"].items() for pod in workers)
+
+
+def test_the_network_lets_nobody_reach_the_engine(objects):
+    [policy] = kind(objects, "NetworkPolicy")
+    assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
+    mine = policy["spec"]["podSelector"]["matchLabels"]
+    assert all(mine.items() <= pod["metadata"]["labels"].items() for pod in pods(objects))
+    api, *ranks = policy["spec"]["ingress"]
+    assert api["ports"] == [{"port": "http", "protocol": "TCP"}]
+    # The sockets of a server over several nodes: for its own release's pods alone.
+    many = bool(kind(objects, "LeaderWorkerSet"))
+    assert ranks == [{"from": [{"podSelector": {"matchLabels": mine}}]}] * many
+
+
+def test_routes_lead_to_the_api_alone(objects):
+    for ingress in kind(objects, "Ingress"):
+        [rule] = ingress["spec"]["rules"]
+        assert [path["path"] for path in rule["http"]["paths"]] == ["/v1"]
+    for route in kind(objects, "HTTPRoute"):
+        [rule] = route["spec"]["rules"]
+        assert rule["matches"] == [{"path": {"type": "PathPrefix", "value": "/v1"}}]
+
+
+def test_probes_ask_what_each_is_for(objects):
+    for pod in servers(objects):
+        paths = {
+            name: container(pod)[name]["httpGet"]["path"]
+            for name in ("startupProbe", "livenessProbe", "readinessProbe")
+        }
+        assert paths == {
+            "startupProbe": "/health",
+            "livenessProbe": "/health",
+            "readinessProbe": "/ready",
+        }
+
+
+def test_a_pod_has_time_to_drain(objects):
+    for pod in servers(objects):
+        hook = container(pod)["lifecycle"]["preStop"]["sleep"]["seconds"]
+        takes = run._DRAIN_S + 2 * run._ENGINE_STOP_S
+        assert pod["spec"]["terminationGracePeriodSeconds"] >= hook + takes
+
+
+def test_a_pod_that_goes_leaves_others(objects):
+    [budget] = kind(objects, "PodDisruptionBudget")
+    assert budget["spec"]["maxUnavailable"] == 1
+    for pod in servers(objects):
+        chosen = budget["spec"]["selector"]["matchLabels"]
+        assert chosen.items() <= pod["metadata"]["labels"].items()
+
+
+def config(objects):
+    [text] = [
+        item["data"]["expertgate.yaml"]
+        for item in kind(objects, "ConfigMap")
+        if "expertgate.yaml" in item["data"]
+    ]
+    return yaml.safe_load(text)
+
+
+def test_the_server_takes_its_configuration(objects, tmp_path):
+    path = tmp_path / "expertgate.yaml"
+    path.write_text(yaml.safe_dump(config(objects)))
+    read_back = Config.load(path)
+    assert (read_back.host, read_back.port) == ("0.0.0.0", 8000)
+    for pod in servers(objects):
+        mounted = {mount["mountPath"] for mount in container(pod)["volumeMounts"]}
+        named = [read_back.policies, read_back.identity.api_keys.parent]
+        named += [read_back.catalogue.parent] if read_back.catalogue else []
+        assert {str(folder) for folder in named} <= mounted
+
+
+def test_what_is_read_at_the_start_only_restarts_the_pods():
+    [before], [after] = (servers(render({"engine": {"max_model_len": n}})) for n in (1, 2))
+    assert before["metadata"]["annotations"] != after["metadata"]["annotations"]
+
+
+def test_the_catalogue_arrives_as_it_was_written(tmp_path):
+    objects = render(values("cpu"))
+    [data] = [item["data"] for item in kind(objects, "ConfigMap") if "experts.json" in item["data"]]
+    given = json.loads(values("cpu")["catalogue"]["content"])
+    assert json.loads(data["experts.json"]) == given
+    assert [expert["name"] for expert in given["experts"]] == ["public", "math"]
+
+
+def test_several_nodes_form_one_server():
+    [group] = kind(render(values("multi-node")), "LeaderWorkerSet")
+    leader, worker = pods([group])
+    assert group["spec"]["leaderWorkerTemplate"]["size"] == 2
+    assert container(leader)["args"][0].count("ray start --head") == 1
+    assert "expertgate serve" in container(leader)["args"][0]
+    assert "expertgate serve" not in container(worker)["args"][0]
+    # Neither keys nor policies go where nobody is asked for them.
+    assert {v["name"] for v in worker["spec"]["volumes"]} == {"cache", "tmp", "shared-memory"}
+    said = config(render(values("multi-node")))["engine"]
+    assert said["pipeline_parallel_size"] == 2
+    assert said["distributed_executor_backend"] == "ray"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"replica": 3},
+        {"model": {"nam": "x"}},
+        {"gpus": "two"},
+        {"config": {"port": 80}},
+        {"config": {"identity": {"api_keys": "elsewhere"}}},
+        {"engine": {"tensor_parallel_size": 4}},
+        {"policies": {"files": {"notes.txt": "x"}}},
+        {"image": {"digest": "sha256:abc"}},
+        {"resources": {"limits": {"memory": None}}},
+        {"ingress": {"enabled": True}},
+        {"httpRoute": {"enabled": True}},
+        {"multiNode": {"enabled": True}, "gpus": 0},
+        {"service": {"type": "NodePort"}},
+    ],
+    ids=json.dumps,
+)
+def test_values_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(helm.HelmError):
+        render(wrong)
+
+
+def test_names_follow_the_release():
+    assert kind(render({}), "Service")[0]["metadata"]["name"] == "gate-expertgate"
+    named = render({}, release="expertgate-eu")
+    assert kind(named, "Service")[0]["metadata"]["name"] == "expertgate-eu"
+
+
+def test_the_chart_and_the_package_have_one_version():
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert chart["appVersion"] == expertgate.__version__
