@@ -163,7 +163,9 @@ def _with_field(text: str, index: int, name: str, value: object) -> str:
     # In one line, whatever its length.
     written = yaml.safe_dump([value], default_flow_style=True, sort_keys=False, width=1 << 20)
     written = written.strip()[1:-1]
-    entry = yaml.compose(text, Loader=yaml.CSafeLoader).value[index]
+    root = yaml.compose(text, Loader=yaml.CSafeLoader)
+    assert isinstance(root, yaml.SequenceNode)  # it has been parsed as one
+    entry = root.value[index]
     fields = {key.value: (key, node) for key, node in entry.value}
     if name in fields:
         _, node = fields[name]
