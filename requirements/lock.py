@@ -22,6 +22,7 @@ SHARED = [
     "click",
     "cryptography",
     "fastapi",
+    "httpx",
     "huggingface-hub",
     "openai",
     "pydantic",

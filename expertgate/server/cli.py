@@ -12,6 +12,7 @@ from expertgate.model.checkpoint import CheckpointError
 from expertgate.policies.statement import PolicyError
 from expertgate.server.config import Config, ConfigError
 from expertgate.server.failures import EngineError, ProofError
+from expertgate.server.jwks import JwksError
 from expertgate.server.keys import KeysError
 from expertgate.server.keys_command import keys
 from expertgate.server.listening import ListenError
@@ -24,6 +25,7 @@ _MISTAKES = (
     CatalogueError,
     CheckpointError,
     ConfigError,
+    JwksError,
     KeysError,
     PolicyError,
     SettingError,

@@ -55,7 +55,12 @@ class Config(BaseModel):
             file = YamlFile.read(path)
             if file.value is None:
                 raise file.fault((), "is empty; it must name at least identity and policies")
-            return file.validate(cls)._beside(path.parent.absolute())
+            config = file.validate(cls)
+            for place, claim in config.identity.claims():
+                if claim not in config.claims:
+                    words = f"{claim!r} has no type; give it one in the top-level claims"
+                    raise file.fault(("identity", *place), words)
+            return config._beside(path.parent.absolute())
         except YamlError as error:
             raise ConfigError(str(error)) from None
 

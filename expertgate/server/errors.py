@@ -12,6 +12,7 @@
 | 415 | `unsupported_media_type` | the body is not JSON |
 | 429 | `overloaded` | too many requests; `Retry-After` says when to come back |
 | 500 | `internal_error` | the server's own fault; the cause is in its log alone |
+| 503 | `issuer_unavailable` | the keys of a token's issuer can't be fetched |
 | 503 | `engine_unavailable` | the engine is starting, going down or dead |
 """
 

@@ -2,15 +2,16 @@
 
 from typing import Protocol
 
-from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
 
 from expertgate.policies.principal import Principal
+from expertgate.server.bearer import bearer_token
 from expertgate.server.errors import invalid_credential
 from expertgate.server.gateway import named_user, refuse_named_user
 from expertgate.server.identity_config import IdentityConfig
 from expertgate.server.keys import PREFIX, BadCredential, KeyStore
 from expertgate.server.names import ANONYMOUS
+from expertgate.server.tokens import TokenIssuer
 
 
 class CredentialSource(Protocol):
@@ -33,7 +34,7 @@ class ApiKeys:
         self._keys = keys
 
     async def identify(self, connection: HTTPConnection) -> Principal | None:
-        secret = bearer(connection.headers)
+        secret = bearer_token(connection.headers)
         if not secret.startswith(PREFIX):
             return None
         try:
@@ -65,15 +66,20 @@ class Identity:
     """Asks every source that is configured, in a fixed order; the first that knows one decides."""
 
     def __init__(self, config: IdentityConfig) -> None:
-        """Raises KeysError."""
+        """Raises KeysError and JwksError."""
         self._keys = ApiKeys(KeyStore(config.api_keys)) if config.api_keys else None
         others: list[CredentialSource] = []
+        others += [TokenIssuer(issuer) for issuer in config.jwt]
         if config.anonymous:
             others.append(Anonymous())
         self._others = tuple(others)
 
     async def identify(self, connection: HTTPConnection) -> Principal:
-        """Raises ApiError: 401 without a credential that holds, 400 for a user named wrongly."""
+        """Raises ApiError.
+
+        401 without a credential that holds, 400 for a gateway's user named wrongly or by somebody
+        else, 503 where an issuer's keys can't be had.
+        """
         if len(connection.headers.getlist("Authorization")) > 1:
             # Something in front of us may have judged the other one.
             raise invalid_credential("send one Authorization header, not several")
@@ -86,15 +92,11 @@ class Identity:
             principal = await source.identify(connection)
             if principal is not None:
                 return principal
+        if "Authorization" in connection.headers:
+            raise invalid_credential("this credential is of no kind or issuer that is known here")
         raise invalid_credential("send a credential: 'Authorization: Bearer ...'")
 
     def refresh(self) -> int:
         """A number that grows where a credential that held may not hold now, or be another's."""
         keys = self._keys.refresh() if self._keys else 0
         return keys + sum(source.refresh() for source in self._others)
-
-
-def bearer(headers: Headers) -> str:
-    """The bearer token of a request (RFC 6750 §2.1), or nothing."""
-    scheme, _, token = headers.get("Authorization", "").partition(" ")
-    return token.strip(" ") if scheme.lower() == "bearer" else ""

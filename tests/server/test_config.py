@@ -49,7 +49,10 @@ def test_engine_arguments_pass_through_as_they_are(load):
         (LEAST + "prot: 1\n", ["3: prot: unknown key; did you mean port?"]),
         (LEAST + "zzz: 1\n", ["3: zzz: unknown key"]),
         ("policies: p\n", ["1: identity: is missing"]),
-        ("policies: p\nidentity:\n", ["2: identity: must be a mapping of api_keys, anonymous"]),
+        (
+            "policies: p\nidentity:\n",
+            ["2: identity: must be a mapping of api_keys, jwt, anonymous"],
+        ),
         (
             "policies: p\nidentity:\n  api_key: k\n",
             ["3: identity.api_key: unknown key; did you mean api_keys?"],
@@ -85,3 +88,112 @@ def test_every_fault_has_its_place(load, tmp_path, text, faults):
 def test_a_missing_file(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.yaml: No such file"):
         Config.load(tmp_path / "none.yaml")
+
+
+ISSUER = """policies: p
+claims: {department: string}
+identity:
+  jwt:
+    - name: corp
+      issuer: https://id.example.com
+      audience: expertgate
+"""
+
+
+def test_an_issuer_needs_no_more_than_name_issuer_and_audience(load):
+    (issuer,) = load(ISSUER).identity.jwt
+    assert issuer.audience == ("expertgate",)
+    assert issuer.algorithms == ("RS256", "ES256")
+    assert (issuer.leeway_s, issuer.user, issuer.groups, issuer.claims) == (30, ("sub",), (), ())
+
+
+def test_an_issuer_in_full(load, tmp_path):
+    config = load(
+        ISSUER.replace("audience: expertgate", "audience: [a, b]")
+        + """
+      jwks_file: jwks.json
+      algorithms: [PS384, EdDSA]
+      leeway_s: 0
+      user: [act, sub]
+      groups:
+        - {claim: teams, prefix: team-}
+        - claim: [realm_access, roles]
+          values: {ds: research}
+      claims: [department]
+"""
+    )
+    (issuer,) = config.identity.jwt
+    assert issuer.jwks_file == tmp_path / "jwks.json"
+    assert (issuer.audience, issuer.user) == (("a", "b"), ("act", "sub"))
+    assert [rule.claim for rule in issuer.groups] == [("teams",), ("realm_access", "roles")]
+
+
+IN = "identity.jwt[0]"
+
+
+@pytest.mark.parametrize(
+    ("more", "fault"),
+    [
+        ("algorithms: [HS256]", f"8: {IN}.algorithms[0]: HS256 is no signature"),
+        ("algorithms: [ES256, none]", f"8: {IN}.algorithms[1]: none is no signature"),
+        ("algorithms: [rs256]", f"8: {IN}.algorithms[0]: Input should be 'RS256', "),
+        ("algorithms: []", f"8: {IN}.algorithms: must name at least one"),
+        ("algorithm: RS256", f"8: {IN}.algorithm: unknown key; did you mean algorithms?"),
+        ("jwks_url: http://id.example.com/keys", f"8: {IN}.jwks_url: must be https://"),
+        ("jwks_url: http://127.0.0.1.example.com/", f"8: {IN}.jwks_url: must be https://"),
+        ("jwks_url: file:///etc/keys", f"8: {IN}.jwks_url: must be a URL"),
+        ("jwks_url: https://", f"8: {IN}.jwks_url: must be a URL"),
+        ("jwks_url: https://u:p@id.example.com/", f"8: {IN}.jwks_url: must have no user"),
+        ("jwks_url: https://id.example.com:x/", f"8: {IN}.jwks_url: is no URL"),
+        ("jwks_url: https://[id/", f"8: {IN}.jwks_url: is no URL"),
+        ("leeway_s: 3600", f"8: {IN}.leeway_s: Input should be less than or equal to 300"),
+        ("leeway_s: -1", f"8: {IN}.leeway_s: Input should be greater"),
+        ("user: []", f"8: {IN}.user: must name at least one"),
+        ("groups: {claim: a}", f"8: {IN}.groups: "),
+        ("groups: [{}]", f"8: {IN}.groups[0].claim: is missing"),
+        ("groups: [{claim: a, prefix: b, values: {c: d}}]", f"8: {IN}.groups[0]: has prefix and"),
+        ("groups: [{claim: a, value: {c: d}}]", f"8: {IN}.groups[0].value: unknown key; did you"),
+        ("groups: [{claim: a, values: {c: ''}}]", f"8: {IN}.groups[0].values.c: String should"),
+        ("claims: [level]", f"8: {IN}.claims[0]: 'level' has no type; give it one in"),
+    ],
+)
+def test_every_fault_of_an_issuer_has_its_place(load, tmp_path, more, fault):
+    with pytest.raises(ConfigError) as error:
+        load(f"{ISSUER}      {more}\n")
+    assert str(error.value).startswith(f"{tmp_path}/expertgate.yaml:{fault}")
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ("      audience: expertgate\n", "", f"5: {IN}.audience: is missing"),
+        ("audience: expertgate", "audience: []", f"7: {IN}.audience: must name at least one"),
+        ("audience: expertgate", "audience: ''", f"7: {IN}.audience[0]: "),
+        ("      issuer: https://id.example.com\n", "", f"5: {IN}.issuer: is missing"),
+        ("    - name: corp\n      issuer:", "    - issuer:", f"5: {IN}.name: is missing"),
+        ("name: corp", "name: Corp:a", f"5: {IN}.name: String should match"),
+        ("https://id.example.com", "corp", f"5: {IN}: has neither jwks_url nor jwks_file"),
+        ("https://id.example.com", "http://id.example.com", f"5: {IN}: has neither jwks_url"),
+        (
+            "audience: expertgate",
+            "audience: a\n      jwks_url: https://a.example\n      jwks_file: b",
+            f"5: {IN}: has jwks_url and jwks_file; name one",
+        ),
+        (
+            "audience: expertgate\n",
+            "audience: a\n    - {name: corp, issuer: 'https://b.example', audience: a}\n",
+            "3: identity: jwt has two issuers of the same name",
+        ),
+        (
+            "audience: expertgate\n",
+            "audience: a\n    - {name: b, issuer: 'https://id.example.com', audience: b}\n",
+            "3: identity: jwt has two issuers of the same issuer",
+        ),
+    ],
+)
+def test_what_an_issuer_needs(load, tmp_path, old, new, fault):
+    assert old in ISSUER
+    with pytest.raises(ConfigError) as error:
+        load(ISSUER.replace(old, new))
+    assert str(error.value).startswith(f"{tmp_path}/expertgate.yaml:{fault}")

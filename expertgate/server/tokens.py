@@ -1,0 +1,169 @@
+"""JSON Web Tokens (RFC 7519) of an OpenID Connect issuer.
+
+A token is judged by RFC 8725's advice: the configuration, never the token, says which algorithms
+and keys may verify it; `iss`, `aud` and `exp` must be there and be right; and it must name its key.
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jwt
+from starlette.requests import HTTPConnection
+
+from expertgate.policies.principal import Principal
+from expertgate.server.bearer import bearer_token
+from expertgate.server.errors import ApiError, invalid_credential
+from expertgate.server.identity_config import GroupRule, IssuerConfig
+from expertgate.server.jwks import COOLDOWN_S, NoKeys, key_source
+from expertgate.server.names import MAX_CHARS
+
+log = logging.getLogger(__name__)
+
+MAX_TOKEN_CHARS = 1 << 14
+
+_OPTIONS: Any = {"require": ["exp", "iss", "aud"], "enforce_minimum_key_length": True}
+# What is told of a token whose signature holds; of one without there is nothing to tell.
+_WORDS = (
+    (jwt.ExpiredSignatureError, "has expired"),
+    (jwt.ImmatureSignatureError, "is not valid yet"),
+    (jwt.InvalidAudienceError, "is for another audience"),
+    (jwt.MissingRequiredClaimError, "lacks exp or aud"),
+)
+
+
+class TokenIssuer:
+    """`Authorization: Bearer` with a token of one issuer."""
+
+    def __init__(self, config: IssuerConfig) -> None:
+        """Raises JwksError."""
+        self._config = config
+        self._keys = key_source(config)
+
+    async def identify(self, connection: HTTPConnection) -> Principal | None:
+        token = bearer_token(connection.headers)
+        if _issuer_of(token) != self._config.issuer:
+            return None
+        try:
+            return self._principal(await self._verified(token))
+        except _BadToken as error:
+            log.info("refused a token of %s: it %s", self._config.name, error)
+            raise invalid_credential(f"this token {error}") from None
+        except NoKeys:
+            raise ApiError(
+                503,
+                "issuer_unavailable",
+                "the keys of this token's issuer can't be fetched now; try again",
+                headers={"Retry-After": f"{COOLDOWN_S:.0f}"},
+            ) from None
+
+    def refresh(self) -> int:
+        return self._keys.refresh()
+
+    async def _verified(self, token: str) -> Mapping[str, Any]:
+        """The claims of a token that holds. Raises _BadToken and NoKeys."""
+        config = self._config
+        try:
+            header = jwt.get_unverified_header(token)
+            algorithm, kid = header.get("alg"), header.get("kid")
+            if algorithm not in config.algorithms:
+                raise _BadToken(f"is not signed by one of {', '.join(config.algorithms)}")
+            if not kid:
+                raise _BadToken("names no key: it has no kid")
+            key = await self._keys.key(kid, algorithm)
+            if key is None:
+                raise _BadToken("names a key that its issuer doesn't have")
+            return jwt.decode(
+                token,
+                key,
+                algorithms=[algorithm],
+                issuer=config.issuer,
+                audience=config.audience,
+                leeway=config.leeway_s,
+                options=_OPTIONS,
+            )
+        except jwt.PyJWTError as error:
+            # PyJWT's own words may quote the token.
+            words = next((w for kind, w in _WORDS if isinstance(error, kind)), "can't be verified")
+            raise _BadToken(words) from None
+
+    def _principal(self, claims: Mapping[str, Any]) -> Principal:
+        config = self._config
+        user = _at(claims, config.user)
+        if not isinstance(user, str) or not _is_name(user):
+            raise _BadToken(f"has no name of a user in {_shown(config.user)}")
+        groups = [group for rule in config.groups for group in _groups(rule, claims)]
+        read = {name: _value(name, claims[name]) for name in config.claims if name in claims}
+        return Principal(
+            f"{config.name}:{user}",
+            frozenset(groups),
+            # null is how some issuers say that there is none
+            MappingProxyType({name: value for name, value in read.items() if value is not None}),
+            via=f"jwt:{config.name}",
+        )
+
+
+class _BadToken(Exception):  # noqa: N818  (what it is, and named as one)
+    """What is wrong with it, for its sender."""
+
+
+def _issuer_of(token: str) -> object:
+    """Who a token says that it is from, not verified; None for what is no token."""
+    if len(token) > MAX_TOKEN_CHARS:
+        return None
+    try:
+        return jwt.decode(token, options={"verify_signature": False}).get("iss")
+    except jwt.PyJWTError:
+        return None
+
+
+def _groups(rule: GroupRule, claims: Mapping[str, Any]) -> list[str]:
+    found = _at(claims, rule.claim)
+    values = [] if found is None else [found] if isinstance(found, str) else found
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise _BadToken(f"has no text or list of texts in {_shown(rule.claim)}")
+    if rule.values is not None:
+        return [rule.values[value] for value in values if value in rule.values]
+    groups = [rule.prefix + value for value in values]
+    if not all(map(_is_name, groups)):
+        raise _BadToken(f"has a name that can't be a group in {_shown(rule.claim)}")
+    return groups
+
+
+def _at(claims: Mapping[str, Any], path: Sequence[str]) -> Any:
+    """What stands at the end of `path`; None where there is no such way."""
+    found: Any = claims
+    for name in path:
+        if not isinstance(found, dict):
+            return None
+        found = found.get(name)
+    return found
+
+
+def _value(name: str, value: Any) -> object:
+    """A claim as policies may read it. Raises _BadToken."""
+    if isinstance(value, list) and all(map(_is_text, value)):
+        return tuple(value)
+    if value is None or _is_text(value) or isinstance(value, int) or _is_finite(value):
+        return value
+    # Left out, it would be as if the issuer had said nothing.
+    raise _BadToken(f"has neither text, number, boolean nor list of texts in {_shown([name])}")
+
+
+def _is_text(value: Any) -> bool:
+    # Half of a surrogate pair is text to Python alone.
+    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _is_name(text: str) -> bool:
+    return 0 < len(text) <= MAX_CHARS and text.isprintable()
+
+
+def _shown(path: Sequence[str]) -> str:
+    return "claim " + " → ".join(path)
