@@ -6,7 +6,7 @@ Dimensions: T tokens, E experts, K = top_k slots, H hidden, I inner.
 import torch
 import torch.nn.functional as F
 
-from expertgate.kernels.routing import route
+from expertgate.kernels.routing import RoutingPlan, route
 
 
 def masked_moe(
@@ -29,6 +29,13 @@ def masked_moe(
     plan = route(
         router_logits, allowed, top_k=top_k, router_bias=router_bias, renormalize=renormalize
     )
+    return experts(x, plan, w_gate_up, w_down)
+
+
+def experts(
+    x: torch.Tensor, plan: RoutingPlan, w_gate_up: torch.Tensor, w_down: torch.Tensor
+) -> torch.Tensor:
+    """What follows the routing; [T, H] in x's dtype. `plan` of T tokens, the rest as above."""
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in range(w_gate_up.shape[0]):
         tokens, slots = torch.nonzero(plan.experts == expert, as_tuple=True)

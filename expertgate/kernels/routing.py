@@ -60,12 +60,13 @@ def select(masked_logits: torch.Tensor, *, top_k: int, renormalize: bool = False
 
 def route(
     router_logits: torch.Tensor,
-    allowed: torch.Tensor,
+    allowed: torch.Tensor | None,
     *,
     top_k: int,
     router_bias: torch.Tensor | None = None,
     renormalize: bool = False,
 ) -> RoutingPlan:
-    """`mask_logits`, then `select`; the shapes are theirs."""
-    masked = mask_logits(router_logits, allowed, router_bias)
-    return select(masked, top_k=top_k, renormalize=renormalize)
+    """`mask_logits`, where there are masks, then `select`; the shapes are theirs."""
+    if allowed is not None:
+        router_logits = mask_logits(router_logits, allowed, router_bias)
+    return select(router_logits.float(), top_k=top_k, renormalize=renormalize)

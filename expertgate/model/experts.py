@@ -1,9 +1,8 @@
 """vLLM's router and experts, made to skip what a token may not consult.
 
-Dimensions: T tokens, E experts, K = top_k slots, H hidden, P kept (token, expert) pairs.
+Dimensions: T tokens, E experts, K = top_k slots, H hidden.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,10 +13,8 @@ from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from expertgate.kernels.routing import NO_EXPERT, select
-
-# vLLM's CPU kernel sizes its scratch memory with 32-bit integers.
-_MAX_PAIRS_A_CALL = 16384
+from expertgate.kernels import NO_EXPERT, RoutingPlan, route
+from expertgate.kernels.cpu import run_pairs
 
 
 class MaskedRouter(BaseRouter):
@@ -40,7 +37,7 @@ class MaskedRouter(BaseRouter):
         *,
         input_ids: torch.Tensor | None = None,  # noqa: ARG002
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        plan = select(router_logits, top_k=self.top_k, renormalize=self.renormalize)
+        plan = route(router_logits, None, top_k=self.top_k, renormalize=self.renormalize)
         return plan.weights, plan.experts.to(indices_type or torch.int32)
 
 
@@ -68,21 +65,8 @@ class MaskedRoutedExperts(RoutedExperts):
     def run_pairs(
         self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
     ) -> torch.Tensor:
-        """The work of the P pairs that name an expert, and no other; [T, H] in x's dtype.
-
-        The shapes are those of `forward_modular`. Each pair goes to vLLM's kernel as a token with
-        one slot. Pairs are summed in float32 in the order of their slots, so a token's result does
-        not depend on which others are in the batch.
-        """
-        tokens, slots = torch.nonzero(topk_ids != NO_EXPERT, as_tuple=True)
-        out = torch.zeros(x.shape, dtype=torch.float32)
-        for start in range(0, len(tokens), _MAX_PAIRS_A_CALL):
-            token = tokens[start : start + _MAX_PAIRS_A_CALL]
-            slot = slots[start : start + _MAX_PAIRS_A_CALL]
-            run: Callable[..., torch.Tensor] = super().forward_modular
-            pairs = run(x[token], topk_weights[token, slot, None], topk_ids[token, slot, None])
-            out.index_add_(0, token, pairs.float())
-        return out.to(x.dtype)
+        """Each (token, expert) pair as a token of its own; shapes as in `forward_modular`."""
+        return run_pairs(x, RoutingPlan(topk_weights, topk_ids), super().forward_modular)
 
 
 def _pairs(

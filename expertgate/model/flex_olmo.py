@@ -36,7 +36,7 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from expertgate.kernels.routing import mask_logits
+from expertgate.kernels import mask_logits
 from expertgate.model.experts import MaskedRoutedExperts, MaskedRouter
 from expertgate.model.masks import TokenMasks
 

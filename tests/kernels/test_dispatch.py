@@ -1,0 +1,132 @@
+"""The public operation on a CPU, by vLLM's kernel and by the loop, against the loop in float64."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from expertgate.kernels import InputError, cpu, mask_logits, masked_moe, route
+from tests.kernels.cases import Case, layer, layers, words
+
+every_example_alike = settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.fixture(params=["vllm", "loop"])
+def path(request, monkeypatch):
+    """Both ways to run on a CPU; 32 and 64 are sizes that vLLM's kernel takes."""
+    pytest.importorskip("vllm._custom_ops")
+    if request.param == "loop":
+        monkeypatch.setattr(cpu, "_has_kernel", lambda _: False)
+    elif not hasattr(torch.ops._C, "cpu_fused_moe"):
+        pytest.skip("this vLLM has no CPU kernels")
+    return request.param
+
+
+def run(case: Case, **options):
+    return masked_moe(*case.tensors, **case.options, **options)
+
+
+@every_example_alike
+@given(case=layers(T=(0, 9), E=(1, 2, 7), sizes=(16, 32, 64)))
+def test_equals_the_loop(path, case):
+    case.check(run(case))
+
+
+@every_example_alike
+@given(case=layers(T=(1, 9), E=(2, 7), sizes=(32, 64)))
+def test_excluded_weights_change_no_bit(path, case):
+    assert torch.equal(run(case.without(case.outside())), run(case))
+
+
+@every_example_alike
+@given(case=layers(T=(2, 9), E=(2, 7), sizes=(32, 64)), chosen=st.integers(0, 8))
+def test_a_token_does_not_see_its_neighbours(path, case, chosen):
+    token = chosen % len(case.x)
+    alone = run(case.tokens([token]), deterministic=True)
+    assert torch.equal(run(case, deterministic=True)[token : token + 1], alone)
+
+
+def test_sixty_four_experts_and_sixteen_slots(path):
+    case = layer(T=3, E=64, H=32, I=32, masks=[2**64 - 1, 1 << 63, 1 << 63 | 1], top_k=16)
+    case.check(run(case))
+
+
+def test_an_empty_mask_gives_zeros(path):
+    case = layer(T=4, E=7, masks=[0, 127, 0, 1])
+    out = run(case)
+    assert torch.equal(out[[0, 2]], torch.zeros(2, out.shape[1]))
+    case.check(out)
+
+
+def test_more_pairs_than_one_call_takes(path, monkeypatch):
+    monkeypatch.setattr(cpu, "_MAX_PAIRS_A_CALL", 8)
+    case = layer(T=11, E=7, H=32, I=32)
+    case.check(run(case))
+
+
+def test_masked_logits_route_as_their_masks_do():
+    case = layer(T=9, E=7, masks=[0, 1, 2, 3, 64, 127, 100, 9, 90])
+    want = route(case.router_logits, case.allowed, top_k=5)
+    got = route(mask_logits(case.router_logits, case.allowed), None, top_k=5)
+    assert torch.equal(got.experts, want.experts)
+    assert torch.equal(got.weights, want.weights)
+
+
+def change(**arguments):
+    """A good call with some arguments changed."""
+    case = layer(T=3, E=4, H=32, I=48)
+    good = {
+        "x": case.x,
+        "router_logits": case.router_logits,
+        "w_gate_up": case.w_gate_up,
+        "w_down": case.w_down,
+        "allowed": case.allowed,
+        "top_k": 2,
+    }
+    return good | arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"x": torch.zeros(2, 32)}, r"x is \[2, 32\] float32; it must be \[T = 3, H\]"),
+        ({"x": torch.zeros(3, 32).double()}, "x is .* float64; it must be bfloat16, float16 or"),
+        ({"router_logits": torch.zeros(3, 0)}, "router_logits has 0 experts; it may have 1 to 64"),
+        ({"router_logits": torch.zeros(3, 65)}, "router_logits has 65 experts"),
+        ({"router_logits": torch.zeros(3)}, r"router_logits is \[3\] float32; it must be \[T, E\]"),
+        ({"router_logits": torch.zeros(3, 4).int()}, "router_logits .* must be floating point"),
+        ({"w_gate_up": torch.zeros(4, 48, 32)}, r"must be \[4, 96, 32\] = \[E, 2I, H\]"),
+        ({"w_gate_up": torch.zeros(4, 96, 32).half()}, "w_gate_up is .* torch.float32, as x is"),
+        ({"w_gate_up": torch.zeros(4, 32, 96).mT}, "w_gate_up is .* must be contiguous"),
+        ({"w_down": torch.zeros(3, 32, 48)}, r"w_down .* \[E = 4, H = 32, I = 48\]|w_down"),
+        ({"allowed": torch.zeros(2).long()}, r"allowed is \[2\] int64; it must be \[T = 3\]"),
+        ({"allowed": torch.zeros(3).int()}, "allowed is .* int32; it must be int64"),
+        ({"router_bias": torch.zeros(4)}, r"router_bias is \[4\] float32; it must be \[E-1 = 3\]"),
+        ({"top_k": 0}, "top_k is 0; it may be 1 to 16"),
+        ({"top_k": 17}, "top_k is 17"),
+        ({"allowed": torch.zeros(3, device="meta").long()}, "allowed is on meta; the rest is on"),
+        (
+            {"w_down": torch.zeros(4, 32, 40), "w_gate_up": torch.zeros(4, 80, 32)},
+            "I is 40; it must be a multiple of 16",
+        ),
+        (
+            {
+                "x": torch.zeros(3, 24),
+                "w_down": torch.zeros(4, 24, 48),
+                "w_gate_up": torch.zeros(4, 96, 24),
+            },
+            "H is 24; it must be a multiple of 16",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(arguments, said):
+    masked_moe(**change())
+    with pytest.raises(InputError, match=said):
+        masked_moe(**change(**arguments))
+
+
+def test_a_mask_is_read_as_signed_and_unsigned_alike():
+    plan = route(torch.zeros(2, 64), words([1 << 63, (1 << 63) | 3]), top_k=3)
+    assert plan.experts.tolist() == [[63, -1, -1], [0, 1, 63]]
