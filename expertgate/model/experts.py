@@ -6,15 +6,24 @@ Dimensions: T tokens, E experts, K = top_k slots, H hidden.
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from expertgate.kernels import NO_EXPERT, RoutingPlan, route
 from expertgate.kernels.cpu import run_pairs
+from expertgate.model.masked_experts import MaskedExperts
+from expertgate.model.moe_kernel import wanted
 
 
 class MaskedRouter(BaseRouter):
@@ -44,6 +53,28 @@ class MaskedRouter(BaseRouter):
 class MaskedRoutedExperts(RoutedExperts):
     """Expert weights that are read for the slots that name an expert, and for no others."""
 
+    def _get_quant_method(self, *args: Any) -> FusedMoEMethodBase:
+        """A hook of vLLM's: what holds the weights, and whose kernels read them."""
+        method = super()._get_quant_method(*args)
+        if wanted(get_current_vllm_config().additional_config) != "expertgate":
+            return method
+        if not isinstance(method, UnquantizedFusedMoEMethod):
+            return method  # quantised weights are for vLLM's kernels
+        supported, reason = MaskedExperts.is_supported_config(
+            MaskedExperts, method.moe, None, None, MaskedExperts.activation_format()
+        )
+        if not supported:
+            raise ValueError(f"expertgate's own MoE kernels: {reason}")
+        # The weights stay in the order of vLLM's Triton kernels, which is the checkpoint's.
+        method.unquantized_backend = UnquantizedMoeBackend.TRITON
+        method.experts_cls = MaskedExperts
+        return method
+
+    @property
+    def kernel(self) -> FusedMoEExperts:
+        """What does the work, once weights are loaded."""
+        return self.quant_method.moe_kernel.fused_experts
+
     def forward_modular(
         self,
         x: torch.Tensor,
@@ -54,6 +85,8 @@ class MaskedRoutedExperts(RoutedExperts):
     ) -> Any:
         """`x` [T, H]; `topk_weights` [T, K] float32; `topk_ids` [T, K], NO_EXPERT = no work."""
         assert shared_experts is None, "FlexOlmo has no shared experts"
+        if isinstance(self.kernel, MaskedExperts):
+            return super().forward_modular(x, topk_weights, topk_ids)
         if current_platform.is_cpu():
             return torch.ops.vllm.expertgate_pairs(x, topk_weights, topk_ids, self.layer_name)
         # vLLM's GPU kernels have no notion of an empty slot. It is given the token's best expert

@@ -13,8 +13,9 @@ class ProvesMasks:
     def expertgate_facts(self) -> dict[str, str]:
         """Part → full name of the class that this worker runs as that part.
 
-        Every part is one where masks are made or read, so each must be a class of this package. A
-        layer whose kernel would route by itself, from raw logits, says `monolithic` before it.
+        Every part is one where masks are made or read, so each must be a class of this package; but
+        the kernel, which gets what they leave, may be vLLM's. A layer whose kernel would route by
+        itself, from raw logits, says `monolithic` before its experts.
         """
         runner = self.model_runner
         model = runner.get_model()
@@ -26,7 +27,9 @@ class ProvesMasks:
             for layer in model.moe_layers:
                 facts[f"{layer.prefix} router"] = _name(layer.experts.router)
                 kind = "monolithic " if layer.experts.is_monolithic else ""
-                facts[f"{layer.prefix} experts"] = kind + _name(layer.experts.routed_experts)
+                experts = layer.experts.routed_experts
+                facts[f"{layer.prefix} experts"] = kind + _name(experts)
+                facts[f"{layer.prefix} kernel"] = _name(experts.kernel)
         return facts
 
 

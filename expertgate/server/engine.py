@@ -13,6 +13,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.executor.abstract import Executor
 
+from expertgate.model.moe_kernel import DEFAULT, OPTION
 from expertgate.server.failures import EngineError
 from expertgate.server.grants import Grants
 from expertgate.server.guard import CacheSalts, GuardedLLM
@@ -26,7 +27,10 @@ _MAX_QUEUED = 1024
 
 
 def parse_flags(flags: Sequence[str]) -> dict[str, object]:
-    """Those of vLLM's own flags that were given, by Python names. Raises SettingError."""
+    """Those of vLLM's own flags, and of ours, that were given, by Python names.
+
+    Raises SettingError.
+    """
     if not flags:
         return {}
     if any(flag.partition("=")[0] == "--config" for flag in flags):
@@ -35,6 +39,7 @@ def parse_flags(flags: Sequence[str]) -> dict[str, object]:
             "engine argument --config: write vLLM's arguments under `engine:` in the configuration"
         )
     parser = AsyncEngineArgs.add_cli_args(_Parser(add_help=False))
+    parser.add_argument("--moe-kernel")
     for action in parser._actions:
         action.default = argparse.SUPPRESS
         if action.dest == "compilation_config":
@@ -50,6 +55,11 @@ def start(model: Path, name: str, arguments: Mapping[str, object], grants: Grant
     """
     refuse_arguments(arguments)
     worker = _worker()
+    kernel = arguments.get("moe_kernel", DEFAULT)
+    if kernel == "expertgate" and worker == CPU_WORKER:
+        raise SettingError(
+            "engine argument moe_kernel=expertgate: those kernels are for NVIDIA GPUs"
+        )
     given: dict[str, Any] = {
         "served_model_name": name,
         "use_tqdm_on_load": False,
@@ -59,7 +69,9 @@ def start(model: Path, name: str, arguments: Mapping[str, object], grants: Grant
         "structured_outputs_config": {"backend": "xgrammar"},
         "model": str(model),
         "worker_cls": worker,
+        "additional_config": {OPTION: kernel},
     }
+    given.pop("moe_kernel", None)
     try:
         config = AsyncEngineArgs(**given).create_engine_config()
     except ValidationError as error:

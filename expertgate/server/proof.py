@@ -14,6 +14,7 @@ from expertgate.server.guard import GuardedLLM
 _TIMEOUT_S = 60
 _PROBE_TOKENS = 32
 _TENANT = "expertgate/proof"
+_VLLM_KERNELS = "vllm.model_executor.layers.fused_moe.experts."
 
 
 async def prove(engine: GuardedLLM, grants: Grants, num_experts: int) -> None:
@@ -30,14 +31,24 @@ async def prove(engine: GuardedLLM, grants: Grants, num_experts: int) -> None:
 def check_facts(rank: int, facts: Mapping[str, Any]) -> None:
     """Every class that a worker runs where masks are made or read must be ours.
 
+    The kernel may be one of vLLM's modular ones as well: it does as the routing says.
+
     `facts`: part → class, as `expertgate.model.proof` says it. Raises ProofError.
     """
     said = {part.rpartition(" ")[2] for part in facts}
-    for parts in ({"worker"}, {"model"}, {"model_state", "model_runner"}, {"router"}, {"experts"}):
+    for parts in (
+        {"worker"},
+        {"model"},
+        {"model_state", "model_runner"},
+        {"router"},
+        {"experts"},
+        {"kernel"},
+    ):
         if not parts & said:
             raise ProofError(f"worker {rank} does not say what it runs as its {min(parts)}")
     for part, name in facts.items():
-        if not str(name).startswith("expertgate."):
+        ours = str(name).startswith("expertgate.")
+        if not ours and not (part.endswith(" kernel") and str(name).startswith(_VLLM_KERNELS)):
             raise ProofError(f"worker {rank} runs {name} as its {part}, which knows no masks")
 
 

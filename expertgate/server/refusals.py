@@ -12,6 +12,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from expertgate.model.checkpoint import ARCHITECTURE
+from expertgate.model.moe_kernel import KERNELS
 
 OUR_PLUGIN = "expertgate"
 OUR_PLUGIN_VALUE = "expertgate.model.plugin:register"
@@ -152,6 +153,7 @@ _VETTED: dict[str, tuple[Callable[[object], bool], str]] = {
     "load_format": (_one_of("auto", "safetensors"), "auto or safetensors"),
     "logprobs_mode": (_one_of("raw_logprobs", "processed_logprobs"), "…_logprobs"),
     "model_impl": (_one_of("auto", "vllm"), "auto or vllm"),
+    "moe_kernel": (_one_of(*KERNELS), " or ".join(KERNELS)),  # ours, not vLLM's own argument
     "prefix_caching_hash_algo": (_one_of("sha256", "sha256_cbor"), "sha256 or sha256_cbor"),
     "runner": (_one_of("auto", "generate"), "generate"),
     "scheduling_policy": (_one_of("fcfs"), "fcfs"),

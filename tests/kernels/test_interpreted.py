@@ -1,4 +1,4 @@
-"""Runs the Triton kernels' tests where there is no GPU, in Triton's interpreter."""
+"""Runs the Triton kernels where there is no GPU: their tests, in Triton's interpreter."""
 
 import os
 import subprocess
@@ -8,15 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
+TESTS = Path(__file__).parents[1]
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="test_triton.py runs compiled here")
-def test_the_kernels_in_tritons_interpreter():
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they run compiled here")
+@pytest.mark.parametrize("file", ["kernels/test_triton.py", "model/test_moe_kernel.py"])
+def test_in_tritons_interpreter(file):
     # A process of its own: Triton must know before it is imported, and others import it compiled.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, str(Path(__file__).with_name("test_triton.py"))],
+        [*command, str(TESTS / file)],
         env=dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1"),
-        cwd=Path(__file__).parents[2],
+        cwd=TESTS.parent,
         capture_output=True,
         text=True,
     )

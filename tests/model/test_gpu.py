@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from expertgate.model.moe_kernel import KERNELS, OPTION
 from expertgate.policies.expert_set import ExpertSet
 from tests.model.test_non_interference import poison
 from tests.support.checkpoints import random_checkpoint
@@ -30,14 +31,20 @@ def asks(count, seed):
     ]
 
 
-@pytest.fixture(scope="module", params=["eager", "graphs"])
+@pytest.fixture(scope="module", params=[(k, m) for k in KERNELS for m in ("eager", "graphs")])
 def served(request, tmp_path_factory):
     """A checkpoint whose experts 2 and 5 are NaN: any token that reaches them shows."""
+    kernel, mode = request.param
     folder = random_checkpoint(tmp_path_factory.mktemp("poisoned"))
     poison(folder / "model.safetensors")
     with engine(
-        folder, dtype="bfloat16", max_num_seqs=16, enforce_eager=request.param == "eager"
+        folder,
+        dtype="bfloat16",
+        max_num_seqs=16,
+        enforce_eager=mode == "eager",
+        additional_config={OPTION: kernel},
     ) as running:
+        running.kernel = kernel
         yield running
 
 
@@ -45,6 +52,13 @@ def test_model_runner_v2_runs_our_state(served):
     """Threat a5."""
     [facts] = served.llm.collective_rpc("expertgate_facts")
     assert facts["model_state"].startswith("expertgate.")
+
+
+def test_the_kernels_that_were_asked_for_run(served):
+    [facts] = served.llm.collective_rpc("expertgate_facts")
+    names = {name for part, name in facts.items() if part.endswith(" kernel")}
+    assert len(names) == 1
+    assert names.pop().startswith(served.kernel + ".")
 
 
 def test_slots_that_churn_never_reach_poisoned_experts(served):

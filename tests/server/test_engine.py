@@ -2,9 +2,10 @@ from pathlib import Path
 
 import pytest
 
+from expertgate.model.moe_kernel import OPTION
 from expertgate.server import engine
 from expertgate.server.grants import Grants
-from expertgate.server.refusals import SettingError
+from expertgate.server.refusals import SettingError, refuse_arguments
 
 
 @pytest.fixture
@@ -34,3 +35,30 @@ def test_the_queue_has_a_bound_unless_another_is_set(given):
 
 def test_the_first_request_does_not_choose_how_schemas_are_compiled(given):
     assert given()["structured_outputs_config"] == {"backend": "xgrammar"}
+
+
+def test_vllms_moe_kernels_are_the_default(given):
+    assert given()["additional_config"] == {OPTION: "vllm"}
+
+
+def test_the_moe_kernel_goes_to_the_model_and_not_to_vllm(given, monkeypatch):
+    monkeypatch.setattr(engine, "_worker", lambda: engine.GPU_WORKER)
+    seen = given(moe_kernel="expertgate")
+    assert seen["additional_config"] == {OPTION: "expertgate"}
+    assert "moe_kernel" not in seen
+
+
+def test_our_moe_kernels_are_refused_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(engine, "_worker", lambda: engine.CPU_WORKER)
+    with pytest.raises(SettingError, match="moe_kernel=expertgate: those kernels are for NVIDIA"):
+        engine.start(Path("/checkpoint"), "name", {"moe_kernel": "expertgate"}, Grants())
+
+
+@pytest.mark.parametrize("flag", [["--moe-kernel", "vllm"], ["--moe-kernel=vllm"]])
+def test_the_moe_kernel_is_a_flag_behind_vllms_own(flag):
+    assert engine.parse_flags(flag) == {"moe_kernel": "vllm"}
+
+
+def test_another_moe_kernel_is_refused():
+    with pytest.raises(SettingError, match="moe_kernel=cutlass: only expertgate or vllm"):
+        refuse_arguments({"moe_kernel": "cutlass"})

@@ -19,7 +19,8 @@ OURS = {
     "model_runner": "expertgate.model.cpu_worker.MaskedCPUModelRunner",
     "model": "expertgate.model.flex_olmo.FlexOlmoForCausalLM",
     "model.layers.0.mlp router": "expertgate.model.experts.MaskedRouter",
-    "model.layers.0.mlp experts": "expertgate.model.experts.MaskedExperts",
+    "model.layers.0.mlp experts": "expertgate.model.experts.MaskedRoutedExperts",
+    "model.layers.0.mlp kernel": "expertgate.model.masked_experts.MaskedExperts",
 }
 
 
@@ -34,6 +35,13 @@ def test_a_worker_that_runs_another_class_is_not_served(part):
 def test_a_worker_that_leaves_a_part_out_is_not_served(part):
     with pytest.raises(ProofError):
         check_facts(0, {name: found for name, found in OURS.items() if name != part})
+
+
+def test_vllms_modular_kernels_are_served():
+    name = "vllm.model_executor.layers.fused_moe.experts.triton_moe.TritonExperts"
+    check_facts(0, {**OURS, "model.layers.0.mlp kernel": name})
+    with pytest.raises(ProofError, match="experts"):
+        check_facts(0, {**OURS, "model.layers.0.mlp experts": name})
 
 
 def test_a_kernel_that_routes_by_itself_is_not_served():

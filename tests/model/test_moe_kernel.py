@@ -1,0 +1,148 @@
+"""Our kernels inside vLLM's layer: chosen when asked for, and given what the router left.
+
+A GPU is only pretended here, and the kernels run in Triton's interpreter, so in a process of their
+own (`tests/kernels/test_interpreted.py`); `test_gpu.py` has the real thing.
+"""
+
+import os
+
+import pytest
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+
+from expertgate.kernels import reference, routing
+from expertgate.kernels.routing import NO_EXPERT
+from expertgate.model import masked_experts, moe_kernel
+from expertgate.model.experts import MaskedRoutedExperts, MaskedRouter
+from expertgate.model.masked_experts import MaskedExperts
+
+T, E, H, I, TOP_K = 5, 4, 32, 48, 3
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="test_interpreted.py runs it"
+)
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """vLLM believes that our kernels can run here."""
+    monkeypatch.setattr(MaskedExperts, "_supports_current_device", staticmethod(lambda: True))
+
+
+def build(options, *, inner=I, num_experts=E):
+    """vLLM's layer around ours, as `FlexOlmoMoE` makes it, and its weights."""
+    config = VllmConfig(additional_config=options)
+    config.compilation_config.static_forward_context = {}
+    with set_current_vllm_config(config):
+        made = FusedMoEFactory(
+            num_experts=num_experts,
+            top_k=TOP_K,
+            hidden_size=H,
+            intermediate_size=inner,
+            params_dtype=torch.float32,
+            renormalize=False,
+            router=MaskedRouter(top_k=TOP_K, num_experts=num_experts, renormalize=False),
+            routed_experts_cls=MaskedRoutedExperts,
+            prefix="experts",
+            tp_size=1,
+            dp_size=1,
+            pcp_size=1,
+        )
+        experts = made.routed_experts
+        chance = torch.Generator().manual_seed(0)
+        for weight in (experts.w13_weight, experts.w2_weight):
+            weight.data.copy_(torch.randn(weight.shape, generator=chance) / weight.shape[-1] ** 0.5)
+        kept = experts.w13_weight.data.clone(), experts.w2_weight.data.clone()
+        experts.quant_method.process_weights_after_loading(experts)
+    return experts, *kept
+
+
+@pytest.fixture
+def batch():
+    chance = torch.Generator().manual_seed(1)
+    x, logits = torch.randn(T, H, generator=chance), torch.randn(T, E, generator=chance)
+    allowed = torch.tensor([0b1, 0b11, 0b1111, 0b1000, 0b0])
+    return x, routing.route(logits, allowed, top_k=TOP_K)
+
+
+def test_vllms_kernels_are_the_default(a_gpu):
+    experts, *_ = build({})
+    assert type(experts.kernel).__module__.startswith("vllm.")
+
+
+def test_ours_are_chosen_when_asked_for(a_gpu):
+    experts, w13, w2 = build({moe_kernel.OPTION: "expertgate"})
+    assert type(experts.kernel) is MaskedExperts
+    assert torch.equal(experts.w13_weight, w13)
+    assert torch.equal(experts.w2_weight, w2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"inner": 40}, "an inner size of 40 on each rank"),
+        ({"num_experts": 65}, "65 experts"),
+    ],
+)
+def test_what_they_cannot_run_is_an_error_and_not_another_kernel(a_gpu, sizes, said):
+    with pytest.raises(ValueError, match=said):
+        build({moe_kernel.OPTION: "expertgate"}, **sizes)
+
+
+def test_they_are_not_for_cpus():
+    with pytest.raises(ValueError, match="current device cpu"):
+        build({moe_kernel.OPTION: "expertgate"})
+
+
+def test_a_misspelt_kernel_is_an_error():
+    with pytest.raises(ValueError, match="may be expertgate or vllm"):
+        build({moe_kernel.OPTION: "expertgates"})
+
+
+def test_they_get_the_empty_slots_as_such(a_gpu, batch, monkeypatch):
+    """And the weights, the plan and the place of the result, each where it belongs."""
+    seen = []
+
+    def experts(x, plan, w_gate_up, w_down, *, deterministic, out):
+        seen.append((plan.experts.clone(), deterministic))
+        out.copy_(reference.experts(x, plan, w_gate_up, w_down))
+
+    monkeypatch.setattr("expertgate.kernels.gpu.layer.experts", experts)
+    x, plan = batch
+    layer, w13, w2 = build({moe_kernel.OPTION: "expertgate"})
+    out = layer.forward_modular(x, plan.weights, plan.experts)
+    assert torch.equal(out, reference.experts(x, plan, w13, w2))
+    assert torch.equal(seen[0][0], plan.experts)
+    assert (plan.experts == NO_EXPERT).any()
+    assert seen[0][1] is False
+
+
+def test_batch_invariance_fixes_their_shape(a_gpu, batch, monkeypatch):
+    fixed = []
+    monkeypatch.setattr(
+        "expertgate.kernels.gpu.layer.experts",
+        lambda *_, deterministic, out: fixed.append(deterministic),
+    )
+    x, plan = batch
+    layer, *_ = build({moe_kernel.OPTION: "expertgate"})
+    # Only now: no kernel of vLLM's for CPUs is batch invariant, and one is looked for first.
+    monkeypatch.setattr(masked_experts.vllm.envs, "VLLM_BATCH_INVARIANT", True, raising=False)
+    layer.forward_modular(x, plan.weights, plan.experts)
+    assert fixed == [True]
+
+
+@interpreted
+def test_the_layer_equals_the_twin(a_gpu, batch):
+    x, plan = batch
+    layer, w13, w2 = build({moe_kernel.OPTION: "expertgate"})
+    out = layer.forward_modular(x, plan.weights, plan.experts)
+    # float32 sums of at most 48 terms in another order.
+    torch.testing.assert_close(
+        out, reference.experts(x, plan, w13, w2), rtol=2e-5, atol=2e-6, equal_nan=False
+    )
+    layer.w13_weight.data[2].fill_(torch.nan)
+    layer.w2_weight.data[2].fill_(torch.nan)
+    dirty = layer.forward_modular(x, plan.weights, plan.experts)
+    untouched = ~(plan.experts == 2).any(dim=1)
+    assert torch.equal(dirty[untouched], out[untouched])
+    assert dirty[~untouched].isnan().all()
