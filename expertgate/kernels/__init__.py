@@ -4,7 +4,17 @@
 """
 
 from expertgate.kernels.checks import InputError
+from expertgate.kernels.cpu import Packed, pack
 from expertgate.kernels.dispatch import mask_logits, masked_moe, route
 from expertgate.kernels.routing import NO_EXPERT, RoutingPlan
 
-__all__ = ["NO_EXPERT", "InputError", "RoutingPlan", "mask_logits", "masked_moe", "route"]
+__all__ = [
+    "NO_EXPERT",
+    "InputError",
+    "Packed",
+    "RoutingPlan",
+    "mask_logits",
+    "masked_moe",
+    "pack",
+    "route",
+]

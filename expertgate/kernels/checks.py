@@ -5,6 +5,8 @@ Only shapes, dtypes and devices: looking at a value would make a GPU wait.
 
 import torch
 
+from expertgate.kernels.cpu import Packed
+
 MAX_EXPERTS = 64
 MAX_TOP_K = 16
 MULTIPLE = 16
@@ -41,9 +43,16 @@ def check_routing(
 
 
 def check_experts(
-    x: torch.Tensor, router_logits: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor
+    x: torch.Tensor,
+    router_logits: torch.Tensor,
+    w_gate_up: torch.Tensor | Packed,
+    w_down: torch.Tensor | Packed,
 ) -> None:
     """Raises InputError. `router_logits` must have been checked."""
+    if isinstance(w_gate_up, Packed) != isinstance(w_down, Packed):
+        raise InputError("one of w_gate_up and w_down is packed, the other isn't; pack both")
+    w_gate_up = w_gate_up.values if isinstance(w_gate_up, Packed) else w_gate_up
+    w_down = w_down.values if isinstance(w_down, Packed) else w_down
     T, E = router_logits.shape
     _must(x.dim() == 2 and len(x) == T, "x", x, f"[T = {T}, H]")
     _must(x.dtype in DTYPES, "x", x, "bfloat16, float16 or float32")

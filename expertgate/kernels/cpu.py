@@ -5,6 +5,7 @@ Dimensions: T tokens, E experts, K slots, H hidden, I inner, P (token, expert) p
 
 import platform
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -17,23 +18,50 @@ _MAX_PAIRS_A_CALL = 16384
 _MULTIPLE = 32
 
 
+@dataclass(frozen=True)
+class Packed:
+    """Weights of all experts in the order that vLLM's CPU kernel reads; see `pack`."""
+
+    values: torch.Tensor
+    """[E, rows, columns], as before; a copy, in which later changes of the weights don't show."""
+    instructions: str
+    """Of which processor: the name that vLLM gives the kernel's variant."""
+
+
+def pack(w: torch.Tensor) -> torch.Tensor | Packed:
+    """`w` [E, rows, columns] as `masked_moe` runs fastest; to be called once, when it is loaded.
+
+    A copy in an order of its own where vLLM's CPU kernel is loaded in this process (`import vllm`)
+    and takes such sizes (multiples of 32); anywhere else, `w` itself.
+    """
+    sizes = w.shape[1] % _MULTIPLE or w.shape[2] % _MULTIPLE
+    if w.is_cuda or sizes or not hasattr(torch.ops._C, "cpu_fused_moe"):
+        return w
+    # As vLLM chooses them.
+    amx = platform.machine() == "x86_64" and torch.cpu._is_amx_tile_supported()
+    instructions = "amx" if amx and w.dtype is torch.bfloat16 else "vec"
+    values = torch.empty_like(w)
+    torch.ops._C.prepack_moe_weight(w, values, instructions)
+    return Packed(values, instructions)
+
+
 def experts(
     x: torch.Tensor,
     plan: RoutingPlan,
-    w_gate_up: torch.Tensor,
-    w_down: torch.Tensor,
+    w_gate_up: torch.Tensor | Packed,
+    w_down: torch.Tensor | Packed,
     *,
     deterministic: bool = False,
 ) -> torch.Tensor:
     """[T, H] in x's dtype; arguments as `masked_moe` has them, and `plan` of T tokens.
 
-    vLLM's kernel is used where something has loaded it into this process (`import vllm`), and where
-    the sizes are its own. It wants weights in an order of its own: those of the experts consulted
-    are brought into it at each call, which costs about as much as reading them. `deterministic`
-    matters to the loop alone, whose products are of as many rows as an expert has tokens.
+    `deterministic` matters to the loop alone, whose products are of as many rows as an expert has
+    tokens.
     """
-    if _has_kernel(w_down):
-        return _by_vllm(x, plan, w_gate_up, w_down)
+    if isinstance(w_gate_up, Packed) and isinstance(w_down, Packed):
+        return run_pairs(x, plan, _kernel(w_gate_up, w_down))
+    assert isinstance(w_gate_up, torch.Tensor)
+    assert isinstance(w_down, torch.Tensor)
     if not deterministic:
         return reference.experts(x, plan, w_gate_up, w_down)
     out = torch.zeros_like(x)
@@ -65,50 +93,24 @@ def run_pairs(
     return out.to(x.dtype)
 
 
-def _has_kernel(w_down: torch.Tensor) -> bool:
-    _, H, I = w_down.shape
-    return not (H % _MULTIPLE or I % _MULTIPLE) and hasattr(torch.ops._C, "cpu_fused_moe")
-
-
-def _by_vllm(
-    x: torch.Tensor, plan: RoutingPlan, w_gate_up: torch.Tensor, w_down: torch.Tensor
-) -> torch.Tensor:
-    isa = _instructions(x.dtype)
-    consulted = sorted(set(plan.experts.flatten().tolist()) - {NO_EXPERT})
-    local = torch.full((len(w_down),), NO_EXPERT, dtype=torch.int32)
-    local[consulted] = torch.arange(len(consulted), dtype=torch.int32)
-    packed_gate_up = _pack(w_gate_up, consulted, isa)
-    packed_down = _pack(w_down, consulted, isa)
-
+def _kernel(
+    w_gate_up: Packed, w_down: Packed
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     def run(x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(x)
         torch.ops._C.cpu_fused_moe(
             out,
             x,
-            packed_gate_up,
-            packed_down,
+            w_gate_up.values,
+            w_down.values,
             None,  # no biases
             None,
             weights,
-            local[experts.long()],
-            False,  # the weights are applied
+            experts,
+            False,  # the weights are applied here
             "silu",
-            isa,
+            w_down.instructions,
         )
         return out
 
-    return run_pairs(x, plan, run)
-
-
-def _pack(w: torch.Tensor, consulted: list[int], isa: str) -> torch.Tensor:
-    """The consulted experts' matrices in the order that vLLM's kernel reads them."""
-    packed = w.new_empty((len(consulted), *w.shape[1:]))
-    for place, expert in enumerate(consulted):
-        torch.ops._C.prepack_moe_weight(w[expert : expert + 1], packed[place : place + 1], isa)
-    return packed
-
-
-def _instructions(dtype: torch.dtype) -> str:
-    """The name of the kernel's variant, as vLLM itself chooses it."""
-    amx = platform.machine() == "x86_64" and torch.cpu._is_amx_tile_supported()
-    return "amx" if amx and dtype is torch.bfloat16 else "vec"
+    return run

@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from expertgate.kernels import InputError, cpu, mask_logits, masked_moe, route
+from expertgate.kernels import InputError, Packed, cpu, mask_logits, masked_moe, pack, route
 from tests.kernels.cases import Case, layer, layers, words
 
 every_example_alike = settings(
@@ -13,57 +13,83 @@ every_example_alike = settings(
 )
 
 
-@pytest.fixture(params=["vllm", "loop"])
-def path(request, monkeypatch):
-    """Both ways to run on a CPU; 32 and 64 are sizes that vLLM's kernel takes."""
+@pytest.fixture(params=["vLLM's kernel", "the loop"])
+def run(request):
+    """Both ways to run on a CPU; sizes that vLLM's kernel doesn't take go to the loop anyway."""
     pytest.importorskip("vllm._custom_ops")
-    if request.param == "loop":
-        monkeypatch.setattr(cpu, "_has_kernel", lambda _: False)
-    elif not hasattr(torch.ops._C, "cpu_fused_moe"):
+    if request.param == "the loop":
+        return lambda case, **options: masked_moe(*case.tensors, **case.options, **options)
+    if not hasattr(torch.ops._C, "cpu_fused_moe"):
         pytest.skip("this vLLM has no CPU kernels")
-    return request.param
 
+    def packed(case: Case, **options):
+        w_gate_up, w_down = pack(case.w_gate_up), pack(case.w_down)
+        if not isinstance(w_gate_up, Packed) or not isinstance(w_down, Packed):
+            w_gate_up, w_down = case.w_gate_up, case.w_down
+        return masked_moe(
+            case.x,
+            case.router_logits,
+            w_gate_up,
+            w_down,
+            case.allowed,
+            **case.options,
+            **options,
+        )
 
-def run(case: Case, **options):
-    return masked_moe(*case.tensors, **case.options, **options)
+    return packed
 
 
 @every_example_alike
 @given(case=layers(T=(0, 9), E=(1, 2, 7), sizes=(16, 32, 64)))
-def test_equals_the_loop(path, case):
+def test_equals_the_loop(run, case):
     case.check(run(case))
 
 
 @every_example_alike
 @given(case=layers(T=(1, 9), E=(2, 7), sizes=(32, 64)))
-def test_excluded_weights_change_no_bit(path, case):
+def test_excluded_weights_change_no_bit(run, case):
     assert torch.equal(run(case.without(case.outside())), run(case))
 
 
 @every_example_alike
 @given(case=layers(T=(2, 9), E=(2, 7), sizes=(32, 64)), chosen=st.integers(0, 8))
-def test_a_token_does_not_see_its_neighbours(path, case, chosen):
+def test_a_token_does_not_see_its_neighbours(run, case, chosen):
     token = chosen % len(case.x)
     alone = run(case.tokens([token]), deterministic=True)
     assert torch.equal(run(case, deterministic=True)[token : token + 1], alone)
 
 
-def test_sixty_four_experts_and_sixteen_slots(path):
+def test_sixty_four_experts_and_sixteen_slots(run):
     case = layer(T=3, E=64, H=32, I=32, masks=[2**64 - 1, 1 << 63, 1 << 63 | 1], top_k=16)
     case.check(run(case))
 
 
-def test_an_empty_mask_gives_zeros(path):
+def test_an_empty_mask_gives_zeros(run):
     case = layer(T=4, E=7, masks=[0, 127, 0, 1])
     out = run(case)
     assert torch.equal(out[[0, 2]], torch.zeros(2, out.shape[1]))
     case.check(out)
 
 
-def test_more_pairs_than_one_call_takes(path, monkeypatch):
+def test_more_pairs_than_one_call_takes(run, monkeypatch):
     monkeypatch.setattr(cpu, "_MAX_PAIRS_A_CALL", 8)
     case = layer(T=11, E=7, H=32, I=32)
     case.check(run(case))
+
+
+def test_vllms_kernel_takes_what_is_packed():
+    """So that the tests above have tried it."""
+    pytest.importorskip("vllm._custom_ops")
+    if not hasattr(torch.ops._C, "cpu_fused_moe"):
+        pytest.skip("this vLLM has no CPU kernels")
+    assert isinstance(pack(torch.zeros(2, 32, 64)), Packed)
+    assert not isinstance(pack(torch.zeros(2, 32, 48)), Packed)
+
+
+def test_half_packed_weights_are_refused():
+    w_down = Packed(torch.zeros(4, 32, 48), "vec")
+    with pytest.raises(InputError, match="pack both"):
+        masked_moe(**change(w_down=w_down))
 
 
 def test_masked_logits_route_as_their_masks_do():

@@ -131,6 +131,16 @@ def test_batch_invariance_fixes_their_shape(a_gpu, batch, monkeypatch):
     assert fixed == [True]
 
 
+def test_vllms_kernel_on_a_cpu_gets_the_pairs_that_name_an_expert(batch):
+    x, plan = batch
+    layer, w13, w2 = build({}, inner=64)
+    out = layer.run_pairs(x, plan.weights, plan.experts)
+    # float32 sums of at most 64 terms in another order.
+    want = reference.experts(x, plan, w13, w2)
+    torch.testing.assert_close(out, want, rtol=2e-5, atol=2e-6)
+    assert torch.equal(out[4], torch.zeros(H))
+
+
 @interpreted
 def test_the_layer_equals_the_twin(a_gpu, batch):
     x, plan = batch

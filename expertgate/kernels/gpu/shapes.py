@@ -89,10 +89,10 @@ def choose(
     if deterministic:
         return _fixed(dtype)
     name = str(dtype).removeprefix("torch.")
-    for tokens, shape in _measured(device.name).get((E, H, I, name), ()):
-        if tokens >= T:
-            return shape
-    return _by_rule(device, T, E, dtype)
+    measured = _measured(device.name).get((E, H, I, name))
+    if not measured:
+        return _by_rule(device, T, E, dtype)
+    return next((shape for tokens, shape in measured if tokens >= T), measured[-1][1])
 
 
 def _fixed(dtype: torch.dtype) -> Shape:

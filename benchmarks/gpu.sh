@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# On a machine with an NVIDIA GPU: checks the kernels compiled, times them beside their peers, and,
+# with `tune`, finds the fastest tiles first. Needs Python with torch and triton (2.11 and 3.6 or
+# newer), pytest and hypothesis; vLLM is one of the peers where it is installed.
+#   benchmarks/gpu.sh [OUT] [tune]      some minutes; OUT.json, OUT.png, OUT.log (default build/gpu)
+set -euo pipefail
+out=$(realpath -m "${1:-build/gpu}")
+cd "$(dirname "$0")/.."
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+mkdir -p "$(dirname "$out")"
+python=${PYTHON:-python3}
+{
+  nvidia-smi || true
+  "$python" -m pytest -q --noconftest -p no:cacheprovider -o addopts=--import-mode=importlib \
+    tests/kernels/test_triton.py tests/kernels/test_routing.py tests/kernels/test_reference.py
+  [ "${2:-}" != tune ] || "$python" -m benchmarks.tune
+  "$python" -m benchmarks.kernels --out "$out"
+} 2>&1 | tee "$out.log"
