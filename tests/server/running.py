@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 
 from tests.support.checkpoints import random_checkpoint
+from tests.support.issuer import Issuer
 
 EXPERTS = [
     {"index": 0, "name": "public", "owner": "ai2", "license": "odc-by", "tags": []},
@@ -34,10 +35,14 @@ permit(principal == User::"alice", action, resource == Expert::"news");
 @id("not-for-advertising")
 forbid(principal, action, resource == Expert::"news")
 when { context has purpose && context.purpose == "advertising" };
+@id("the-press-reads-news")
+permit(principal, action, resource == Expert::"news")
+when { context.claims has department && context.claims.department == "press" };
 @id("nothing-for-mallory")
 forbid(principal == User::"mallory", action, resource);
 """
-# alice: all four; dave: public, math, code; bob: public; mallory: nothing.
+# alice: all four; dave: public, math, code; bob: public; mallory: nothing. The gateway `portal`
+# and the issuer `corp` may say who is in research, and the issuer who is of which department.
 GROUPS = {"alice": ["research"], "dave": ["research"], "bob": [], "mallory": []}
 BLOCK_TOKENS = 128
 
@@ -48,6 +53,7 @@ class Server:
     url: str
     process: subprocess.Popen[bytes]
     keys: dict[str, str] = field(default_factory=dict)
+    issuer: Issuer | None = None
 
     @property
     def log(self) -> str:
@@ -107,15 +113,18 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, issuer: Issuer | None = None) -> None:
     """A checkpoint with its catalogue, policies and a configuration; keys come by command."""
+    issuers = [] if issuer is None else [issuer.config("corp")]
+    identity = {"api_keys": "keys.yaml", "jwt": issuers}
     checkpoint = random_checkpoint(folder / "toy", num_experts=len(EXPERTS), top_k=2)
     (checkpoint / "experts.json").write_text(json.dumps({"version": 1, "experts": EXPERTS}))
     (folder / "policies").mkdir()
     (folder / "policies" / "all.cedar").write_text(POLICIES)
     (folder / "expertgate.yaml").write_text(
         "model: toy\n"
-        "identity: {api_keys: keys.yaml}\n"
+        f"identity: {json.dumps(identity)}\n"
+        "claims: {department: string}\n"
         "policies: policies\n"
         "port: 0\n"
         "engine:\n"
@@ -139,8 +148,11 @@ def expertgate(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str
     )
 
 
-def make_key(folder: Path, user: str, *groups: str, expires: str | None = None) -> str:
-    options = [part for group in groups for part in ("--group", group)]
+def make_key(
+    folder: Path, user: str, *groups: str, expires: str | None = None, may_assert: bool = False
+) -> str:
+    options = ["--may-assert"] if may_assert else []
+    options += [part for group in groups for part in ("--group", group)]
     if expires is not None:
         options += ["--expires", expires]
     done = expertgate(folder, "keys", "create", "--id", user, *options)
@@ -182,9 +194,11 @@ def stop(server: Server) -> None:
 def running() -> Server:
     """The server that all tests of a session share; it takes half a minute to start."""
     folder = Path(tempfile.mkdtemp(prefix="expertgate-test-"))
-    prepare(folder)
+    issuer = Issuer()
+    prepare(folder, issuer)
     keys = {user: make_key(folder, user, *groups) for user, groups in GROUPS.items()}
+    keys["portal"] = make_key(folder, "portal", "research", may_assert=True)
     server = start(folder)
-    server.keys = keys
+    server.keys, server.issuer = keys, issuer
     atexit.register(stop, server)
     return server

@@ -43,6 +43,17 @@ class Issuer:
         make, _ = _KINDS[algorithm]
         self.keys = {kid: self.keys.get(kid) or (algorithm, make()) for kid in kids}
 
+    def config(self, name: str) -> dict[str, Any]:
+        """What `identity.jwt` says of it."""
+        return {
+            "name": name,
+            "issuer": self.url,
+            "audience": AUDIENCE,
+            "jwks_url": f"{self.url}/keys",
+            "groups": [{"claim": "groups"}],
+            "claims": ["department"],
+        }
+
     def jwks(self) -> list[dict[str, Any]]:
         return [public_jwk(kid, *key) for kid, key in self.keys.items()]
 
