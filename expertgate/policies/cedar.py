@@ -50,7 +50,7 @@ class PolicySet:
         self._policies = cedarpy.PolicySet.from_str(text)
         # What no policy speaks of is left out of the context, and so out of the cache's key. Were
         # it spoken of after all, the policy would fail, and deny.
-        self.reads = frozenset(a for a in ATTRIBUTES if any(p.may_name(a) for p in policies))
+        self.reads = _reads(policies)
         """The attributes of the context that decisions may depend on."""
         self._schema = cedarpy.Schema.from_str(schema(claims, self.reads))
         entities = resource_entities(resources)
@@ -77,7 +77,7 @@ class PolicySet:
         validation), names an expert that isn't there, or has another's `@id`.
         """
         policies: list[Statement] = []
-        for path in sorted(folder.glob("*.cedar")):
+        for path in policy_paths(folder):
             try:
                 text = path.read_text("utf-8")
             except OSError as error:
@@ -92,6 +92,9 @@ class PolicySet:
                 "`permit(...);` into a *.cedar file there"
             )
         return cls(policies, resources, claims)
+
+    def __len__(self) -> int:
+        return len(self._ids)
 
     def decide(self, principal: Principal, context: Context) -> Decision:
         """Which experts `principal` may consult. Decisions are cached.
@@ -151,6 +154,11 @@ class PolicySet:
         return f"{self._ids[int(match[1])]} failed: {match[2]}" if match else message
 
 
+def policy_paths(folder: Path) -> list[Path]:
+    """The policy files of a folder by their names; not the hidden ones that editors make."""
+    return sorted(path for path in folder.glob("*.cedar") if not path.name.startswith("."))
+
+
 def _check_experts(policies: Iterable[Statement], resources: Iterable[Resource]) -> None:
     # Cedar takes any id for granted, and a `forbid` on a misspelt expert forbids nothing.
     known = [resource.name for resource in resources]
@@ -160,6 +168,18 @@ def _check_experts(policies: Iterable[Statement], resources: Iterable[Resource])
                 raise PolicyError(
                     f'{place}: there is no Expert::"{name}"; the experts are {", ".join(known)}'
                 )
+
+
+def _reads(policies: Iterable[Statement]) -> frozenset[str]:
+    """Attributes of the context whose names stand in a policy, or in a string that may spell them.
+
+    More of them than are read, perhaps, and never fewer.
+    """
+    words = {token.text for policy in policies for token in policy.tokens}
+    strings = {word for word in words if word.startswith('"')}
+    if any("\\" in string for string in strings):  # an escape may stand for any letter
+        return frozenset(ATTRIBUTES)
+    return frozenset(a for a in ATTRIBUTES if a in words or any(a in s for s in strings))
 
 
 def _ids(policies: Sequence[Statement]) -> list[str]:

@@ -73,17 +73,6 @@ class Statement:
             if token.text == "Expert" and sign.text == "::" and name.text.startswith('"'):
                 yield f"{self.file}:{name.line}", name.text[1:-1]
 
-    def may_name(self, attribute: str) -> bool:
-        """Whether the word stands anywhere, as a name or in a string that may spell it.
-
-        True more often than the attribute is read, and never false where it is.
-        """
-        return any(
-            token.text == attribute
-            or (token.text.startswith('"') and (attribute in token.text or "\\" in token.text))
-            for token in self.tokens
-        )
-
     def check(self) -> None:
         """Raises PolicyError where this is too deep or too long to parse, or is not one policy."""
         depth = 0

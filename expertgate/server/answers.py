@@ -17,8 +17,8 @@ from vllm.exceptions import (
 )
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from expertgate.server.errors import ApiError
-from expertgate.server.grants import GrantError
+from expertgate.server.errors import ApiError, withdrawn
+from expertgate.server.grants import GrantError, WithdrawnError
 from expertgate.server.guard import UnavailableError
 
 log = logging.getLogger(__name__)
@@ -67,6 +67,11 @@ async def events(
                 yield chunk
 
 
+def ending(error: ApiError) -> bytes:
+    """How a stream ends that fails after its first event."""
+    return f"{_event(error.body())}{_DATA}[DONE]\n\n".encode()
+
+
 def from_event(chunk: str) -> ApiError | None:
     """The error in an event of a stream, if it is one."""
     if not chunk.startswith(_ERROR_EVENT):
@@ -86,6 +91,8 @@ def from_exception(error: Exception) -> ApiError | None:
     """What a handler raised, as the client may see it; None where it is the server's own fault."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, WithdrawnError):
+        return withdrawn(error)
     if isinstance(error, GrantError):
         return None
     if isinstance(error, EngineDeadError | UnavailableError):

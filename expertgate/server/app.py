@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 import expertgate
 from expertgate.server import answers, schemas
 from expertgate.server.errors import ApiError
-from expertgate.server.routes import about, generate
+from expertgate.server.routes import about, explain, generate
 from expertgate.server.service import Service
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ def create_app(service: Service) -> FastAPI:
     for path, endpoint, kind in (
         ("/v1/chat/completions", generate.chat, schemas.ChatRequest),
         ("/v1/completions", generate.completions, schemas.TextRequest),
+        ("/v1/experts/explain", explain.explain, schemas.ExplainRequest),
     ):
         app.add_api_route(
             path,
@@ -100,7 +101,7 @@ def _describe_bodies(app: FastAPI) -> None:
         if app.openapi_schema is None:
             document = without()
             known = document.setdefault("components", {}).setdefault("schemas", {})
-            for kind in (schemas.ChatRequest, schemas.TextRequest):
+            for kind in (schemas.ChatRequest, schemas.TextRequest, schemas.ExplainRequest):
                 schema = schemas.openapi(kind)
                 known.update(schema.pop("$defs", {}))
                 known[kind.__name__] = schema

@@ -10,18 +10,21 @@ import expertgate
 from expertgate.model.catalogue import CatalogueError
 from expertgate.model.checkpoint import CheckpointError
 from expertgate.policies.statement import PolicyError
+from expertgate.server.cases import CasesError
 from expertgate.server.config import Config, ConfigError
+from expertgate.server.experts_command import experts
 from expertgate.server.failures import EngineError, ProofError
 from expertgate.server.jwks import JwksError
 from expertgate.server.keys import KeysError
 from expertgate.server.keys_command import keys
 from expertgate.server.listening import ListenError
+from expertgate.server.policy_command import CONFIG_FILE, policy
 from expertgate.server.refusals import SettingError
-
-CONFIG_FILE = "expertgate.yaml"
+from expertgate.server.suspensions import SuspensionError
 
 _MISTAKES = (
     ListenError,
+    CasesError,
     CatalogueError,
     CheckpointError,
     ConfigError,
@@ -29,6 +32,7 @@ _MISTAKES = (
     KeysError,
     PolicyError,
     SettingError,
+    SuspensionError,
 )
 
 
@@ -51,7 +55,9 @@ def cli() -> None:
     """Serve FlexOlmo mixtures of experts, each request with the experts its user may consult."""
 
 
+cli.add_command(experts)
 cli.add_command(keys)
+cli.add_command(policy)
 
 
 @cli.command(

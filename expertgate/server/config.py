@@ -7,6 +7,7 @@
       api_keys: keys.yaml
     policies: policies/            # every *.cedar in it
     claims: {department: string}   # of tokens, those that policies may read, and their types
+    suspended: suspended.yaml      # the default; `expertgate experts suspend` writes it
     host: 127.0.0.1
     port: 8000
     engine:                        # vLLM's own arguments, as they are
@@ -44,6 +45,7 @@ class Config(BaseModel):
     identity: IdentityConfig
     policies: Path
     claims: dict[ClaimName, ClaimKind] = Field(default_factory=dict)
+    suspended: Path = Path("suspended.yaml")
     host: str = "127.0.0.1"
     port: Annotated[int, Field(strict=True, ge=0, le=65535)] = 8000
     engine: dict[str, Any] = Field(default_factory=dict)
@@ -75,6 +77,7 @@ class Config(BaseModel):
                 "model": model,
                 "catalogue": None if self.catalogue is None else folder / self.catalogue,
                 "identity": self.identity.beside(folder),
+                "suspended": folder / self.suspended,
                 "policies": folder / self.policies,
             }
         )

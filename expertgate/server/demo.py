@@ -39,6 +39,7 @@ def serve_demo(host: str, port: int) -> None:
             model=str(DEMO / "model"),
             identity=IdentityConfig(api_keys=path),
             policies=DEMO / "policies",
+            suspended=path.with_name("suspended.yaml"),
             host=host,
             port=port,
             engine=dict(_ENGINE),

@@ -6,6 +6,7 @@
 | 400 | `invalid_experts` | `experts` is malformed, contradicts itself, or leaves nobody to speak |
 | 401 | `invalid_credential` | no credential, or none that holds |
 | 403 | `expert_not_permitted` | an expert outside the grant, whether or not it exists |
+| 403 | `expert_withdrawn` | an expert was taken from the caller while the request ran |
 | 404 | `not_found`, `model_not_found` | no such route; no such model |
 | 405 | `method_not_allowed` | the route has other methods |
 | 413 | `body_too_large` | |
@@ -67,3 +68,7 @@ def bad_request(message: str, param: str | None = None) -> ApiError:
 def invalid_credential(message: str) -> ApiError:
     """A 401, with the challenge that RFC 9110 (§11.6.1) asks of one."""
     return ApiError(401, "invalid_credential", message, None, {"WWW-Authenticate": "Bearer"})
+
+
+def withdrawn(error: Exception) -> ApiError:
+    return ApiError(403, "expert_withdrawn", str(error), "experts")

@@ -5,20 +5,45 @@ guarded engine redeems it there. Nothing travels by context variable: uvicorn ha
 the next request of a connection, and a stream runs on after the code that set them has returned.
 """
 
+import asyncio
 import secrets
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
+from starlette.requests import HTTPConnection
+
 from expertgate.model.usage import Usage
+from expertgate.policies.context import Context
+from expertgate.policies.decision import Decision
 from expertgate.policies.expert_set import ExpertSet
+from expertgate.policies.principal import Principal
 
 HANDLE_ARG = "expertgate_grant"
 """The key of `SamplingParams.extra_args` that carries a handle. No schema lets a client set it."""
 
+_WITHDRAWN = "an expert that this request uses is no longer granted to you"
+
 
 class GrantError(RuntimeError):
     """An engine call that shows no handle, or one that is closed or was never issued."""
+
+
+class WithdrawnError(RuntimeError):
+    """What a request was permitted when it began is permitted no longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """What a grant was given upon, kept so that the same can be asked again while it is open."""
+
+    connection: HTTPConnection
+    """Its headers are the credential."""
+    principal: Principal
+    context: Context
+    decision: Decision
 
 
 @dataclass(slots=True, eq=False)
@@ -26,8 +51,9 @@ class Grant:
     """Open from when the request is permitted until its response has ended.
 
     `running` holds the engine's ids of the calls that are under way on this grant: several, where
-    a request has several prompts. `usage` is there once the request has ended; not where nothing
-    ran, or where the engine died before it could tell.
+    a request has several prompts. `basis` is missing where the server asks by itself. `usage` is
+    there once the request has ended; not where nothing ran, or where the engine died before it
+    could tell.
     """
 
     experts: ExpertSet
@@ -37,10 +63,47 @@ class Grant:
     running: set[str] = field(default_factory=set)
     calls: int = 0
     usage: Usage | None = None
+    basis: Basis | None = None
+    withdrawn: bool = False
+    _limit: asyncio.Timeout | None = field(default=None, init=False)
 
     @property
     def open(self) -> bool:
-        return self.registry.holds(self)
+        return self.registry.holds(self) and not self.withdrawn
+
+    def withdraw(self) -> None:
+        """Ends what runs on it: calls of the engine, and whatever is inside `while_given`."""
+        if self.withdrawn:
+            return
+        self.withdrawn = True
+        if self._limit is not None:
+            self._limit.reschedule(0)
+
+    @asynccontextmanager
+    async def while_given(self) -> AsyncGenerator[None, None]:
+        """Ends what is inside as soon as the grant is withdrawn, whatever it waits for.
+
+        Raises WithdrawnError in place of anything else once it was: what was inside may have made
+        an answer, or an error of its own, of being ended.
+        """
+        try:
+            if not self.withdrawn:
+                async with asyncio.timeout(None) as self._limit:
+                    yield
+        except Exception:
+            if not self.withdrawn:
+                raise
+        finally:
+            self._limit = None
+        if self.withdrawn:
+            raise WithdrawnError(_WITHDRAWN)
+
+    def check(self) -> None:
+        """Raises WithdrawnError, or GrantError where the request has ended."""
+        if self.withdrawn:
+            raise WithdrawnError(_WITHDRAWN)
+        if not self.registry.holds(self):
+            raise GrantError("an engine call on a grant that is closed")
 
     def next_call_id(self) -> str:
         """An id for the engine that no client chose and no other call has."""
@@ -72,11 +135,14 @@ class Grants:
     def __len__(self) -> int:
         return len(self._open)
 
-    def issue(self, experts: ExpertSet, tenant: str) -> Grant:
+    def __iter__(self) -> Iterator[Grant]:
+        return iter(list(self._open.values()))
+
+    def issue(self, experts: ExpertSet, tenant: str, basis: Basis | None = None) -> Grant:
         """Raises ValueError for a set without experts: there is nothing to run."""
         if not experts:
             raise ValueError("a grant needs at least one expert")
-        grant = Grant(experts, tenant, secrets.token_hex(16), self)
+        grant = Grant(experts, tenant, secrets.token_hex(16), self, basis=basis)
         self._open[grant.handle] = grant
         return grant
 

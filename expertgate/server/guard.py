@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import logging
 import secrets
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from http import HTTPStatus
 from typing import Any
@@ -49,12 +50,14 @@ class CacheSalts:
 
     def __init__(self, weights: bytes, secret: bytes | None = None) -> None:
         self._weights = weights
+        self._epochs: Counter[int] = Counter()
         self._secret = secret if secret is not None else secrets.token_bytes(32)
 
     def salt(self, experts: ExpertSet, tenant: str, own: str | None) -> str:
         """`own` is the caller's salt; it can part its requests from others, never join them."""
         mac = hmac.new(self._secret, _SALT_DOMAIN, hashlib.sha256)
-        fields = [experts.digest, tenant.encode(), self._weights]
+        epochs = ",".join(str(self._epochs[index]) for index in experts)
+        fields = [experts.digest, tenant.encode(), self._weights, epochs.encode()]
         if own is not None:
             fields.append(own.encode())
         # Each field behind its length, so that no two lists of fields read the same.
@@ -62,6 +65,10 @@ class CacheSalts:
         for field in fields:
             mac.update(len(field).to_bytes(8) + field)
         return mac.hexdigest()
+
+    def renew(self, experts: ExpertSet) -> None:
+        """From now on no set with one of these finds what was cached before; others do."""
+        self._epochs.update(experts)
 
 
 class GuardedLLM:
@@ -119,12 +126,13 @@ class GuardedLLM:
         the engine gets our own id and the defaults of the others.
 
         Raises GrantError where there is no open grant, or for a prompt that is not a rendered
-        one; UnavailableError where the engine can't run it.
+        one; WithdrawnError; UnavailableError where the engine can't run it.
         """
         del request_id
         if not isinstance(sampling_params, SamplingParams):
             raise GrantError("only sampling can be granted")
         grant = self._grants.redeem((sampling_params.extra_args or {}).get(HANDLE_ARG))
+        grant.check()
         if lora_request is not None:
             raise GrantError("an adapter can't be granted")
         if not isinstance(prompt, dict) or prompt.get("type") != "token":
@@ -164,16 +172,14 @@ class GuardedLLM:
         constrained: bool,
     ) -> AsyncGenerator[RequestOutput, None]:
         # A handler may call and iterate much later; the grant can have closed in between.
-        if not grant.open:
-            raise GrantError("an engine call on a grant that is closed")
+        grant.check()
         call_id = grant.next_call_id()
         grant.running.add(call_id)
         outputs = start(call_id)
         finished = False
         try:
             async for output in outputs:
-                if not grant.open:
-                    raise GrantError("the grant closed while its call was running")
+                grant.check()
                 if constrained and any(
                     choice.finish_reason == "error" for choice in output.outputs
                 ):
@@ -195,6 +201,10 @@ class GuardedLLM:
                     await self._engine.abort([call_id])
             finally:
                 grant.running.discard(call_id)
+
+    def forget(self, experts: ExpertSet) -> None:
+        """Makes what is cached of sets with one of these experts unreachable, for good."""
+        self._salts.renew(experts)
 
     async def end(self, grant: Grant) -> None:
         """Closes a grant, and aborts what still runs on it."""

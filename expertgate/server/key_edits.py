@@ -6,10 +6,7 @@ can't be read or written, or an argument doesn't fit what is in it.
 """
 
 import base64
-import fcntl
-import os
 import secrets
-import tempfile
 import textwrap
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
@@ -18,6 +15,7 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
+from expertgate.server.file_edit import locked, replace
 from expertgate.server.keys import PREFIX, Key, KeysError, Replaced, hash_of, parse_keys
 
 _SECRET_BYTES = 32
@@ -127,11 +125,7 @@ def _change_key(
 def _edit(path: Path, change: Callable[[str, list[Key]], tuple[str, list[Key]]]) -> None:
     """Replaces the file by what `change` makes of its text and keys: the text, and what it says."""
     try:
-        target = path.resolve()
-        # The file is replaced by a new one, so it is its folder that is locked.
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
+        with locked(path) as target:
             old = target.read_bytes() if target.exists() else b""
             known = parse_keys(old, path)
             text, expected = change(old.decode(), known)
@@ -139,10 +133,7 @@ def _edit(path: Path, change: Callable[[str, list[Key]], tuple[str, list[Key]]])
             if parse_keys(new, path) != expected:
                 words = "can't be changed here, as it is written; is it one plain list of entries?"
                 raise KeysError(f"{path}: {words}")
-            _replace(target, new)
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            replace(target, new)
     except OSError as error:
         raise KeysError(f"{path}: {error.strerror or error}") from None
 
@@ -188,23 +179,6 @@ def _end(node: yaml.Node) -> int:
         last = node.value[-1]
         return _end(last[1] if isinstance(last, tuple) else last)
     return int(node.end_mark.index)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
-    try:
-        with open(descriptor, "wb") as file:
-            if path.exists():  # else a server of another user's could no longer read it
-                old = path.stat()
-                os.fchown(descriptor, old.st_uid, old.st_gid)
-                os.fchmod(descriptor, old.st_mode & 0o7777)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _new_secret() -> str:

@@ -16,6 +16,7 @@ from expertgate.server.app import create_app
 from expertgate.server.failures import ProofError
 from expertgate.server.guard import GuardedLLM, UnavailableError
 from expertgate.server.handlers import Handlers
+from expertgate.server.oversight import Oversight
 from expertgate.server.proof import prove
 from expertgate.server.service import Service
 
@@ -29,6 +30,7 @@ _MAX_HEADER_BYTES = 1 << 16
 
 def run(
     service: Service,
+    oversight: Oversight,
     bound: socket.socket,
     start_engine: Callable[[], GuardedLLM],
     on_ready: Callable[[], None],
@@ -54,7 +56,7 @@ def run(
         timeout_graceful_shutdown=_DRAIN_S,
     )
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(_run(_Server(config), service, bound, start_engine, on_ready))
+        runner.run(_run(_Server(config), service, oversight, bound, start_engine, on_ready))
 
 
 class _Server(uvicorn.Server):
@@ -68,6 +70,7 @@ class _Server(uvicorn.Server):
 async def _run(
     server: uvicorn.Server,
     service: Service,
+    oversight: Oversight,
     bound: socket.socket,
     start_engine: Callable[[], GuardedLLM],
     on_ready: Callable[[], None],
@@ -81,6 +84,8 @@ async def _run(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop)
+    loop.add_signal_handler(signal.SIGHUP, oversight.reload)
+    watching = asyncio.create_task(oversight.watch())
     stopping = asyncio.create_task(told.wait())
     serving = asyncio.create_task(server.serve(sockets=[bound]))
     engine: GuardedLLM | None = None
@@ -108,6 +113,7 @@ async def _run(
             engine.drain()
         server.should_exit = True
         await serving
+        watching.cancel()
         if engine is not None:
             await asyncio.to_thread(engine.shutdown, _ENGINE_STOP_S)
         _end_children()

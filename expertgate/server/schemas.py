@@ -163,7 +163,21 @@ class TextRequest(CompletionRequest):
     purpose: Purpose = None
 
 
-Body = TypeVar("Body", ChatRequest, TextRequest)
+class ExplainRequest(BaseModel):
+    """Body of POST /v1/experts/explain."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    fields: ClassVar[frozenset[str]] = frozenset({"experts", "purpose"})
+    required: ClassVar[str | None] = None
+    model: ClassVar[str | None] = None
+    """None of it is asked, so none can be an alias."""
+
+    experts: Experts = None
+    purpose: Purpose = None
+
+
+Body = TypeVar("Body", ChatRequest, TextRequest, ExplainRequest)
 
 
 def read(kind: type[Body], raw: bytes) -> Body:
@@ -193,7 +207,7 @@ def read(kind: type[Body], raw: bytes) -> Body:
         raise bad_request("the body is nested too deeply") from None
 
 
-def openapi(kind: type[ChatRequest | TextRequest]) -> dict[str, Any]:
+def openapi(kind: type[ChatRequest | TextRequest | ExplainRequest]) -> dict[str, Any]:
     """The JSON schema of a body, with the fields that are accepted and no others."""
     schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
     schema["properties"] = {k: v for k, v in schema["properties"].items() if k in kind.fields}
@@ -234,11 +248,13 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _check_fields(kind: type[ChatRequest | TextRequest], body: Mapping[str, Any]) -> None:
+def _check_fields(
+    kind: type[ChatRequest | TextRequest | ExplainRequest], body: Mapping[str, Any]
+) -> None:
     for name in body:
         if name not in kind.fields:
             raise _unknown(name, name, kind.fields)
-    if body.get(kind.required) is None:
+    if kind.required is not None and body.get(kind.required) is None:
         raise bad_request(f"{kind.required} is missing", kind.required)
 
 

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import expertgate
 from expertgate.model import catalogue
-from expertgate.model.catalogue import Catalogue
 from expertgate.model.checkpoint import Checkpoint, locate
 from expertgate.policies.cedar import PolicySet
-from expertgate.policies.schema import Resource
 from expertgate.server import environment
 from expertgate.server.config import Config
 from expertgate.server.identity import Identity
 from expertgate.server.listening import listen
+from expertgate.server.policy_files import PolicyFiles, resources
 from expertgate.server.refusals import SettingError, refuse_arguments
 
 
@@ -43,7 +42,10 @@ def serve_config(
     checkpoint = Checkpoint(locate(wanted, config.revision))
     known = catalogue.load(checkpoint, config.catalogue)
     identity = Identity(config.identity)
-    policies = PolicySet.load(config.policies, _resources(known), config.claims)
+    beside = checkpoint.folder / catalogue.FILE_NAME
+    files = PolicyFiles(config.policies, config.catalogue or beside, config.claims)
+    seen = files.stamp()  # before they are read: what changes from here on is seen
+    policies = PolicySet.load(config.policies, resources(known), config.claims)
     bound = listen(host or config.host, config.port if port is None else port)
     url = f"http://{_authority(bound)}"
     print(f"expertgate {expertgate.__version__}: starting {wanted} at {url}", flush=True)
@@ -51,12 +53,14 @@ def serve_config(
 
     # vLLM takes seconds to import, and reads its environment while it is.
     from expertgate.server.engine import parse_flags, start
+    from expertgate.server.oversight import Oversight
     from expertgate.server.run import run
     from expertgate.server.service import Service
 
     arguments |= parse_flags(flags)
     refuse_arguments(arguments)
     service = Service(known, identity, policies)
+    oversight = Oversight(service, files, seen, config.suspended)
     # A folder's own name, or the Hub's id.
     name = checkpoint.folder.name if Path(wanted).is_dir() else wanted
     began = time.monotonic()
@@ -65,11 +69,13 @@ def serve_config(
         print(f"ready after {time.monotonic() - began:.0f} s at {url}", flush=True)
         greet(url)
 
-    run(service, bound, lambda: start(checkpoint.folder, name, arguments, service.grants), ready)
-
-
-def _resources(known: Catalogue) -> list[Resource]:
-    return [Resource(e.name, e.owner, e.license, e.tags) for e in known.experts]
+    run(
+        service,
+        oversight,
+        bound,
+        lambda: start(checkpoint.folder, name, arguments, service.grants),
+        ready,
+    )
 
 
 def _authority(bound: socket.socket) -> str:

@@ -24,7 +24,7 @@ class WatchedFile(Generic[T]):
         self.path = path
         self._parse = parse
         self._looked = time.monotonic()
-        self._stamp = _stamp(path)
+        self._stamp = stamp(path)
         self._fault = ""
         self._changes = 0
         self._value = parse(path.read_bytes(), path)
@@ -38,8 +38,8 @@ class WatchedFile(Generic[T]):
         """Looks at the file now; how often something else has come into force since the start."""
         self._looked = time.monotonic()
         # Before it is read: what is written meanwhile changes the stamp once more.
-        stamp = _stamp(self.path)
-        if stamp == self._stamp:
+        found = stamp(self.path)
+        if found == self._stamp:
             self._fault = ""
             return self._changes
         try:
@@ -48,7 +48,7 @@ class WatchedFile(Generic[T]):
             # The stamp stays the old one: what can't be read now is tried at the next look.
             self._failed(f"{self.path}: {error.strerror or error}")
             return self._changes
-        self._stamp = stamp
+        self._stamp = found
         try:
             self._value = self._parse(raw, self.path)
         except ValueError as error:
@@ -66,7 +66,8 @@ class WatchedFile(Generic[T]):
         self._fault = fault
 
 
-def _stamp(path: Path) -> tuple[int, int, int, int] | None:
+def stamp(path: Path) -> tuple[int, int, int, int] | None:
+    """Differs after every change of a file, or of where a link leads; None where there is none."""
     try:
         found = path.stat()
     except OSError:

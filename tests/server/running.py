@@ -160,7 +160,8 @@ def make_key(
     return done.stdout.strip()
 
 
-def start(folder: Path) -> Server:
+def start(folder: Path, *, ready: bool = True) -> Server:
+    """`ready`: waits until its engine is up."""
     with (folder / "log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "expertgate.server.cli", "serve"],
@@ -171,6 +172,8 @@ def start(folder: Path) -> Server:
             start_new_session=True,
         )
     server = Server(folder, "", process)
+    if not ready:
+        return server
     deadline = time.monotonic() + 180
     while "ready after" not in server.log:
         if process.poll() is not None or time.monotonic() > deadline:

@@ -18,12 +18,13 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from expertgate.server import answers, schemas
 from expertgate.server.circumstances import context_of
-from expertgate.server.grants import HANDLE_ARG, Grant
+from expertgate.server.errors import withdrawn
+from expertgate.server.grants import HANDLE_ARG, Grant, WithdrawnError
 from expertgate.server.guard import GuardedLLM
 from expertgate.server.handlers import Handlers
 from expertgate.server.reading import read_body
 from expertgate.server.schemas import ChatRequest, TextRequest
-from expertgate.server.selection import effective, select
+from expertgate.server.selection import select
 from expertgate.server.service import Service
 
 Body = TypeVar("Body", ChatRequest, TextRequest)
@@ -43,15 +44,12 @@ async def _generate(
     request: Request, kind: type[Body], handler: Callable[[Handlers], Callable[..., Any]]
 ) -> Response:
     service: Service = request.app.state.service
-    principal = await service.identity.identify(request)
+    await service.identity.identify(request)  # before the body is read, which costs
     body = schemas.read(kind, await read_body(request))
     engine, handlers = service.running()
     selection = select(body, request.headers, handlers.model_name)
-    decision = service.decide(principal, context_of(request, body.purpose))
-    experts = effective(selection, decision.granted, service.catalogue)
-
-    grant = service.grants.issue(experts, principal.id)
-    told = {"effective": service.catalogue.names(experts)}
+    grant = await service.permit(request, context_of(request, body.purpose), selection)
+    told = {"effective": service.catalogue.names(grant.experts)}
     body.model = handlers.model_name
     body.request_id = uuid.uuid4().hex
     # The client's own is refused by the schema, so this is the only way in for a handle.
@@ -61,7 +59,8 @@ async def _generate(
         "X-Request-Id": body.request_id,
     }
     try:
-        result = await _unless_gone(_first(handler(handlers)(body)), request)
+        async with grant.while_given():
+            result = await _unless_gone(_first(handler(handlers)(body)), request)
     except BaseException as error:
         await engine.end(grant)
         shown = answers.from_exception(error) if isinstance(error, Exception) else None
@@ -149,6 +148,21 @@ class _GrantedStream(StreamingResponse):
         self._events = events
         self._engine = engine
         self._grant = grant
+
+    async def stream_response(self, send: Send) -> None:
+        start = {"status": self.status_code, "headers": self.raw_headers}
+        await send({"type": "http.response.start", **start})
+        last = b""
+        try:
+            async with self._grant.while_given():
+                async for event in self._events:
+                    if self._grant.withdrawn:  # vLLM may make an event of being ended
+                        break
+                    part = {"body": event.encode(), "more_body": True}
+                    await send({"type": "http.response.body", **part})
+        except WithdrawnError as error:
+            last = answers.ending(withdrawn(error))
+        await send({"type": "http.response.body", "body": last})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

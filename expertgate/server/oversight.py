@@ -1,0 +1,274 @@
+"""Watches what permissions rest on, and ends requests for which they no longer hold.
+
+Policies, catalogue, suspensions and credentials are looked at forty times a second. What changed
+is put in force, and every open grant asked for again with what it was first asked with, in one step
+of the event loop: at no moment is there a grant that the policies in force would not give. Only a
+credential may take longer than that to judge.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from expertgate.model.catalogue import Catalogue, CatalogueError
+from expertgate.policies.cedar import PolicySet
+from expertgate.policies.expert_set import ExpertSet
+from expertgate.policies.statement import PolicyError
+from expertgate.server import suspensions
+from expertgate.server.changes import (
+    Change,
+    PoliciesLoaded,
+    PoliciesRefused,
+    Resumed,
+    Suspended,
+    Withdrawn,
+)
+from expertgate.server.errors import ApiError
+from expertgate.server.grants import Basis, Grant
+from expertgate.server.policy_files import PolicyFiles, Stamp
+from expertgate.server.service import Service
+from expertgate.server.suspensions import SuspensionError
+from expertgate.server.watched import stamp
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 0.025
+_CREDENTIALS_EVERY_S = 1.0
+"""So long may a request outlive a credential that ends by itself."""
+
+
+@dataclass(slots=True)
+class PolicyStatus:
+    """How the policies in force came to be so; `fault` is what is wrong with those that are not."""
+
+    version: str
+    loaded_at: datetime
+    fault: str | None = None
+    loads: int = 1
+    refusals: int = 0
+
+
+class _Watch:
+    """A stamp that is looked at, and tells of a change once it has stopped changing."""
+
+    def __init__(self, look: Callable[[], object], known: object) -> None:
+        self._look = look
+        self._known = self._seen = known
+
+    def changed(self) -> bool:
+        """True once for each change. One that is still being written waits for another look."""
+        found = self._look()
+        settled = found == self._seen
+        self._seen = found
+        if not settled or found == self._known:
+            return False
+        self._known = found
+        return True
+
+    def still(self) -> bool:
+        return self._look() == self._known
+
+    def again(self) -> None:
+        """The next look finds a change."""
+        self._known = None
+
+
+class Oversight:
+    """`listeners` are called in the event loop, after what they are told of is in force."""
+
+    def __init__(self, service: Service, files: PolicyFiles, seen: Stamp, suspended: Path) -> None:
+        """`seen`: the stamp of the policies in force, from before they were read.
+
+        Raises SuspensionError for a file that is broken, or names an expert there isn't.
+        """
+        self.listeners: list[Callable[[Change], None]] = []
+        self.policy = PolicyStatus(service.policies.version, datetime.now(UTC))
+        self._service = service
+        self._files = files
+        self._running = service.catalogue
+        self._path = suspended
+        self._policy_watch = _Watch(files.stamp, seen)
+        self._suspended_watch = _Watch(lambda: stamp(suspended), stamp(suspended))
+        self._identity_changes = service.identity.refresh()
+        self._credentials_at = time.monotonic()
+        names = suspensions.read(suspended) or frozenset()
+        for name in sorted(names):
+            self._index(name)
+        service.suspended = self._experts(names)
+
+    async def watch(self) -> None:
+        """Looks until it is cancelled."""
+        # Apart, because whoever vouches for a credential may take long to answer.
+        await asyncio.gather(_again(self.look_at_files), _again(self.look_at_credentials))
+
+    async def look_at_files(self) -> None:
+        """Puts in force what has changed since the look before."""
+        if self._suspended_watch.changed():
+            self._read_suspensions()
+        if self._policy_watch.changed():
+            await self._reload()
+
+    async def look_at_credentials(self) -> None:
+        """Identifies the principal of each open grant again, where the answer may be another."""
+        changes, now = self._service.identity.refresh(), time.monotonic()
+        if changes == self._identity_changes and now - self._credentials_at < _CREDENTIALS_EVERY_S:
+            return
+        self._identity_changes, self._credentials_at = changes, now
+        for grant in self._service.grants:
+            await self._check_credential(grant)
+
+    def reload(self) -> None:
+        """Has the policies read at the next look, changed or not."""
+        self._policy_watch.again()
+
+    async def suspend(self, expert: str) -> bool:
+        """Takes an expert from everybody, now and after a restart; False where that was so.
+
+        Raises SuspensionError for an expert there isn't, or a file that can't be written.
+        """
+        self._index(expert)
+        changed = await asyncio.to_thread(suspensions.suspend, self._path, expert)
+        self._read_suspensions()
+        return changed
+
+    async def resume(self, expert: str) -> bool:
+        """Ends what `suspend` began; False where nothing had begun. Raises SuspensionError."""
+        self._index(expert)
+        changed = await asyncio.to_thread(suspensions.resume, self._path, expert)
+        self._read_suspensions()
+        return changed
+
+    def _index(self, expert: str) -> int:
+        index = self._running.index(expert)
+        if index is None:
+            known = ", ".join(self._running.names(self._running.all))
+            raise SuspensionError(f"{self._path}: there is no expert {expert!r}, only {known}")
+        return index
+
+    def _experts(self, names: frozenset[str]) -> ExpertSet:
+        return ExpertSet.of(e.index for e in self._running.experts if e.name in names)
+
+    def _read_suspensions(self) -> None:
+        try:
+            names = suspensions.read(self._path)
+        except SuspensionError as error:
+            log.error("what was suspended stays so: %s", str(error).replace("\n", "; "))
+            return
+        if names is None:
+            if self._service.suspended:
+                log.error("what was suspended stays so: %s is gone", self._path)
+            return
+        suspended, before = self._experts(names), self._service.suspended
+        for name in sorted(names - set(self._running.names(suspended))):
+            log.error("%s: there is no expert %r to suspend", self._path, name)
+        self._service.suspended = suspended
+        self._forget(suspended - before)
+        self._withdraw_lost()
+        for name in self._running.names(suspended - before):
+            self._tell(Suspended(name))
+        for name in self._running.names(before - suspended):
+            self._tell(Resumed(name))
+
+    async def _reload(self) -> None:
+        bases = [grant.basis for grant in self._service.grants if grant.basis is not None]
+        try:
+            catalogue, policies = await asyncio.to_thread(self._load, bases)
+        except (PolicyError, CatalogueError) as error:
+            self.policy.fault = str(error).replace("\n", "; ")
+            self.policy.refusals += 1
+            self._tell(PoliciesRefused(self.policy.fault, self.policy.version))
+            return
+        if not self._policy_watch.still():
+            return  # changed while it was read; the next look sees that as well
+        previous = self._service.policies.version
+        self._service.catalogue, self._service.policies = catalogue, policies
+        self._withdraw_lost()
+        self.policy = replace(
+            self.policy,
+            version=policies.version,
+            loaded_at=datetime.now(UTC),
+            fault=None,
+            loads=self.policy.loads + 1,
+        )
+        self._tell(PoliciesLoaded(policies.version, previous))
+        if policies.version != previous:
+            losses = self._service.namespaces.losses
+            self._forget(await asyncio.to_thread(losses, policies.decide, catalogue.all))
+
+    def _load(self, bases: list[Basis]) -> tuple[Catalogue, PolicySet]:
+        catalogue, policies = self._files.load(self._running)
+        # Decisions are cached, so that the event loop finds them made when it asks for all at once.
+        for basis in bases:
+            policies.decide(basis.principal, basis.context)
+        return catalogue, policies
+
+    async def _check_credential(self, grant: Grant) -> None:
+        if grant.basis is None:
+            return
+        try:
+            principal = await self._service.identity.identify(grant.basis.connection)
+        except ApiError as error:
+            # Above, it can't be judged now; that doesn't say that it no longer holds.
+            if error.status < 500:
+                self._withdraw(grant, grant.experts)
+            return
+        if principal != grant.basis.principal:
+            grant.basis = replace(grant.basis, principal=principal)
+            self._withdraw_if_lost(grant)
+
+    def _withdraw_lost(self) -> None:
+        for grant in self._service.grants:
+            self._withdraw_if_lost(grant)
+
+    def _withdraw_if_lost(self, grant: Grant) -> None:
+        if grant.basis is not None:
+            decision = self._service.decide(grant.basis.principal, grant.basis.context)
+            self._withdraw(grant, grant.experts - decision.granted)
+
+    def _withdraw(self, grant: Grant, experts: ExpertSet) -> None:
+        if not experts or not grant.open:
+            return
+        grant.withdraw()
+        self._forget(experts)
+        self._tell(Withdrawn(grant.tenant, tuple(self._running.names(experts))))
+
+    def _forget(self, experts: ExpertSet) -> None:
+        if experts and self._service.engine is not None:
+            self._service.engine.forget(experts)
+
+    def _tell(self, change: Change) -> None:
+        level = logging.ERROR if isinstance(change, PoliciesRefused) else logging.WARNING
+        log.log(level, "%s", _words(change))
+        for listener in self.listeners:
+            try:
+                listener(change)
+            except Exception:  # there may be more to withdraw
+                log.exception("%s could not be told", change)
+
+
+async def _again(look: Callable[[], Awaitable[None]]) -> None:
+    while True:
+        await asyncio.sleep(LOOK_EVERY_S)
+        try:
+            await look()
+        except Exception:  # whatever it was, the next change must still be seen
+            log.exception("what permissions rest on could not be looked at")
+
+
+def _words(change: Change) -> str:
+    match change:
+        case PoliciesLoaded(version, previous):
+            same = " as before" if version == previous else ""
+            return f"policies {version[:12]} are in force{same}"
+        case PoliciesRefused(fault, version):
+            return f"policies {version[:12]} stay in force: {fault}"
+        case Suspended(expert):
+            return f"expert {expert} is suspended"
+        case Resumed(expert):
+            return f"expert {expert} is no longer suspended"
+        case Withdrawn(principal, experts):
+            return f"a request of {principal!r} was ended: {', '.join(experts)} withdrawn"

@@ -1,0 +1,54 @@
+"""The policies and experts that a command is about: of the configuration, or given by options."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from expertgate.model.catalogue import FILE_NAME, Catalogue
+from expertgate.model.checkpoint import Checkpoint
+from expertgate.policies.cedar import PolicySet
+from expertgate.policies.context import ClaimKind
+from expertgate.server.config import Config
+from expertgate.server.policy_files import resources
+from expertgate.server.refusals import SettingError
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySource:
+    folder: Path | None
+    catalogue: Catalogue
+    claims: Mapping[str, ClaimKind]
+
+    @classmethod
+    def of(cls, config: Path, policies: Path | None, catalogue: Path | None) -> "PolicySource":
+        """`policies` and `catalogue` go before the configuration, which may then be missing.
+
+        Raises ConfigError, CatalogueError, CheckpointError or SettingError.
+        """
+        if catalogue is not None and not config.exists():
+            return cls(policies, Catalogue.read(catalogue), {})
+        found = Config.load(config)
+        return cls(policies or found.policies, _catalogue(found, catalogue), found.claims)
+
+    def load(self, folder: Path | None = None) -> PolicySet:
+        """The policies of `folder`, where it isn't the one. Raises PolicyError or SettingError."""
+        wanted = folder or self.folder
+        if wanted is None:
+            raise SettingError("no policies: name their folder with --policies, or a configuration")
+        return PolicySet.load(wanted, resources(self.catalogue), self.claims)
+
+
+def _catalogue(config: Config, given: Path | None) -> Catalogue:
+    path = given or config.catalogue
+    if path is not None:
+        return Catalogue.read(path)
+    # A Hub id would be a download, of which only the names are wanted.
+    if config.model is None or not Path(config.model).is_dir():
+        raise SettingError(
+            f"no catalogue: {config.model or 'no model'} is no folder here; name its {FILE_NAME} "
+            "with --catalogue, or as `catalogue:` in the configuration"
+        )
+    beside = Path(config.model) / FILE_NAME
+    if beside.exists():
+        return Catalogue.read(beside)
+    return Catalogue.default(Checkpoint(Path(config.model)).num_experts)

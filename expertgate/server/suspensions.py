@@ -1,0 +1,66 @@
+"""The experts that are suspended: taken from everybody at once, and after a restart still.
+
+    # suspended.yaml
+    - news
+
+There is no such file until something is suspended. Once a server has read one, a file that is
+broken or gone changes nothing; at the start, a broken one ends the start.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import StringConstraints
+
+from expertgate.server.file_edit import locked, replace
+from expertgate.server.yaml_file import YamlError, YamlFile
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+
+
+class SuspensionError(ValueError):
+    """A file of suspensions that can't be read or written: one fault a line, with its place."""
+
+
+def read(path: Path) -> frozenset[str] | None:
+    """The names in the file; None where there is no file. Raises SuspensionError."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise SuspensionError(f"{path}: {error.strerror or error}") from None
+    try:
+        file = YamlFile.parse(raw, path)
+        if file.value is None:
+            # Perhaps half of what somebody is writing.
+            raise file.fault((), "is empty; write [] where nothing is suspended")
+        return frozenset(file.validate(list[Name]))
+    except YamlError as error:
+        raise SuspensionError(str(error)) from None
+
+
+def suspend(path: Path, expert: str) -> bool:
+    """Adds an expert to the file; False where it was there. Raises SuspensionError."""
+    return _change(path, lambda names: names | {expert})
+
+
+def resume(path: Path, expert: str) -> bool:
+    """Takes an expert out of the file; False where it was not there. Raises SuspensionError."""
+    return _change(path, lambda names: names - {expert})
+
+
+def _change(path: Path, change: Callable[[frozenset[str]], frozenset[str]]) -> bool:
+    """At every moment the file is the old or the new one, and of two writers neither is lost."""
+    try:
+        with locked(path) as target:
+            old = read(target) or frozenset()
+            new = change(old)
+            if new != old:
+                # Readable by a server of another user's, who else would not obey.
+                replace(target, yaml.safe_dump(sorted(new)).encode(), 0o644)
+    except OSError as error:
+        raise SuspensionError(f"{path}: {error.strerror or error}") from None
+    return new != old

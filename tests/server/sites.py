@@ -1,0 +1,76 @@
+"""A server's folder with all but the engine as it is: keys, policies, catalogue, suspensions."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+from starlette.datastructures import Headers
+
+from expertgate.model.catalogue import Catalogue
+from expertgate.policies.cedar import PolicySet
+from expertgate.policies.context import Context
+from expertgate.server.config import IdentityConfig
+from expertgate.server.guard import CacheSalts, GuardedLLM
+from expertgate.server.identity import Identity
+from expertgate.server.key_edits import create_key
+from expertgate.server.oversight import Oversight
+from expertgate.server.policy_files import PolicyFiles, resources
+from expertgate.server.selection import Selection
+from expertgate.server.service import Service
+from tests.server.fakes import FakeEngine
+from tests.server.running import EXPERTS
+
+PUBLIC = '@id("public") permit(principal, action, resource == Expert::"public");\n'
+ALICE = '@id("alice") permit(principal == User::"alice", action, resource);\n'
+RESEARCH = (
+    '@id("research") permit(principal in Group::"research", action, resource)\n'
+    'when { resource.tags.contains("stem") };\n'
+)
+NEWS = '@id("no-news") forbid(principal, action, resource == Expert::"news");\n'
+
+
+class Site:
+    def __init__(self, folder: Path, rules: str = PUBLIC + ALICE + RESEARCH) -> None:
+        self.folder = folder
+        self.rules = folder / "policies" / "all.cedar"
+        self.rules.parent.mkdir(exist_ok=True)
+        self.write(rules)
+        self.experts = folder / "experts.json"
+        self.experts.write_text(json.dumps({"version": 1, "experts": EXPERTS}))
+        self.keys = {
+            name: create_key(folder / "keys.yaml", name, groups, None)
+            for name, groups in {"alice": [], "dave": ["research"]}.items()
+        }
+        self.suspended = folder / "suspended.yaml"
+        self.start()
+
+    def start(self) -> None:
+        files = PolicyFiles(self.rules.parent, self.experts, {})
+        known = Catalogue.read(self.experts)
+        seen = files.stamp()
+        self.service = Service(
+            known,
+            Identity(IdentityConfig(api_keys=self.folder / "keys.yaml")),
+            PolicySet.load(files.folder, resources(known)),
+        )
+        self.salts = CacheSalts(b"w", b"s")
+        self.service.engine = GuardedLLM(FakeEngine(), self.service.grants, self.salts)
+        self.oversight = Oversight(self.service, files, seen, self.suspended)
+        self.told = []
+        self.oversight.listeners.append(self.told.append)
+
+    def write(self, rules: str) -> None:
+        """In place, as an editor would that knows no better."""
+        self.rules.write_text(rules)
+
+    def ask(self, name: str, *experts: str):
+        """The grant of a request for these experts."""
+        authorization = f"Bearer {self.keys[name]}"
+        connection = SimpleNamespace(headers=Headers({"Authorization": authorization}))
+        selection = Selection(frozenset(experts)) if experts else None
+        return self.service.permit(connection, Context.now(), selection)
+
+    async def look(self) -> None:
+        for _ in range(2):  # the first sees a change, the second that it is over
+            await self.oversight.look_at_files()
+        await self.oversight.look_at_credentials()

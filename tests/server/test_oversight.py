@@ -1,0 +1,516 @@
+"""What happens to running requests when what they were permitted upon changes."""
+
+import asyncio
+import json
+import logging
+import os
+import time
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from starlette.datastructures import Headers
+
+from expertgate.policies.context import Context
+from expertgate.policies.expert_set import ExpertSet
+from expertgate.policies.principal import Principal
+from expertgate.server.changes import (
+    PoliciesLoaded,
+    PoliciesRefused,
+    Resumed,
+    Suspended,
+    Withdrawn,
+)
+from expertgate.server.errors import ApiError
+from expertgate.server.grants import WithdrawnError
+from expertgate.server.key_edits import create_key
+from expertgate.server.oversight import LOOK_EVERY_S
+from expertgate.server.policy_files import PolicyFiles
+from expertgate.server.service import SUSPENDED
+from expertgate.server.suspensions import SuspensionError
+from tests.server.running import EXPERTS
+from tests.server.sites import ALICE, NEWS, PUBLIC, RESEARCH, Site
+
+
+@pytest.fixture
+def site(tmp_path):
+    return Site(tmp_path)
+
+
+def test_a_grant_ends_when_policies_take_one_of_its_experts(site):
+    async def story():
+        wide, narrow = await site.ask("alice"), await site.ask("alice", "public", "math")
+        other = await site.ask("dave")
+        site.write(PUBLIC + ALICE + RESEARCH + NEWS)
+        await site.look()
+        assert [grant.withdrawn for grant in (wide, narrow, other)] == [True, False, False]
+        with pytest.raises(WithdrawnError):
+            wide.check()
+        with pytest.raises(ApiError) as error:
+            await site.ask("alice", "news")
+        assert error.value.code == "expert_not_permitted"
+
+    asyncio.run(story())
+    assert Withdrawn("alice", ("news",)) in site.told
+    assert any(isinstance(change, PoliciesLoaded) for change in site.told)
+
+
+def test_the_grant_is_asked_for_with_what_it_was_asked_with(tmp_path):
+    rules = PUBLIC + ALICE.replace("resource)", 'resource) when { context.purpose == "care" }')
+    rules = rules.replace("{ context.purpose", "{ context has purpose && context.purpose")
+    site = Site(tmp_path, rules)
+    connection = SimpleNamespace(headers=Headers({"Authorization": f"Bearer {site.keys['alice']}"}))
+
+    async def story():
+        early = Context(datetime(2020, 1, 1, tzinfo=UTC), "care")
+        grant = await site.service.permit(connection, early, None)
+        site.write(f"// the same again\n{rules}")
+        await site.look()
+        assert not grant.withdrawn
+        # As at the time when it was asked: time that passes is no change.
+        site.write(
+            f"{rules} forbid(principal, action, resource) "
+            'when { context.time > datetime("2021-01-01") };'
+        )
+        await site.look()
+        assert not grant.withdrawn
+        site.write(rules.replace("care", "cure"))
+        await site.look()
+        assert grant.withdrawn
+
+    asyncio.run(story())
+
+
+def test_whatever_a_request_waits_for_it_ends_at_once(site):
+    async def story():
+        grant = await site.ask("alice")
+        ended = []
+
+        async def forever():
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.append(True)
+
+        async def request():
+            async with grant.while_given():
+                await forever()
+
+        running = asyncio.create_task(request())
+        await asyncio.sleep(0)
+        site.write(PUBLIC)
+        await site.look()
+        with pytest.raises(WithdrawnError):
+            await asyncio.wait_for(running, 20)
+        assert ended
+        with pytest.raises(WithdrawnError):  # nor does anything more begin on it
+            async with grant.while_given():
+                raise AssertionError
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("made", ["an answer", RuntimeError("of its own")])
+def test_what_a_request_makes_of_being_ended_is_not_told(site, made):
+    async def story():
+        grant = await site.ask("alice")
+
+        async def request():
+            async with grant.while_given():
+                try:
+                    await asyncio.Event().wait()
+                except asyncio.CancelledError:
+                    if isinstance(made, Exception):
+                        raise made from None
+                return made
+
+        running = asyncio.create_task(request())
+        await asyncio.sleep(0)
+        grant.withdraw()
+        grant.withdraw()
+        with pytest.raises(WithdrawnError):
+            await asyncio.wait_for(running, 20)
+
+    asyncio.run(story())
+
+
+def test_what_was_asked_before_and_granted_after_does_not_slip_through(site):
+    """The body of a request may take long to come; its key is then another's, or nobody's."""
+
+    async def story():
+        connection = SimpleNamespace(
+            headers=Headers({"Authorization": f"Bearer {site.keys['alice']}"})
+        )
+        await site.service.identity.identify(connection)
+        context = Context.now()
+        (site.folder / "keys.yaml").write_text("[]")
+        site.service.identity.refresh()
+        with pytest.raises(ApiError) as error:
+            await site.service.permit(connection, context, None)
+        assert error.value.status == 401
+
+    asyncio.run(story())
+    assert len(site.service.grants) == 0
+
+
+def test_no_grant_outlives_its_key(site):
+    async def story():
+        alice, dave = await site.ask("alice"), await site.ask("dave")
+        keys = site.folder / "keys.yaml"
+        kept = keys.read_text()
+        keys.write_text(yaml.safe_dump(yaml.safe_load(kept)[1:]))
+        await site.look()
+        assert (alice.withdrawn, dave.withdrawn) == (True, False)
+        # Another's groups: whoever held the key is somebody else now.
+        keys.write_text(kept.replace("research", "search"))
+        await site.look()
+        assert dave.withdrawn
+
+    asyncio.run(story())
+    assert Withdrawn("dave", ("math", "code")) in site.told
+
+
+def test_a_key_that_expires_ends_what_runs(site, monkeypatch):
+    soon = datetime.now(UTC) + timedelta(seconds=1)
+    site.keys["erin"] = create_key(site.folder / "keys.yaml", "erin", [], soon)
+    monkeypatch.setattr("expertgate.server.oversight._CREDENTIALS_EVERY_S", 0.1)
+
+    async def story():
+        site.service.identity.refresh()
+        grant = await site.ask("erin")
+        await site.look()
+        assert not grant.withdrawn
+        while datetime.now(UTC) <= soon:
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(0.1)
+        await site.look()
+        assert grant.withdrawn
+
+    asyncio.run(story())
+
+
+def test_who_cannot_be_judged_now_is_let_be(site):
+    async def story():
+        grant = await site.ask("alice")
+
+        async def unreachable(connection):
+            raise ApiError(503, "identity_unavailable", "the issuer doesn't answer")
+
+        site.service.identity = SimpleNamespace(identify=unreachable, refresh=lambda: 99)
+        await site.look()
+        assert not grant.withdrawn
+
+    asyncio.run(story())
+
+
+def salts(site, *names, tenant="alice"):
+    experts = ExpertSet.of(site.service.catalogue.index(name) for name in names)
+    return site.salts.salt(experts, tenant, None)
+
+
+def test_what_is_cached_with_a_lost_expert_is_never_found_again(site):
+    def salted():
+        return salts(site, "public", "news"), salts(site, "public", "math")
+
+    async def story():
+        before = salted()
+        async with asyncio.timeout(20):
+            # Nobody is here when the policies change, but somebody was.
+            (await site.ask("alice", "public", "news")).close()
+            (await site.ask("alice", "public", "math")).close()
+            site.write(PUBLIC + ALICE + NEWS)
+            await site.look()
+            site.write(PUBLIC + ALICE)
+            await site.look()
+            (await site.ask("alice", "public", "news")).close()
+        after = salted()
+        assert after[0] != before[0]
+        assert after[1] == before[1]  # whose experts nobody lost
+
+    asyncio.run(story())
+
+
+def test_where_not_all_is_remembered_all_is_forgotten(site, monkeypatch):
+    monkeypatch.setattr("expertgate.server.namespaces._MANY", 1)
+
+    async def story():
+        before = salts(site, "news"), salts(site, "public")
+        (await site.ask("alice", "public", "news")).close()
+        (await site.ask("alice", "public", "math")).close()
+        site.write(PUBLIC + ALICE + NEWS)
+        await site.look()
+        assert salts(site, "news") != before[0]
+        assert salts(site, "public") == before[1]
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("rules", "fault"),
+    [
+        ("permit(principal, action, resource) when { resource.ownr == 1 };", "all.cedar:1: attrib"),
+        (PUBLIC + "\nforbid(", "all.cedar:3: unexpected end of input"),
+        ("", "there is no policy"),
+        (PUBLIC + 'forbid(principal, action, resource == Expert::"nws");', "all.cedar:2: there is"),
+    ],
+)
+def test_a_broken_policy_leaves_the_old_set_in_force_and_says_where(site, caplog, rules, fault):
+    async def story():
+        before = site.service.policies
+        grant = await site.ask("alice")
+        site.write(rules)
+        for _ in range(2):
+            await site.look()
+        assert site.service.policies is before
+        assert not grant.withdrawn
+        status = site.oversight.policy
+        assert fault in status.fault
+        assert (status.version, status.loads, status.refusals) == (before.version, 1, 1)
+        (told,) = site.told
+        assert isinstance(told, PoliciesRefused)
+        (record,) = [r for r in caplog.records if r.levelno == logging.ERROR]
+        assert fault in record.getMessage()
+        assert "\n" not in record.getMessage()
+
+        site.write(PUBLIC)
+        await site.look()
+        assert site.oversight.policy.fault is None
+        assert site.oversight.policy.version == site.service.policies.version != before.version
+        assert grant.withdrawn
+
+    asyncio.run(story())
+
+
+def test_half_of_what_is_being_written_is_not_put_in_force(site):
+    """A policy that stands further down may be the one that forbids."""
+
+    async def story():
+        before = site.service.policies
+        site.write(PUBLIC)
+        await site.oversight.look_at_files()
+        with site.rules.open("a") as file:
+            file.write(ALICE)
+        await site.oversight.look_at_files()
+        with site.rules.open("a") as file:
+            file.write(NEWS)
+        await site.oversight.look_at_files()
+        assert site.service.policies is before
+        await site.oversight.look_at_files()
+        assert site.service.policies is not before
+        with pytest.raises(ApiError):
+            await site.ask("alice", "news")
+
+    asyncio.run(story())
+    assert len(site.told) == 1
+
+
+def test_a_change_while_the_files_are_read_is_not_lost(site, monkeypatch):
+    real = PolicyFiles.load
+
+    def slow(files, running):
+        found = real(files, running)
+        if NEWS not in site.rules.read_text():
+            site.write(PUBLIC + ALICE + NEWS)
+        return found
+
+    monkeypatch.setattr(PolicyFiles, "load", slow)
+
+    async def story():
+        site.write(PUBLIC + ALICE)
+        await site.look()
+        assert site.told == []
+        await site.look()
+        with pytest.raises(ApiError):
+            await site.ask("alice", "news")
+
+    asyncio.run(story())
+
+
+def test_links_that_are_turned_are_seen(tmp_path):
+    """As Kubernetes replaces a ConfigMap: the files are links into a folder that is one itself."""
+    for name, rules in {"old": PUBLIC + ALICE, "new": PUBLIC}.items():
+        (tmp_path / "policies" / name).mkdir(parents=True)
+        (tmp_path / "policies" / name / "all.cedar").write_text(rules)
+        os.utime(tmp_path / "policies" / name / "all.cedar", (1, 1))
+    data = tmp_path / "policies" / "..data"
+    data.symlink_to("old")
+    (tmp_path / "policies" / "all.cedar").symlink_to("..data/all.cedar")
+
+    site = Site.__new__(Site)
+    site.folder, site.rules = tmp_path, tmp_path / "policies" / "all.cedar"
+    site.experts, site.suspended = tmp_path / "experts.json", tmp_path / "suspended.yaml"
+    site.experts.write_text(json.dumps({"version": 1, "experts": EXPERTS}))
+    site.keys = {"alice": create_key(tmp_path / "keys.yaml", "alice", [], None)}
+    site.start()
+
+    async def story():
+        grant = await site.ask("alice")
+        (tmp_path / "policies" / "..data_tmp").symlink_to("new")
+        os.replace(tmp_path / "policies" / "..data_tmp", data)
+        await site.look()
+        assert grant.withdrawn
+
+    asyncio.run(story())
+
+
+def test_told_to_reload_it_does_changed_or_not(site):
+    async def story():
+        site.oversight.reload()
+        await site.look()
+
+    asyncio.run(story())
+    (told,) = site.told
+    assert told == PoliciesLoaded(site.service.policies.version, site.service.policies.version)
+    assert site.oversight.policy.loads == 2
+
+
+def catalogue(**news):
+    changed = [{**e, **news} if e["name"] == "news" else e for e in EXPERTS]
+    return json.dumps({"version": 1, "experts": changed})
+
+
+def test_a_catalogue_that_changes_is_a_change_of_policy(site):
+    async def story():
+        dave = await site.ask("dave")
+        site.experts.write_text(catalogue(tags=["stem"]))
+        await site.look()
+        assert not dave.withdrawn
+        wider = await site.ask("dave")
+        assert len(wider.experts) == 4
+        site.experts.write_text(catalogue(tags=["press"]))
+        await site.look()
+        assert (dave.withdrawn, wider.withdrawn) == (False, True)
+        before = site.service.policies.version
+        # What an index stands for is the model's affair.
+        site.experts.write_text(catalogue(name="novel"))
+        await site.look()
+        assert site.service.policies.version == before
+        assert "restart the server" in site.oversight.policy.fault
+
+    asyncio.run(story())
+
+
+def test_a_suspended_expert_is_nobodys_and_its_cache_never_found(site):
+    async def story():
+        wide, narrow = await site.ask("alice"), await site.ask("alice", "public", "math")
+        before = salts(site, "public", "news"), salts(site, "public", "math")
+        assert await site.oversight.suspend("news")
+        assert not await site.oversight.suspend("news")
+        assert (wide.withdrawn, narrow.withdrawn) == (True, False)
+        decision = site.service.decide(Principal("alice"), Context.now())
+        assert decision.reasons["news"] == (SUSPENDED,)
+        with pytest.raises(ApiError) as suspended:
+            await site.ask("alice", "news")
+        with pytest.raises(ApiError) as unknown:
+            await site.ask("alice", "nwes")
+        assert suspended.value.body() == json.loads(
+            json.dumps(unknown.value.body()).replace("nwes", "news")
+        )
+        assert await site.oversight.resume("news")
+        assert not await site.oversight.resume("news")
+        (await site.ask("alice", "public", "news")).close()
+        assert salts(site, "public", "news") != before[0]
+        assert salts(site, "public", "math") == before[1]
+
+    asyncio.run(story())
+    assert site.told == [Withdrawn("alice", ("news",)), Suspended("news"), Resumed("news")]
+
+
+def test_public_can_be_suspended_as_any_other(site):
+    async def story():
+        await site.oversight.suspend("public")
+        assert len((await site.ask("alice")).experts) == 3
+
+    asyncio.run(story())
+
+
+def test_suspensions_outlast_a_restart_and_are_seen_when_others_write_them(site):
+    async def story():
+        grant = await site.ask("alice")
+        site.suspended.write_text("- news\n")
+        await site.look()
+        assert grant.withdrawn
+        site.start()
+        assert list(site.service.suspended) == [2]
+        site.suspended.write_text("[]\n")
+        await site.look()
+        assert not site.service.suspended
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("broken", ["", "news", "- [news]\n", "- News\n", "a: [", None])
+def test_a_broken_file_of_suspensions_resumes_nothing(site, caplog, broken):
+    async def story():
+        await site.oversight.suspend("news")
+        await site.look()
+        site.suspended.unlink()
+        if broken is not None:
+            site.suspended.write_text(broken)
+        await site.look()
+        assert list(site.service.suspended) == [2]
+        assert "what was suspended stays so" in caplog.text
+
+    asyncio.run(story())
+    if broken is not None:
+        with pytest.raises(SuspensionError, match=r"suspended\.yaml"):
+            site.start()
+
+
+def test_an_unknown_name_does_not_keep_the_others_from_being_suspended(site, caplog):
+    site.suspended.write_text("- nwes\n- math\n")
+
+    async def story():
+        await site.look()
+        assert list(site.service.suspended) == [1]
+        assert "there is no expert 'nwes'" in caplog.text
+        with pytest.raises(SuspensionError, match="there is no expert 'nwes', only public"):
+            await site.oversight.suspend("nwes")
+
+    asyncio.run(story())
+    with pytest.raises(SuspensionError, match="there is no expert 'nwes'"):
+        site.start()
+
+
+def test_a_listener_that_fails_keeps_nothing_in_force(site):
+    def fail(change):
+        raise OSError("disk full")
+
+    async def story():
+        grants = [await site.ask("alice") for _ in range(3)]
+        site.oversight.listeners.insert(0, fail)
+        site.write(PUBLIC)
+        await site.look()
+        assert all(grant.withdrawn for grant in grants)
+
+    asyncio.run(story())
+    assert len(site.told) == 4
+
+
+def test_the_watch_goes_on_after_a_look_that_fails(site, monkeypatch, caplog):
+    async def story():
+        grant = await site.ask("alice")
+        real, failures = PolicyFiles.load, []
+
+        def sometimes(files, running):
+            if not failures:
+                failures.append(True)
+                raise ZeroDivisionError
+            return real(files, running)
+
+        monkeypatch.setattr(PolicyFiles, "load", sometimes)
+        watching = asyncio.create_task(site.oversight.watch())
+        site.write(PUBLIC + ALICE)
+        while not failures:
+            await asyncio.sleep(LOOK_EVERY_S)
+        site.write(PUBLIC)
+        began = time.monotonic()
+        async with asyncio.timeout(60):
+            while not grant.withdrawn:
+                await asyncio.sleep(0.001)
+        print(f"withdrawn {1000 * (time.monotonic() - began):.0f} ms after the file was written")
+        watching.cancel()
+
+    asyncio.run(story())
+    assert "could not be looked at" in caplog.text

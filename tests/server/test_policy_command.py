@@ -1,0 +1,252 @@
+"""`expertgate policy` and `expertgate experts`, as a user types them."""
+
+import json
+
+import pytest
+
+from expertgate.server.cli import main
+from expertgate.server.demo import DEMO
+from tests.server.running import EXPERTS
+from tests.server.sites import ALICE, NEWS, PUBLIC, RESEARCH
+
+CONFIG = (
+    "identity: {api_keys: keys.yaml}\n"
+    "policies: policies\n"
+    "catalogue: experts.json\n"
+    "claims: {department: string, level: integer}\n"
+)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "experts.json").write_text(json.dumps({"version": 1, "experts": EXPERTS}))
+    (tmp_path / "expertgate.yaml").write_text(CONFIG)
+    write(tmp_path / "policies", PUBLIC + ALICE + RESEARCH + NEWS)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(folder, rules):
+    folder.mkdir(exist_ok=True)
+    (folder / "all.cedar").write_text(rules)
+
+
+@pytest.fixture
+def run(folder, capsys):
+    def _run(*arguments: str) -> tuple[int, str, str]:
+        try:
+            status = main(list(arguments)) or 0
+        except SystemExit as stop:
+            status = stop.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return _run
+
+
+def cases(folder, text: str) -> str:
+    (folder / "cases.yaml").write_text(text)
+    return "cases.yaml"
+
+
+def test_check(run, folder):
+    status, out, _ = run("policy", "check")
+    assert status == 0
+    assert out.startswith("4 policies about 4 experts hold: ")
+    write(folder / "policies", PUBLIC + "\npermit(principal, action, resource == User::1);")
+    status, _, err = run("policy", "check")
+    assert status == 2
+    assert err.startswith("expertgate: ")
+    assert "all.cedar:3: " in err
+    assert err.count("\n") == 1
+
+
+def test_where_policies_and_experts_come_from(run, folder):
+    given = ("--policies", "policies", "--catalogue", "experts.json")
+    (folder / "expertgate.yaml").unlink()
+    assert run("policy", "check", *given)[0] == 0
+    assert "name their folder with --policies" in run("policy", "check", *given[2:])[2]
+    assert "expertgate.yaml: No such file" in run("policy", "check")[2]
+    (folder / "expertgate.yaml").write_text("policies: p\nidentity: {api_keys: k}\nmodel: a/b\n")
+    assert "a/b is no folder here; name its experts.json" in run("policy", "check")[2]
+    (folder / "expertgate.yaml").write_text(
+        f"policies: policies\nidentity: {{api_keys: k}}\nmodel: {DEMO / 'model'}\n"
+    )
+    assert "the experts are public, formulary, cases" in run("policy", "check")[2]
+
+
+def test_cases_that_hold(run, folder):
+    table = cases(
+        folder,
+        "- {principal: alice, granted: [public, math, code]}\n"
+        "- {principal: dave, groups: [research], granted: [code, math, public], denied: [news]}\n"
+        "- {principal: eve, denied: [math]}\n"
+        "- {principal: eve, claims: {department: law}, granted: [public]}\n",
+    )
+    assert run("policy", "test", table) == (0, "4 of 4 cases hold\n", "")
+
+
+def test_cases_that_do_not(run, folder):
+    table = cases(
+        folder,
+        "- {principal: eve, granted: [public]}\n"
+        "- case: an editor\n"
+        "  principal: alice\n"
+        "  granted: [public, math, news]\n"
+        "- {principal: dave, groups: [research], denied: [math]}\n",
+    )
+    status, out, _ = run("policy", "test", table)
+    assert status == 1
+    assert out.splitlines() == [
+        "cases.yaml:2: an editor",
+        "  expected: math, news, public",
+        "  got:      code, math, public",
+        "  code is allowed: alice",
+        "  news is denied: no-news",
+        "cases.yaml:5: dave (research)",
+        "  denied:   math",
+        "  got:      code, math, public",
+        "  math is allowed: research",
+        "1 of 3 cases hold",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("", "cases.yaml:1: is empty"),
+        ("[]", "cases.yaml:1: is empty"),
+        ("a: 1", "cases.yaml:1: Input should be a valid list"),
+        ("- {granted: [public]}", "cases.yaml:1: [0].principal: is missing"),
+        ("- {principal: a}", "cases.yaml:1: says neither"),
+        (
+            "- {principal: a, granted: []}\n- {principal: a, denied: [nws]}",
+            "cases.yaml:2: [1].denied: there is no expert 'nws', only public, math",
+        ),
+        ("- {principal: a, granted: [], grants: []}", "cases.yaml:1: [0].grants: unknown key"),
+        (
+            "- {principal: a, granted: [], claims: {departmnt: x}}",
+            "cases.yaml:1: [0].claims.departmnt: is not declared under `claims:`",
+        ),
+        ("- {principal: a, granted: [], address: 10}", "cases.yaml:1: [0].address: "),
+        ("- {principal: a, granted: [], address: 1.2.3.4.5}", "cases.yaml:1: [0].address: "),
+        ("- {principal: a, granted: [], time: 2026}", "cases.yaml:1: [0].time: "),
+        ("- {principal: a, granted: [], time: noon}", "cases.yaml:1: [0].time: "),
+        ("- {principal: a, granted: [], time: 2026-01-01T00:00:00}", "cases.yaml:1: [0].time: "),
+        ("- {principal: 1, granted: []}", "cases.yaml:1: [0].principal: "),
+        ("- {principal: a, granted: [}", "cases.yaml:1: "),
+    ],
+)
+def test_a_malformed_table_has_its_place(run, folder, text, fault):
+    status, out, err = run("policy", "test", cases(folder, text))
+    assert (status, out) == (2, "")
+    assert err.startswith(f"expertgate: {fault}")
+    assert err.count("\n") == 1
+
+
+def test_a_table_that_is_not_there(run):
+    assert run("policy", "test", "none.yaml") == (
+        2,
+        "",
+        "expertgate: none.yaml: No such file or directory\n",
+    )
+
+
+def test_a_case_has_a_time_where_policies_read_it(run, folder):
+    rules = 'permit(principal, action, resource) when { context.time < datetime("2026-01-01") };'
+    write(folder / "policies", rules)
+    line = "- {principal: a, granted: [%s]%s}\n"
+    every = "public, math, news, code"
+    _, _, err = run("policy", "test", cases(folder, line % (every, "")))
+    assert err == "expertgate: cases.yaml:1: [0]: a policy reads the clock, so say a `time:`\n"
+    table = cases(
+        folder,
+        line % (every, ", time: 2025-12-31T23:59:59Z")
+        + line % ("", ", time: 2026-01-01T00:00:00+00:00"),
+    )
+    assert run("policy", "test", table)[0] == 0
+
+
+def test_explain(run):
+    status, out, _ = run("policy", "explain", "--as", "dave", "--group", "research")
+    assert status == 0
+    assert out.splitlines() == [
+        "public  allowed  public",
+        "math    allowed  research",
+        "news    denied   no-news",
+        "code    allowed  research",
+    ]
+    _, out, _ = run("policy", "explain", "--as", "eve", "--experts", "math, public")
+    assert out == "math    denied   no policy permits it\npublic  allowed  public\n"
+
+
+def test_explain_in_a_context(run, folder):
+    write(
+        folder / "policies",
+        "permit(principal, action, resource) when {\n"
+        '  context has purpose && context.purpose == "care" && context has address &&\n'
+        '  context.address.isInRange(ip("10.0.0.0/8")) && context.weekday == 1 };\n',
+    )
+    asked = ["policy", "explain", "--as", "x", "--experts", "math"]
+    context = ["--purpose", "care", "--address", "10.1.1.1", "--time", "2026-11-23T10:00:00Z"]
+    assert "allowed" in run(*asked, *context)[1]
+    assert "denied" in run(*asked, *context[:-1], "2026-11-24T10:00:00Z")[1]
+    for wrong in (["--address", "ten"], ["--time", "noon"], ["--time", "2026-11-23T10:00:00"]):
+        status, _, err = run(*asked, *wrong)
+        assert status == 2
+        assert repr(wrong[1]) in err
+    assert "there is no expert 'meth'" in run(*asked[:-1], "meth")[2]
+
+
+def test_diff_lists_who_gains_and_who_loses(run, folder):
+    write(
+        folder / "new",
+        PUBLIC + RESEARCH.replace('"stem"', '"press"') + NEWS.replace("news", "code"),
+    )
+    table = cases(
+        folder,
+        "- {principal: alice, granted: [public]}\n"
+        "- {principal: dave, groups: [research]}\n"
+        "- {principal: eve}\n",
+    )
+    status, out, _ = run("policy", "diff", "policies", "new", "--principals", table)
+    assert status == 3
+    assert out.splitlines() == [
+        "- alice: loses math; no policy permits it",
+        "- alice: loses code; no-code",
+        "+ dave (research): gains news, by research",
+        "- dave (research): loses math; no policy permits it",
+        "- dave (research): loses code; no-code",
+    ]
+    # Narrower is no alarm, nor is the same.
+    write(folder / "new", PUBLIC)
+    status, out, _ = run("policy", "diff", "policies", "new", "--principals", table)
+    assert status == 0
+    assert "+" not in out
+    assert run("policy", "diff", "policies", "policies", "--principals", table) == (0, "", "")
+    assert run("policy", "diff", "policies", "gone", "--principals", table)[0] == 2
+
+
+def test_suspend_and_resume(run, folder):
+    suspended = folder / "suspended.yaml"
+    assert run("experts", "suspend", "news") == (0, "news is suspended\n", "")
+    assert suspended.read_text() == "- news\n"
+    assert run("experts", "suspend", "math")[0] == 0
+    assert "was so before" in run("experts", "suspend", "news")[1]
+    assert suspended.read_text() == "- math\n- news\n"
+    assert run("experts", "resume", "news") == (0, "news is not suspended\n", "")
+    assert "was not before" in run("experts", "resume", "news")[1]
+    assert suspended.read_text() == "- math\n"
+    assert suspended.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_slip_suspends_nobody_and_says_so(run, folder):
+    status, _, err = run("experts", "suspend", "nwes")
+    assert status == 2
+    assert "there is no expert 'nwes', only public, math, news, code" in err
+    assert not (folder / "suspended.yaml").exists()
+    (folder / "suspended.yaml").write_text("- [x]\n")
+    status, _, err = run("experts", "suspend", "news")
+    assert status == 2
+    assert "suspended.yaml:1: [0]: " in err
+    assert (folder / "suspended.yaml").read_text() == "- [x]\n"

@@ -1,0 +1,202 @@
+"""Experts that are taken away while a real server's streams use them."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.server.running import (
+    GROUPS,
+    POLICIES,
+    Server,
+    expertgate,
+    make_key,
+    prepare,
+    start,
+    stop,
+)
+
+LONG = 1900
+"""Tokens: tens of seconds of a stream."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    """One whose policies, keys and suspensions may be changed, as the shared one's may not."""
+    folder = tmp_path_factory.mktemp("withdrawal")
+    prepare(folder)
+    keys = {user: make_key(folder, user, *groups) for user, groups in GROUPS.items()}
+    server = start(folder)
+    server.keys = keys
+    yield server
+    stop(server)
+
+
+@pytest.fixture(autouse=True)
+def _restored(server):
+    rules, keys = server.folder / "policies" / "all.cedar", server.folder / "keys.yaml"
+    kept = keys.read_text()
+    yield
+    rules.write_text(POLICIES)
+    keys.write_text(kept)
+    expertgate(server.folder, "experts", "resume", "news")
+    until(lambda: names(server, "alice") == ["public", "math", "news", "code"])
+
+
+def names(server: Server, user: str) -> list[str]:
+    response = server.get("/v1/experts", user)
+    return [expert["name"] for expert in response.json().get("data", [])]
+
+
+def until(holds) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+class Stream(threading.Thread):
+    """A request that runs until it is ended, and notes when its events came."""
+
+    def __init__(self, server: Server, user: str, path: str = "/v1/completions", **body) -> None:
+        super().__init__()
+        self.server, self.user, self.path = server, user, path
+        self.body = {"max_tokens": LONG, "ignore_eos": True, "stream": True, **body}
+        self.events: list[str] = []
+        self.status = 0
+        self.text = ""
+        self.ended_at = 0.0
+        self.start()
+
+    def run(self) -> None:
+        headers = {"Content-Type": "application/json", **self.server.headers(self.user)}
+        content = json.dumps(self.body)
+        url = self.server.url + self.path
+        with httpx.stream("POST", url, content=content, headers=headers, timeout=300) as response:
+            self.status = response.status_code
+            for line in response.iter_lines():
+                self.text += line
+                if line.startswith("data: "):
+                    self.events.append(line.removeprefix("data: "))
+        self.ended_at = time.monotonic()
+
+    def flowing(self) -> "Stream":
+        until(lambda: len(self.events) > 3)
+        return self
+
+    def withdrawn(self) -> None:
+        """It ended as a stream does whose expert was taken, long before its own end."""
+        self.join(60)
+        assert not self.is_alive()
+        assert self.status == 200
+        error = json.loads(self.events[-2])["error"]
+        assert (error["code"], error["type"]) == ("expert_withdrawn", "permission_error")
+        assert self.events[-1] == "[DONE]"
+        assert len(self.events) < LONG / 2
+        assert not any("error" in json.loads(event) for event in self.events[:-2])
+
+
+def test_a_policy_that_takes_an_expert_ends_the_streams_that_use_it(server):
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    using = Stream(server, "alice", "/v1/chat/completions", **chat).flowing()
+    several = Stream(server, "alice", prompt=["a", "b"], experts=["news"]).flowing()
+    whole = Stream(server, "alice", prompt="c", stream=False)
+    without = Stream(server, "alice", prompt="d", experts=["public", "math"]).flowing()
+    other = Stream(server, "bob", prompt="e").flowing()
+    rules = POLICIES + 'forbid(principal, action, resource == Expert::"news");'
+    written = time.monotonic()
+    (server.folder / "policies" / "all.cedar").write_text(rules)
+    using.withdrawn()
+    several.withdrawn()
+    whole.join(60)
+    assert whole.status == 403
+    assert json.loads(whole.text)["error"]["code"] == "expert_withdrawn"
+    took = max(s.ended_at for s in (using, several, whole)) - written
+    print(f"ended {1000 * took:.0f} ms after the policy was written")
+    assert without.is_alive()
+    assert other.is_alive()
+    assert names(server, "alice") == ["public", "math", "code"]
+    # Whoever uses none of what was taken goes on, as one who begins now.
+    server.effective(server.complete("alice", experts=["public", "math"]))
+    assert server.complete("alice", experts=["news"]).status_code == 403
+    for stream in (without, other):
+        stream.join(300)
+        assert stream.events[-1] == "[DONE]"
+        assert "error" not in json.loads(stream.events[-2])
+
+
+def test_a_key_that_is_revoked_ends_what_it_began(server):
+    stream = Stream(server, "dave", prompt="a").flowing()
+    done = expertgate(server.folder, "keys", "revoke", "dave")
+    assert done.returncode == 0, done.stderr
+    stream.withdrawn()
+    assert server.complete("dave").status_code == 401
+
+
+def cached(server: Server, experts: list[str]) -> int:
+    body = {"prompt": "all the same words " * 60, "experts": experts}
+    usage = server.complete("alice", **body).json()["usage"]
+    return (usage["prompt_tokens_details"] or {}).get("cached_tokens") or 0
+
+
+def test_a_suspended_expert_is_taken_from_all_and_its_cache_with_it(server):
+    for experts in (["public", "news"], ["public", "math"]):
+        cached(server, experts)
+        assert cached(server, experts) > 0
+    stream = Stream(server, "alice", prompt="a").flowing()
+    done = expertgate(server.folder, "experts", "suspend", "news")
+    assert (done.returncode, done.stdout) == (0, "news is suspended\n")
+    stream.withdrawn()
+    until(lambda: names(server, "alice") == ["public", "math", "code"])
+    assert server.complete("alice", experts=["news"]).status_code == 403
+    assert cached(server, ["public", "math"]) > 0
+    done = expertgate(server.folder, "experts", "resume", "news")
+    assert (done.returncode, done.stdout) == (0, "news is not suspended\n")
+    until(lambda: "news" in names(server, "alice"))
+    assert cached(server, ["public", "news"]) == 0
+    assert cached(server, ["public", "news"]) > 0
+
+
+def test_a_broken_policy_changes_nothing_and_is_in_the_log(server):
+    before = names(server, "alice")
+    (server.folder / "policies" / "all.cedar").write_text(POLICIES + "\nforbid(principal")
+    until(lambda: "stay in force" in server.log)
+    line = next(line for line in server.log.splitlines() if "stay in force" in line)
+    assert f"all.cedar:{len(POLICIES.splitlines()) + 2}: unexpected end of input" in line
+    assert names(server, "alice") == before
+
+
+def test_sighup_has_the_policies_read_again(server):
+    done = server.log.count("are in force as before")
+    server.process.send_signal(1)
+    until(lambda: server.log.count("are in force as before") > done)
+    assert server.get("/ready").status_code == 200
+
+
+def test_a_suspension_outlasts_the_server(server):
+    expertgate(server.folder, "experts", "suspend", "news")
+    second = start_until_it_answers(server)
+    try:
+        assert names(second, "alice") == ["public", "math", "code"]
+    finally:
+        stop(second)
+
+
+def start_until_it_answers(server: Server) -> Server:
+    """Another process of the same folder; who may consult what it knows before its engine is up."""
+    before = len(server.log)
+    second = start(server.folder, ready=False)
+    second.keys = server.keys
+
+    def answers() -> bool:
+        second.url = "http://" + second.log[before:].partition(" at http://")[2].partition("\n")[0]
+        try:
+            return second.get("/health").status_code == 200
+        except (httpx.HTTPError, httpx.InvalidURL):
+            return False
+
+    until(answers)
+    return second
