@@ -9,9 +9,9 @@ from starlette.datastructures import Headers
 from expertgate.model.catalogue import Catalogue
 from expertgate.policies.cedar import PolicySet
 from expertgate.policies.context import Context
-from expertgate.server.config import IdentityConfig
 from expertgate.server.guard import CacheSalts, GuardedLLM
 from expertgate.server.identity import Identity
+from expertgate.server.identity_config import IdentityConfig
 from expertgate.server.key_edits import create_key
 from expertgate.server.oversight import Oversight
 from expertgate.server.policy_files import PolicyFiles, resources
