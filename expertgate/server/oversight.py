@@ -120,6 +120,7 @@ class Oversight:
         self._identity_changes, self._credentials_at = changes, now
         for grant in self._service.grants:
             await self._check_credential(grant)
+            await asyncio.sleep(0)  # signatures take time, and streams wait
 
     def reload(self) -> None:
         """Has the policies read at the next look, changed or not."""

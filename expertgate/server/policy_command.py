@@ -92,11 +92,12 @@ def explain(
             raise click.BadParameter(f"there is no expert {name!r}, only {', '.join(known)}")
     context = Context(_time(time), purpose, _address(address))
     decision = source.load().decide(Principal(principal, frozenset(groups)), context)
-    granted = set(source.catalogue.names(decision.granted))
+    granted = set(source.catalogue.names(decision.granted)) - source.suspended
     width = max(map(len, wanted))
     for name in wanted:
         word = "allowed" if name in granted else "denied "
-        click.echo(f"{name:{width}}  {word}  {_by(decision, name)}")
+        by = "suspended" if name in source.suspended else _by(decision, name)
+        click.echo(f"{name:{width}}  {word}  {by}")
 
 
 @policy.command()

@@ -8,6 +8,7 @@ from expertgate.model.catalogue import FILE_NAME, Catalogue
 from expertgate.model.checkpoint import Checkpoint
 from expertgate.policies.cedar import PolicySet
 from expertgate.policies.context import ClaimKind
+from expertgate.server import suspensions
 from expertgate.server.config import Config
 from expertgate.server.policy_files import resources
 from expertgate.server.refusals import SettingError
@@ -18,17 +19,20 @@ class PolicySource:
     folder: Path | None
     catalogue: Catalogue
     claims: Mapping[str, ClaimKind]
+    suspended: frozenset[str]
 
     @classmethod
     def of(cls, config: Path, policies: Path | None, catalogue: Path | None) -> "PolicySource":
         """`policies` and `catalogue` go before the configuration, which may then be missing.
 
-        Raises ConfigError, CatalogueError, CheckpointError or SettingError.
+        Raises ConfigError, CatalogueError, CheckpointError, SettingError or SuspensionError.
         """
         if catalogue is not None and not config.exists():
-            return cls(policies, Catalogue.read(catalogue), {})
+            return cls(policies, Catalogue.read(catalogue), {}, frozenset())
         found = Config.load(config)
-        return cls(policies or found.policies, _catalogue(found, catalogue), found.claims)
+        experts = _catalogue(found, catalogue)
+        suspended = suspensions.read(found.suspended) or frozenset()
+        return cls(policies or found.policies, experts, found.claims, suspended)
 
     def load(self, folder: Path | None = None) -> PolicySet:
         """The policies of `folder`, where it isn't the one. Raises PolicyError or SettingError."""

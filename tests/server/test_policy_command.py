@@ -237,6 +237,8 @@ def test_suspend_and_resume(run, folder):
     assert run("experts", "resume", "news") == (0, "news is not suspended\n", "")
     assert "was not before" in run("experts", "resume", "news")[1]
     assert suspended.read_text() == "- math\n"
+    asked = ("policy", "explain", "--as", "alice", "--experts", "public,math")
+    assert run(*asked)[1] == "public  allowed  alice, public\nmath    denied   suspended\n"
     assert suspended.stat().st_mode & 0o777 == 0o644
 
 
