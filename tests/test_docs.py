@@ -1,0 +1,86 @@
+"""What the documents say can be done is done here, or they say why not."""
+
+import json
+import os
+import re
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import yaml
+
+from expertgate.server.config import Config
+
+ROOT = Path(__file__).parent.parent
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(
+    r"(?:<!-- (?P<note>[^>]*?) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def blocks(kind):
+    """Each fenced block of this kind, by page and line."""
+    found = []
+    for page in PAGES:
+        for match in BLOCK.finditer(page.read_text()):
+            if match["kind"] == kind:
+                line = match.string[: match.start()].count("\n") + 1
+                found.append(pytest.param(match, id=f"{page.relative_to(ROOT)}:{line}"))
+    return found
+
+
+def test_the_documents_are_found():
+    assert {"README.md", "CONTRIBUTING.md", "SECURITY.md"} <= {page.name for page in PAGES}
+    assert blocks("sh")
+
+
+@pytest.mark.parametrize("block", blocks("sh"))
+def test_a_command_runs_or_says_why_not(block, tmp_path):
+    note = block["note"] or ""
+    if note.startswith("not run: "):
+        assert len(note) > len("not run: ")
+        return
+    script = re.sub(r"^\.venv/bin/", "", block["text"], flags=re.MULTILINE)
+    environment = dict(os.environ, PATH=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}")
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_python_compiles(block):
+    compile(block["text"], "block", "exec")
+
+
+@pytest.mark.parametrize("block", blocks("yaml"))
+def test_a_configuration_is_taken(block, tmp_path):
+    assert yaml.safe_load(block["text"]) is not None
+    if block["text"].startswith("# expertgate.yaml"):
+        path = tmp_path / "expertgate.yaml"
+        path.write_text(block["text"])
+        Config.load(path)
+
+
+@pytest.mark.parametrize("block", blocks("json"))
+def test_json_parses(block):
+    json.loads(block["text"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_points_to_is_there(page):
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    named = re.findall(r"`((?:tests|expertgate|benchmarks|deploy|docs)/[\w./-]+)`", text)
+    missing += [name for name in named if not (ROOT / name).exists()]
+    assert missing == []
