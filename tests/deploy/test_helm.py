@@ -1,6 +1,7 @@
 """The chart, rendered by Helm's own code for several values, and what must hold for all of them."""
 
 import json
+import re
 from pathlib import Path
 
 import helm_python as helm
@@ -9,11 +10,20 @@ import pytest
 import yaml
 
 import expertgate
-from expertgate.server import run
+from expertgate.server import suspensions
 from expertgate.server.config import Config
+from expertgate.server.policy_files import PolicyFiles
+from expertgate.server.watched import WatchedFile
 from tests.deploy.dockerfile import ROOT, read
 
 CHART = ROOT / "deploy" / "helm" / "expertgate"
+# Read, not imported: the engine comes with the module.
+CONSTANTS = {
+    name: int(value)
+    for name, value in re.findall(
+        r"^(_[A-Z_]+_S) = (\d+)$", (ROOT / "expertgate/server/run.py").read_text(), re.MULTILINE
+    )
+}
 VALUES = Path(__file__).parent / "values"
 NAMES = ["defaults", *sorted(path.stem for path in VALUES.glob("*.yaml"))]
 KUBERNETES = "1.30"
@@ -183,7 +193,7 @@ def test_probes_ask_what_each_is_for(objects):
 def test_a_pod_has_time_to_drain(objects):
     for pod in servers(objects):
         hook = container(pod)["lifecycle"]["preStop"]["sleep"]["seconds"]
-        takes = run._DRAIN_S + 2 * run._ENGINE_STOP_S
+        takes = CONSTANTS["_DRAIN_S"] + 2 * CONSTANTS["_ENGINE_STOP_S"]
         assert pod["spec"]["terminationGracePeriodSeconds"] >= hook + takes
 
 
@@ -211,7 +221,7 @@ def test_the_server_takes_its_configuration(objects, tmp_path):
     assert (read_back.host, read_back.port) == ("0.0.0.0", 8000)
     for pod in servers(objects):
         mounted = {mount["mountPath"] for mount in container(pod)["volumeMounts"]}
-        named = [read_back.policies, read_back.identity.api_keys.parent]
+        named = [read_back.policies, read_back.suspended.parent, read_back.identity.api_keys.parent]
         named += [read_back.catalogue.parent] if read_back.catalogue else []
         assert {str(folder) for folder in named} <= mounted
 
@@ -219,6 +229,54 @@ def test_the_server_takes_its_configuration(objects, tmp_path):
 def test_what_is_read_at_the_start_only_restarts_the_pods():
     [before], [after] = (servers(render({"engine": {"max_model_len": n}})) for n in (1, 2))
     assert before["metadata"]["annotations"] != after["metadata"]["annotations"]
+
+
+def test_what_is_read_again_restarts_nothing():
+    changed = {"suspended": ["news"], "catalogue": {"content": "{}"}}
+    changed["policies"] = {"files": {"b.cedar": "permit(principal, action, resource);"}}
+    before, after = render({"catalogue": {"content": "[]"}}), render(changed)
+    assert pods(before) == pods(after)
+    assert kind(before, "ConfigMap") != kind(after, "ConfigMap")
+
+
+@pytest.mark.parametrize("names", [[], ["news"], ["math", "news"]])
+def test_the_suspended_arrive_as_they_were_written(names, tmp_path):
+    maps = kind(render({"suspended": names}), "ConfigMap")
+    [data] = [item["data"] for item in maps if "suspended.yaml" in item["data"]]
+    path = tmp_path / "suspended.yaml"
+    path.write_text(data["suspended.yaml"])
+    assert suspensions.read(path) == frozenset(names)
+
+
+def mounted(folder, files):
+    """Updates a folder as Kubernetes does: links to a hidden folder, which is turned at once."""
+    version = folder / f"..{len(list(folder.glob('..*')))}"
+    version.mkdir(parents=True)
+    for name, text in files.items():
+        (version / name).write_text(text)
+        if not (folder / name).is_symlink():
+            (folder / name).symlink_to(f"..data/{name}")
+    turned = folder / "..data_tmp"
+    turned.symlink_to(version.name)
+    turned.rename(folder / "..data")
+
+
+PERMIT = "permit(principal, action, resource);"
+
+
+def test_a_change_of_a_mounted_folder_is_seen(tmp_path):
+    policies, keys = tmp_path / "policies", tmp_path / "keys"
+    mounted(policies, {"a.cedar": PERMIT})
+    mounted(keys, {"keys.yaml": "[]"})
+    files = PolicyFiles(policies, tmp_path / "none", {})
+    watched = WatchedFile(keys / "keys.yaml", lambda raw, _: raw)
+    before = files.stamp()
+    assert files.stamp() == before
+    mounted(policies, {"a.cedar": PERMIT})
+    mounted(keys, {"keys.yaml": "[ ]"})
+    assert files.stamp() != before
+    assert watched.refresh() == 1
+    assert watched.get() == b"[ ]"
 
 
 def test_the_catalogue_arrives_as_it_was_written(tmp_path):

@@ -39,6 +39,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- $_ := set $engine "distributed_executor_backend" "ray" -}}
 {{- end -}}
 {{- $own := dict "model" .Values.model.name "policies" "/etc/expertgate/policies" -}}
+{{- $_ := set $own "suspended" "/etc/expertgate/suspended/suspended.yaml" -}}
 {{- $_ := set $own "host" "0.0.0.0" -}}
 {{- $_ := set $own "port" 8000 -}}
 {{- $_ := set $own "identity" (dict "api_keys" "/etc/expertgate/keys/keys.yaml") -}}

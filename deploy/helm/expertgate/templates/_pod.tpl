@@ -11,10 +11,8 @@ metadata:
     {{- include "expertgate.selector" $root | nindent 4 }}
     app.kubernetes.io/component: {{ $worker | ternary "worker" "server" }}
   annotations:
-    # What is read at the start only.
+    # It alone is read at the start only.
     checksum/config: {{ include "expertgate.config" $root | sha256sum }}
-    checksum/catalogue: {{ $root.Values.catalogue.content | sha256sum }}
-    checksum/policies: {{ toJson $root.Values.policies.files | sha256sum }}
     {{- with $root.Values.podAnnotations }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
@@ -115,6 +113,7 @@ spec:
         - {name: config, mountPath: /etc/expertgate/config, readOnly: true}
         - {name: keys, mountPath: /etc/expertgate/keys, readOnly: true}
         - {name: policies, mountPath: /etc/expertgate/policies, readOnly: true}
+        - {name: suspended, mountPath: /etc/expertgate/suspended, readOnly: true}
         {{- if or .catalogue.content .catalogue.existingConfigMap }}
         - {name: catalogue, mountPath: /etc/expertgate/catalogue, readOnly: true}
         {{- end }}
@@ -141,6 +140,8 @@ spec:
       secret: {secretName: {{ .apiKeys.existingSecret }}, defaultMode: 0440}
     - name: policies
       configMap: {name: {{ .policies.existingConfigMap | default (printf "%s-policies" (include "expertgate.name" $root)) }}}
+    - name: suspended
+      configMap: {name: {{ include "expertgate.name" $root }}-suspended}
     {{- if or .catalogue.content .catalogue.existingConfigMap }}
     - name: catalogue
       configMap: {name: {{ .catalogue.existingConfigMap | default (printf "%s-catalogue" (include "expertgate.name" $root)) }}}
