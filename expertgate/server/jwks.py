@@ -146,6 +146,8 @@ def parse_jwks(raw: bytes, algorithms: Sequence[str], place: str) -> Keys:
     """The keys that may verify one of `algorithms`. Raises JwksError, with the place."""
     try:
         listed = json.loads(raw)["keys"]
+    except json.JSONDecodeError as error:
+        raise JwksError(f"{place}:{error.lineno}: is not JSON: {error.msg}") from None
     except (ValueError, RecursionError, TypeError, KeyError):
         raise JwksError(f"{place}: is not a JSON object with a list `keys`") from None
     if not isinstance(listed, list) or len(listed) > _MAX_KEYS:

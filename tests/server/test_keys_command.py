@@ -4,6 +4,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from expertgate.server.cli import main
 from expertgate.server.keys import KeysError, KeyStore
 from expertgate.server.keys_command import keys
 
@@ -113,6 +114,17 @@ def test_a_grace_that_cannot_be_meant_changes_nothing(run, tmp_path, grace):
     assert result.exit_code == 2
     assert "no time span" in " ".join(result.stderr.split())
     assert (tmp_path / "keys.yaml").read_text() == before
+
+
+def test_a_broken_file_is_a_line_for_each_fault_and_status_2(run, tmp_path, capsys):
+    (tmp_path / "keys.yaml").write_text("- id: a:b\n- id: c\n  sha256: short\n")
+    assert main(["keys", "list"]) == 2
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert first.startswith("expertgate: keys.yaml:1: [0].id: must not contain ':' or '/'")
+    assert [line.split(" ")[1:3] for line in rest] == [
+        ["keys.yaml:1:", "[0].sha256:"],
+        ["keys.yaml:3:", "[1].sha256:"],
+    ]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import time
 import jwt
 import pytest
 from cryptography.hazmat.primitives import serialization
+from jwt.algorithms import ECAlgorithm
 from starlette.requests import HTTPConnection
 
 from expertgate.policies.principal import Principal
@@ -543,13 +544,24 @@ def test_a_file_of_keys_is_read_again_when_it_changes(issuer, tmp_path):
     assert issuer.asked == []
 
 
-@pytest.mark.parametrize("text", [None, "", "[]", '{"keys": []}'])
-def test_a_file_that_cannot_be_used_ends_the_start(issuer, tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, r"jwks\.json: No such file"),
+        ("", r"jwks\.json:1: is not JSON"),
+        ('{"keys": [\n  {,}]}', r"jwks\.json:2: is not JSON"),
+        ("\udcff", r"jwks\.json: is not a JSON object"),
+        ("[]", r"jwks\.json: is not a JSON object with a list `keys`"),
+        ('{"keys": []}', r"jwks\.json: has no key"),
+    ],
+)
+def test_a_file_that_cannot_be_used_ends_the_start(issuer, tmp_path, text, words):
     path = tmp_path / "jwks.json"
     if text is not None:
-        path.write_text(text)
-    with pytest.raises(jwks.JwksError, match=r"jwks\.json: "):
+        path.write_text(text, errors="surrogateescape")
+    with pytest.raises(jwks.JwksError, match=words) as error:
         trusting(issuer, jwks_file=path)
+    assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -565,13 +577,21 @@ def test_a_file_that_cannot_be_used_ends_the_start(issuer, tmp_path, text):
         {"kty": "oct", "k": "AAAA"},
         {"crv": "secp256k1"},
         {"x": "AAAA"},
-        {"d": "AAAA"},  # whoever reads it can sign
     ],
 )
 def test_keys_that_verify_nothing(issuer, change):
     [jwk] = issuer.jwks()
     with pytest.raises(jwks.JwksError, match="has no key"):
         jwks.parse_jwks(json.dumps({"keys": [{**jwk, **change}]}).encode(), ["ES256"], "here")
+
+
+def test_a_private_key_that_was_published_verifies_nothing(issuer):
+    """Whoever reads it can sign."""
+    _, key = issuer.keys["one"]
+    private = {**ECAlgorithm.to_jwk(key, as_dict=True), "kid": "one"}
+    assert "d" in private
+    with pytest.raises(jwks.JwksError, match="has no key"):
+        jwks.parse_jwks(json.dumps({"keys": [private]}).encode(), ["ES256"], "here")
 
 
 def test_two_keys_of_one_name(issuer):
