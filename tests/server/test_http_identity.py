@@ -67,7 +67,7 @@ def test_what_is_not_earned_is_refused_on_every_route(server):
     ):
         for path in ("/v1/models", "/v1/experts"):
             assert server.get(path, **headers).status_code == status
-        for path in ("/v1/chat/completions", "/v1/completions"):
+        for path in ("/v1/chat/completions", "/v1/completions", "/v1/experts/explain"):
             assert server.post(path, {}, None, **headers).status_code == status
     assert forged not in server.log
     assert server.keys["portal"] not in server.log
