@@ -252,12 +252,15 @@ class Oversight:
 
 
 async def _again(look: Callable[[], Awaitable[None]]) -> None:
+    fault = ""
     while True:
         await asyncio.sleep(LOOK_EVERY_S)
         try:
             await look()
-        except Exception:  # whatever it was, the next change must still be seen
-            log.exception("what permissions rest on could not be looked at")
+        except Exception as error:  # whatever it was, the next change must still be seen
+            if fault != repr(error):  # once, and not forty times a second
+                log.exception("what permissions rest on could not be looked at")
+            fault = repr(error)
 
 
 def _words(change: Change) -> str:

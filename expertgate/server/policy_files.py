@@ -15,15 +15,15 @@ Stamp = tuple[object, ...]
 
 @dataclass(frozen=True, slots=True)
 class PolicyFiles:
-    """`catalogue` may be no file at all: the experts of such a checkpoint have default names."""
+    """`catalogue` is None where there is none: such a checkpoint's experts have default names."""
 
     folder: Path
-    catalogue: Path
+    catalogue: Path | None
     claims: Mapping[str, ClaimKind]
 
     def stamp(self) -> Stamp:
         """Differs after every change. Links are followed, so one that is turned elsewhere shows."""
-        paths = (*policy_paths(self.folder), self.catalogue)
+        paths = [*policy_paths(self.folder), *([self.catalogue] if self.catalogue else [])]
         return tuple((str(path), stamp(path)) for path in paths)
 
     def load(self, running: Catalogue) -> tuple[Catalogue, PolicySet]:
@@ -33,7 +33,7 @@ class PolicyFiles:
         an expert is, its licence, tags and description.
         """
         found = running
-        if self.catalogue.exists():
+        if self.catalogue is not None:
             found = Catalogue.read(self.catalogue)
             if _weights(found.experts) != _weights(running.experts):
                 raise CatalogueError(

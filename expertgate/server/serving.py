@@ -43,7 +43,8 @@ def serve_config(
     known = catalogue.load(checkpoint, config.catalogue)
     identity = Identity(config.identity)
     beside = checkpoint.folder / catalogue.FILE_NAME
-    files = PolicyFiles(config.policies, config.catalogue or beside, config.claims)
+    described = config.catalogue or (beside if beside.exists() else None)
+    files = PolicyFiles(config.policies, described, config.claims)
     seen = files.stamp()  # before they are read: what changes from here on is seen
     policies = PolicySet.load(config.policies, resources(known), config.claims)
     bound = listen(host or config.host, config.port if port is None else port)

@@ -387,6 +387,10 @@ def test_a_catalogue_that_changes_is_a_change_of_policy(site):
         await site.look()
         assert site.service.policies.version == before
         assert "restart the server" in site.oversight.policy.fault
+        site.experts.unlink()
+        await site.look()
+        assert site.service.policies.version == before
+        assert "experts.json: No such file" in site.oversight.policy.fault
 
     asyncio.run(story())
 
