@@ -9,7 +9,7 @@ from expertgate.kernels import InputError, Packed, cpu, mask_logits, masked_moe,
 from tests.kernels.cases import Case, layer, layers, words
 
 every_example_alike = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

@@ -151,8 +151,8 @@ def test_nan_inside_the_mask_still_names_allowed_experts():
     """A request whose own numbers are broken must not lead to weights that it may not read."""
     logits = torch.full((3, 7), torch.nan)
     logits[1, 3] = 1.0
-    logits[2] = -torch.tensor(torch.nan)
-    masks = words([0b1010, 0b1001010, 0b1])
+    logits[2, :2] = torch.tensor([1.0, -torch.nan])
+    masks = words([0b1010, 0b1001010, 0b11])
     weights, experts, want = both(logits, masks, None, 5, False)
     assert torch.equal(experts, want.experts)
     assert torch.equal(weights.isnan(), want.weights.isnan())
@@ -262,13 +262,6 @@ def test_the_shapes_that_rules_choose(T, dtype, capability):
     case = layer(T=3, E=3, H=48, I=80, dtype=dtype, masks=[7, 2, 5], top_k=2)
     device = Device("unknown", capability, 4)
     case.check(run(case, choose(device, T=T, E=3, H=48, I=80, dtype=dtype)))
-
-
-def test_deterministic_is_one_shape_for_any_number_of_tokens():
-    device = Device.of(torch.device(DEVICE))
-    sizes = {"E": 7, "H": 4096, "I": 11008, "dtype": torch.bfloat16}
-    assert len({choose(device, T=T, **sizes) for T in (1, 64, 256, 8192)}) > 1
-    assert len({choose(device, T=T, deterministic=True, **sizes) for T in (1, 64, 256, 8192)}) == 1
 
 
 @needs_gpu

@@ -107,47 +107,45 @@ def _fixed(dtype: torch.dtype) -> Shape:
 def _by_rule(device: Device, T: int, E: int, dtype: torch.dtype) -> Shape:
     """What arithmetic says should be good; nothing here has been measured on a GPU yet.
 
-    Few tokens wait for weights: one row tile an expert, narrow column tiles so that every
-    multiprocessor streams some, and the long sum of `down` split where few experts have few
-    columns. Many tokens wait for arithmetic: the largest tiles that fit, on programs that stay.
-    docs/kernels-log.md has the sums behind each number.
+    docs/kernels-log.md has the sums behind the numbers.
     """
-    if dtype.itemsize == 4:
-        # Full float32 has no matrix cores to feed; these fit anywhere.
-        rows = 16 if T <= 16 else 32
-        tiles = Tiles(rows, 64, 32, num_warps=4, num_stages=2, group_m=8)
-        return Shape(tiles, tiles)
     hopper = device.capability >= _HOPPER
-    if T <= 128:
-        rows = max(16, 1 << (T - 1).bit_length())
-        stages = 4 if rows <= 64 else 3
-        # 64 columns of 128 are 16 KiB, gate and up together 32: two or three such steps in flight.
-        gate_up = Tiles(rows, 64, 128, num_warps=4, num_stages=stages, swap=hopper and rows < 64)
-        # H = 4096 has 64 such tiles an expert: split until two experts fill the multiprocessors.
-        split = 4 if E <= 16 else 1
-        down = Tiles(
-            rows,
-            64,
-            128,
-            num_warps=4,
-            num_stages=stages,
-            split_k=split,
-            swap=hopper and rows < 64,
-        )
-        if not hopper:  # 99 KiB of shared memory on the smallest
-            gate_up = Tiles(rows, 32, 64, num_warps=4, num_stages=3)
-            down = Tiles(rows, 64, 64, num_warps=4, num_stages=3, split_k=split)
-        return Shape(gate_up, down)
-    if T <= 512:
-        tiles = Tiles(64, 128, 64, num_warps=8 if hopper else 4, num_stages=3, group_m=4)
-        if not hopper:
-            return Shape(Tiles(64, 64, 64, num_warps=4, num_stages=3, group_m=4), tiles)
+    if dtype.itemsize == 4:
+        # Full float32 has no matrix cores to feed; this fits anywhere.
+        tiles = Tiles(16 if T <= 16 else 32, 64, 32, num_warps=4, num_stages=2, group_m=8)
         return Shape(tiles, tiles)
-    if not hopper:
-        gate_up = Tiles(128, 64, 32, num_warps=8, num_stages=3, group_m=8)
-        return Shape(gate_up, Tiles(128, 128, 32, num_warps=8, num_stages=3, group_m=8))
-    large = Tiles(128, 128, 64, 8, 3, group_m=8, descriptors=True, programs_per_sm=1)
-    return Shape(large, replace(large, block_n=256))
+    return _streaming(T, E, hopper) if T <= 128 else _computing(T, hopper)
+
+
+def _streaming(T: int, E: int, hopper: bool) -> Shape:
+    """Few tokens wait for weights: one row tile an expert, and all column tiles at once.
+
+    Steps of 64 by 64 are 8 KiB of weights, gate and up together 16; so short that two or three
+    programs fit a multiprocessor, and one loads while another begins or ends.
+    """
+    rows = max(16, 1 << (T - 1).bit_length())
+    tiles = Tiles(rows, 64, 64, num_warps=4, num_stages=4, swap=hopper and rows < 64)
+    # H = 4096 has 64 such tiles an expert: split until two experts fill the multiprocessors.
+    down = replace(tiles, split_k=4 if E <= 16 else 1)
+    if hopper:
+        return Shape(tiles, down)
+    # 99 KiB of shared memory on the smallest.
+    return Shape(replace(tiles, block_n=32, num_stages=3), replace(down, num_stages=3))
+
+
+def _computing(T: int, hopper: bool) -> Shape:
+    """Many tokens wait for arithmetic: the largest tiles that fit, on programs that stay."""
+    if hopper and T > 512:
+        large = Tiles(128, 128, 64, 8, 3, group_m=8, descriptors=True, programs_per_sm=1)
+        return Shape(large, replace(large, block_n=256))
+    if hopper:
+        tiles = Tiles(64, 128, 64, num_warps=8, num_stages=3, group_m=4)
+        return Shape(tiles, tiles)
+    if T > 512:
+        tiles = Tiles(128, 64, 32, num_warps=8, num_stages=3, group_m=8)
+        return Shape(tiles, replace(tiles, block_n=128))
+    tiles = Tiles(64, 64, 64, num_warps=4, num_stages=3, group_m=4)
+    return Shape(tiles, replace(tiles, block_n=128))
 
 
 _Key = tuple[int, int, int, str]
