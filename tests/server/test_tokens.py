@@ -474,20 +474,21 @@ def test_keys_elsewhere_are_not_fetched(identity, issuer):
 
 
 @pytest.mark.parametrize(
-    "document",
+    ("document", "words"),
     [
-        {"issuer": "https://another.example", "jwks_uri": "{url}/keys"},
-        {"issuer": "{url}", "jwks_uri": "http://another.example/keys"},
-        {"issuer": "{url}", "jwks_uri": "file:///etc/hosts"},
-        {"issuer": "{url}", "jwks_uri": 7},
-        {"issuer": "{url}"},
-        [],
+        ({"issuer": "https://another.example", "jwks_uri": "{url}/keys"}, "is of another issuer"),
+        ({"issuer": "{url}", "jwks_uri": "http://another.example/keys"}, "must be https://"),
+        ({"issuer": "{url}", "jwks_uri": "file:///etc/hosts"}, "must be a URL"),
+        ({"issuer": "{url}", "jwks_uri": 7}, "has no jwks_uri"),
+        ({"issuer": "{url}"}, "is not a JSON object with issuer and jwks_uri"),
+        ([], "is not a JSON object with issuer and jwks_uri"),
     ],
 )
-def test_discovery_leads_nowhere_else(issuer, document):
+def test_discovery_leads_nowhere_else(issuer, caplog, document, words):
     issuer.answers = json.dumps(document).replace("{url}", issuer.url).encode()
     refused(trusting(issuer, jwks_url=None), issuer.token(), 503)
     assert len(issuer.asked) == 1
+    assert words in caplog.text
 
 
 def test_an_issuer_that_hangs_holds_up_nobody_else(issuer, tmp_path):
