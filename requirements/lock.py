@@ -28,6 +28,7 @@ SHARED = [
     "pydantic",
     "pyjwt",
     "pyyaml",
+    "rfc8785",
     "uvicorn",
     "watchfiles",
 ]

@@ -29,6 +29,7 @@ _QUEUE_FULL = HTTPStatus.SERVICE_UNAVAILABLE.phrase
 _HIDDEN = ("system_fingerprint", "kv_transfer_params", "ec_transfer_params", "metrics")
 _HIDDEN_IN_CHOICE = ("routed_experts",)
 
+DONE = "data: [DONE]\n\n"
 _DATA = "data: "
 _ERROR_EVENT = 'data: {"error"'
 # Neither can occur inside a JSON string, where quotes are escaped.
@@ -77,6 +78,13 @@ def from_event(chunk: str) -> ApiError | None:
     if not chunk.startswith(_ERROR_EVENT):
         return None
     return from_response(ErrorResponse.model_validate(_parsed(chunk)))
+
+
+def error_code(event: str) -> str | None:
+    """The code of an error that `events` has put into a stream, if it is one."""
+    if not event.startswith(_ERROR_EVENT):
+        return None
+    return str(_parsed(event)["error"]["code"])
 
 
 def from_response(response: ErrorResponse) -> ApiError:

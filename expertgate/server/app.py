@@ -52,6 +52,7 @@ def create_app(service: Service) -> FastAPI:
         ("/health", about.health),
         ("/ready", about.ready),
         ("/version", about.version),
+        ("/.well-known/expertgate-keys", about.keys),
     ):
         app.add_api_route(path, look, methods=["GET"], response_model=None)
 
@@ -63,8 +64,18 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-async def _api_error(_: Request, error: Exception) -> Response:
+async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
+    entry = getattr(request.state, "entry", None)
+    # A request that is on record has a result there, whatever became of it.
+    if entry is None or not entry.begun:
+        service: Service = request.app.state.service
+        service.audit.refused(
+            request.url.path,
+            getattr(request.state, "principal", None),
+            None if request.client is None else request.client.host,
+            error,
+        )
     return _respond(error)
 
 

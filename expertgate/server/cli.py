@@ -10,6 +10,8 @@ import expertgate
 from expertgate.model.catalogue import CatalogueError
 from expertgate.model.checkpoint import CheckpointError
 from expertgate.policies.statement import PolicyError
+from expertgate.server.audit.chain import AuditError
+from expertgate.server.audit.command import audit
 from expertgate.server.cases import CasesError
 from expertgate.server.config import Config, ConfigError
 from expertgate.server.experts_command import experts
@@ -23,6 +25,7 @@ from expertgate.server.refusals import SettingError
 from expertgate.server.suspensions import SuspensionError
 
 _MISTAKES = (
+    AuditError,
     ListenError,
     CasesError,
     CatalogueError,
@@ -56,6 +59,7 @@ def cli() -> None:
 
 
 cli.add_command(experts)
+cli.add_command(audit)
 cli.add_command(keys)
 cli.add_command(policy)
 

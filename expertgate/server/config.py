@@ -8,6 +8,9 @@
     policies: policies/            # every *.cedar in it
     claims: {department: string}   # of tokens, those that policies may read, and their types
     suspended: suspended.yaml      # the default; `expertgate experts suspend` writes it
+    audit:                         # on by default, in these places
+      path: audit                  # a folder
+      signing_key: audit-key.pem   # made if it is missing
     host: 127.0.0.1
     port: 8000
     engine:                        # vLLM's own arguments, as they are
@@ -17,7 +20,7 @@ Paths are relative to the file's folder.
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
@@ -34,6 +37,24 @@ ClaimName = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,256}$", st
 """Printable ASCII without blanks; many are addresses, such as `https://acme.example/department`."""
 
 
+class AuditConfig(BaseModel):
+    """Where the audit log is kept, and what happens to requests that it can't record."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    enabled: Annotated[bool, Field(strict=True)] = True
+    path: Path = Path("audit")
+    signing_key: Path = Path("audit-key.pem")
+    rotate_mib: Annotated[int, Field(strict=True, ge=1, le=1024)] = 64
+    sign_every: Annotated[int, Field(strict=True, ge=1, le=10_000)] = 256
+    on_failure: Literal["closed", "open"] = "closed"
+
+    def beside(self, folder: Path) -> "AuditConfig":
+        """The same with every path resolved against `folder`."""
+        paths = {"path": folder / self.path, "signing_key": folder / self.signing_key}
+        return self.model_copy(update=paths)
+
+
 class Config(BaseModel):
     """See the module's words for an example."""
 
@@ -46,6 +67,7 @@ class Config(BaseModel):
     policies: Path
     claims: dict[ClaimName, ClaimKind] = Field(default_factory=dict)
     suspended: Path = Path("suspended.yaml")
+    audit: AuditConfig = AuditConfig()
     host: str = "127.0.0.1"
     port: Annotated[int, Field(strict=True, ge=0, le=65535)] = 8000
     engine: dict[str, Any] = Field(default_factory=dict)
@@ -79,5 +101,6 @@ class Config(BaseModel):
                 "identity": self.identity.beside(folder),
                 "suspended": folder / self.suspended,
                 "policies": folder / self.policies,
+                "audit": self.audit.beside(folder),
             }
         )

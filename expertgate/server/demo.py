@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
-from expertgate.server.config import Config
+from expertgate.server.config import AuditConfig, Config
 from expertgate.server.identity_config import IdentityConfig
 from expertgate.server.key_edits import create_key
 from expertgate.server.serving import serve_config
@@ -40,6 +40,7 @@ def serve_demo(host: str, port: int) -> None:
             identity=IdentityConfig(api_keys=path),
             policies=DEMO / "policies",
             suspended=path.with_name("suspended.yaml"),
+            audit=AuditConfig(path=path.with_name("audit"), signing_key=path.with_name("key.pem")),
             host=host,
             port=port,
             engine=dict(_ENGINE),

@@ -15,6 +15,7 @@
 | 500 | `internal_error` | the server's own fault; the cause is in its log alone |
 | 503 | `issuer_unavailable` | the keys of a token's issuer can't be fetched |
 | 503 | `engine_unavailable` | the engine is starting, going down or dead |
+| 503 | `audit_unavailable` | the request can't be recorded, and so it is not run |
 """
 
 from collections.abc import Mapping

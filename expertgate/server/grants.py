@@ -20,6 +20,7 @@ from expertgate.policies.context import Context
 from expertgate.policies.decision import Decision
 from expertgate.policies.expert_set import ExpertSet
 from expertgate.policies.principal import Principal
+from expertgate.server.audit.writer import Record
 
 HANDLE_ARG = "expertgate_grant"
 """The key of `SamplingParams.extra_args` that carries a handle. No schema lets a client set it."""
@@ -53,7 +54,9 @@ class Grant:
     `running` holds the engine's ids of the calls that are under way on this grant: several, where
     a request has several prompts. `basis` is missing where the server asks by itself. `usage` is
     there once the request has ended; not where nothing ran, or where the engine died before it
-    could tell.
+    could tell. `record`: where the audit log says that this may be; there is none before it is on
+    disk, and no engine call without it. `prompts`: SHA-256 of the token ids of each prompt that the
+    engine was given; `finish_reasons` by call and choice.
     """
 
     experts: ExpertSet
@@ -64,6 +67,9 @@ class Grant:
     calls: int = 0
     usage: Usage | None = None
     basis: Basis | None = None
+    record: Record | None = None
+    prompts: list[bytes] = field(default_factory=list)
+    finish_reasons: dict[tuple[str, int], str] = field(default_factory=dict)
     withdrawn: bool = False
     _limit: asyncio.Timeout | None = field(default=None, init=False)
 
@@ -99,11 +105,13 @@ class Grant:
             raise WithdrawnError(_WITHDRAWN)
 
     def check(self) -> None:
-        """Raises WithdrawnError, or GrantError where the request has ended."""
+        """Raises WithdrawnError, or GrantError where the request has ended, or is not on record."""
         if self.withdrawn:
             raise WithdrawnError(_WITHDRAWN)
         if not self.registry.holds(self):
             raise GrantError("an engine call on a grant that is closed")
+        if self.record is None:
+            raise GrantError("an engine call for a request that is not on record")
 
     def next_call_id(self) -> str:
         """An id for the engine that no client chose and no other call has."""
@@ -138,11 +146,17 @@ class Grants:
     def __iter__(self) -> Iterator[Grant]:
         return iter(list(self._open.values()))
 
-    def issue(self, experts: ExpertSet, tenant: str, basis: Basis | None = None) -> Grant:
+    def issue(
+        self,
+        experts: ExpertSet,
+        tenant: str,
+        basis: Basis | None = None,
+        record: Record | None = None,
+    ) -> Grant:
         """Raises ValueError for a set without experts: there is nothing to run."""
         if not experts:
             raise ValueError("a grant needs at least one expert")
-        grant = Grant(experts, tenant, secrets.token_hex(16), self, basis=basis)
+        grant = Grant(experts, tenant, secrets.token_hex(16), self, basis=basis, record=record)
         self._open[grant.handle] = grant
         return grant
 

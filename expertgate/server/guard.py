@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import logging
 import secrets
+from array import array
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from http import HTTPStatus
@@ -162,18 +163,22 @@ class GuardedLLM:
             )
             return generator
 
-        return self._run(grant, start, constrained=params.structured_outputs is not None)
+        digest = hashlib.sha256(array("I", granted["prompt_token_ids"])).digest()
+        constrained = params.structured_outputs is not None
+        return self._run(grant, start, digest, constrained=constrained)
 
     async def _run(
         self,
         grant: Grant,
         start: Callable[[str], AsyncGenerator[RequestOutput, None]],
+        prompt_digest: bytes,
         *,
         constrained: bool,
     ) -> AsyncGenerator[RequestOutput, None]:
         # A handler may call and iterate much later; the grant can have closed in between.
         grant.check()
         call_id = grant.next_call_id()
+        grant.prompts.append(prompt_digest)
         grant.running.add(call_id)
         outputs = start(call_id)
         finished = False
@@ -189,6 +194,9 @@ class GuardedLLM:
                     )
                 _strip(output)
                 finished = output.finished
+                for choice in output.outputs:
+                    if choice.finish_reason is not None:
+                        grant.finish_reasons[call_id, choice.index] = choice.finish_reason
                 yield output
         except EngineDeadError:
             raise self.dead_error from None

@@ -7,6 +7,7 @@ from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from expertgate.policies.expert_set import PUBLIC_ONLY, ExpertSet
+from expertgate.server.audit.writer import Record
 from expertgate.server.failures import ProofError
 from expertgate.server.grants import HANDLE_ARG, Grants
 from expertgate.server.guard import GuardedLLM
@@ -17,12 +18,13 @@ _TENANT = "expertgate/proof"
 _VLLM_KERNELS = "vllm.model_executor.layers.fused_moe.experts."
 
 
-async def prove(engine: GuardedLLM, grants: Grants, num_experts: int) -> None:
-    """Raises ProofError."""
+async def prove(engine: GuardedLLM, grants: Grants, num_experts: int, record: Record) -> None:
+    """`record`: that of this proof in the audit log. Raises ProofError."""
     for rank, facts in enumerate(await engine.worker_facts(_TIMEOUT_S)):
         check_facts(rank, facts)
-    public = await _answer(engine, grants, PUBLIC_ONLY)
-    if num_experts > 1 and public == await _answer(engine, grants, ExpertSet.first(num_experts)):
+    public = await _answer(engine, grants, PUBLIC_ONLY, record)
+    every = ExpertSet.first(num_experts)
+    if num_experts > 1 and public == await _answer(engine, grants, every, record):
         raise ProofError(
             "the probe got one answer from 'public' and from all experts: masks don't act"
         )
@@ -53,12 +55,12 @@ def check_facts(rank: int, facts: Mapping[str, Any]) -> None:
 
 
 async def _answer(
-    engine: GuardedLLM, grants: Grants, experts: ExpertSet
+    engine: GuardedLLM, grants: Grants, experts: ExpertSet, record: Record
 ) -> list[tuple[int, float]]:
     """Token ids and log-probabilities of a fixed prompt under these experts."""
     vocabulary = engine.model_config.get_vocab_size()
     prompt = tokens_input([place * vocabulary // _PROBE_TOKENS for place in range(_PROBE_TOKENS)])
-    with grants.issue(experts, _TENANT) as grant:
+    with grants.issue(experts, _TENANT, record=record) as grant:
         params = SamplingParams(
             temperature=0.0,
             max_tokens=2,

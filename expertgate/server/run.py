@@ -13,6 +13,7 @@ from typing import Any
 import uvicorn
 
 from expertgate.server.app import create_app
+from expertgate.server.errors import ApiError
 from expertgate.server.failures import ProofError
 from expertgate.server.guard import GuardedLLM, UnavailableError
 from expertgate.server.handlers import Handlers
@@ -121,7 +122,10 @@ async def _run(
 
 async def _open(service: Service, engine: GuardedLLM) -> None:
     try:
-        await prove(engine, service.grants, len(service.catalogue))
+        record = await service.audit.probe()
+        await prove(engine, service.grants, len(service.catalogue), record)
+    except ApiError as error:
+        raise ProofError(f"the engine was not tried: {error}") from None
     except (UnavailableError, TimeoutError) as error:
         raise ProofError(f"the engine stopped while it was tried: {error}") from None
     service.handlers = Handlers.around(engine)

@@ -10,6 +10,7 @@ from expertgate.policies.context import Context
 from expertgate.policies.decision import Decision
 from expertgate.policies.expert_set import ExpertSet
 from expertgate.policies.principal import Principal
+from expertgate.server.audit.trail import Trail
 from expertgate.server.errors import ApiError
 from expertgate.server.grants import Basis, Grant, Grants
 from expertgate.server.guard import GuardedLLM
@@ -27,6 +28,7 @@ class Service:
     catalogue: Catalogue
     identity: Identity
     policies: PolicySet
+    audit: Trail
     suspended: ExpertSet = field(default_factory=lambda: ExpertSet(0))
     """Experts that are taken from everybody, whatever policy says."""
     grants: Grants = field(default_factory=Grants)
@@ -37,7 +39,12 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        return self.engine is not None and self.handlers is not None and not self.engine.errored
+        return (
+            self.engine is not None
+            and self.handlers is not None
+            and not self.engine.errored
+            and self.audit.ready
+        )
 
     def running(self) -> tuple[GuardedLLM, Handlers]:
         """Raises ApiError 503 where the engine is starting, going down or dead."""

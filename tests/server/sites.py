@@ -9,6 +9,7 @@ from starlette.datastructures import Headers
 from expertgate.model.catalogue import Catalogue
 from expertgate.policies.cedar import PolicySet
 from expertgate.policies.context import Context
+from expertgate.server.audit.trail import Trail
 from expertgate.server.guard import CacheSalts, GuardedLLM
 from expertgate.server.identity import Identity
 from expertgate.server.identity_config import IdentityConfig
@@ -52,6 +53,7 @@ class Site:
             known,
             Identity(IdentityConfig(api_keys=self.folder / "keys.yaml")),
             PolicySet.load(files.folder, resources(known)),
+            Trail(None, known),
         )
         self.salts = CacheSalts(b"w", b"s")
         self.service.engine = GuardedLLM(FakeEngine(), self.service.grants, self.salts)

@@ -15,6 +15,7 @@ from expertgate.policies.decision import Decision
 from expertgate.policies.expert_set import ExpertSet
 from expertgate.policies.principal import Principal
 from expertgate.server.app import create_app
+from expertgate.server.audit.trail import Trail
 from expertgate.server.grants import HANDLE_ARG, GrantError
 from expertgate.server.guard import CacheSalts, GuardedLLM, UnavailableError
 from expertgate.server.handlers import Handlers
@@ -53,8 +54,10 @@ async def by_header(connection):
 
 @pytest.fixture
 def service(script):
+    catalogue = Catalogue.default(3)
     made = Service(
-        catalogue=Catalogue.default(3),
+        catalogue=catalogue,
+        audit=Trail(None, catalogue),
         identity=SimpleNamespace(identify=by_header),
         policies=SimpleNamespace(
             decide=lambda principal, context: Decision(ExpertSet.of([0, 2]), {}, "v")

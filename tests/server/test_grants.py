@@ -6,7 +6,10 @@ from expertgate.server.grants import GrantError, Grants
 
 def test_a_handle_redeems_its_own_grant_while_it_is_open():
     grants = Grants()
-    with grants.issue(PUBLIC_ONLY, "alice") as alice, grants.issue(PUBLIC_ONLY, "bob") as bob:
+    with (
+        grants.issue(PUBLIC_ONLY, "alice") as alice,
+        grants.issue(PUBLIC_ONLY, "bob") as bob,
+    ):
         assert grants.redeem(alice.handle) is alice
         assert grants.redeem(bob.handle) is bob
         assert len(bytes.fromhex(alice.handle)) == 16
@@ -50,7 +53,10 @@ def test_a_grant_of_no_experts_is_not_issued():
 
 def test_call_ids_are_unique_and_do_not_tell_the_handle():
     grants = Grants()
-    with grants.issue(PUBLIC_ONLY, "a") as first, grants.issue(PUBLIC_ONLY, "b") as second:
+    with (
+        grants.issue(PUBLIC_ONLY, "a") as first,
+        grants.issue(PUBLIC_ONLY, "b") as second,
+    ):
         ids = [g.next_call_id() for g in (first, first, second, second)]
     assert len(set(ids)) == 4
     assert not any(first.handle in call_id for call_id in ids)

@@ -8,6 +8,7 @@ from expertgate.model.masks import EXTRA_ARG
 from expertgate.policies.expert_set import PUBLIC_ONLY, ExpertSet
 from expertgate.server.grants import HANDLE_ARG, GrantError, Grants
 from expertgate.server.guard import CacheSalts, GuardedLLM, UnavailableError
+from tests.server.audit.logs import RECORD
 from tests.server.fakes import FakeEngine
 
 MATH = ExpertSet.of([0, 1])
@@ -41,7 +42,7 @@ def run(generator):
 
 
 def test_the_engine_gets_the_mask_of_the_grant_and_nothing_of_the_callers(guard, engine, grants):
-    with grants.issue(MATH, "alice") as grant:
+    with grants.issue(MATH, "alice", record=RECORD) as grant:
         given = params(grant.handle, expertgate_mask=(1 << 64) - 1, experts=[0, 1, 2])
         run(guard.generate(PROMPT, given, "client id\nforged", priority=-9, session_id="s",
                            data_parallel_rank=3, trace_headers={"traceparent": "x"}))  # fmt: skip
@@ -55,7 +56,7 @@ def test_the_engine_gets_the_mask_of_the_grant_and_nothing_of_the_callers(guard,
 
 
 def test_prompts_keep_only_tokens_and_text(guard, engine, grants):
-    with grants.issue(MATH, "alice") as grant:
+    with grants.issue(MATH, "alice", record=RECORD) as grant:
         prompt = {**PROMPT, "multi_modal_data": object(), "arrival_time": 1.0}
         run(guard.generate(prompt, params(grant.handle), "id"))
     (call,) = engine.calls
@@ -77,7 +78,7 @@ def test_prompts_keep_only_tokens_and_text(guard, engine, grants):
     ],
 )
 def test_only_rendered_tokens_run(guard, engine, grants, prompt):
-    with grants.issue(MATH, "alice") as grant, pytest.raises(GrantError):
+    with grants.issue(MATH, "alice", record=RECORD) as grant, pytest.raises(GrantError):
         guard.generate(prompt, params(grant.handle), "id")
     assert engine.calls == []
 
@@ -89,8 +90,14 @@ def test_without_a_grant_nothing_runs(guard, engine, extra_args):
     assert engine.calls == []
 
 
+def test_a_grant_that_is_not_on_record_runs_nothing(guard, engine, grants):
+    with grants.issue(MATH, "alice") as grant, pytest.raises(GrantError, match="not on record"):
+        guard.generate(PROMPT, params(grant.handle), "id")
+    assert engine.calls == []
+
+
 def test_a_call_made_before_the_grant_closed_does_not_run_after(guard, engine, grants):
-    with grants.issue(MATH, "alice") as grant:
+    with grants.issue(MATH, "alice", record=RECORD) as grant:
         late = guard.generate(PROMPT, params(grant.handle), "id")
     with pytest.raises(GrantError):
         run(late)
@@ -101,7 +108,7 @@ def test_a_running_call_ends_when_its_grant_closes(guard, engine, grants):
     engine.outputs = 3
 
     async def close_midway():
-        grant = grants.issue(MATH, "alice")
+        grant = grants.issue(MATH, "alice", record=RECORD)
         generator = guard.generate(PROMPT, params(grant.handle), "id")
         await anext(generator)
         await guard.end(grant)
@@ -117,7 +124,7 @@ def test_leaving_a_stream_ends_the_engines(guard, engine, grants):
     engine.outputs = 3
 
     async def leave():
-        grant = grants.issue(MATH, "alice")
+        grant = grants.issue(MATH, "alice", record=RECORD)
         generator = guard.generate(PROMPT, params(grant.handle), "id")
         await anext(generator)
         await generator.aclose()
@@ -129,7 +136,7 @@ def test_leaving_a_stream_ends_the_engines(guard, engine, grants):
 
 def test_a_call_that_fails_within_the_engine_gives_its_place_back(guard, engine, grants):
     engine.refuses = OverflowError("int too big to convert")
-    with grants.issue(MATH, "alice") as grant:
+    with grants.issue(MATH, "alice", record=RECORD) as grant:
         with pytest.raises(OverflowError):
             run(guard.generate(PROMPT, params(grant.handle), "id"))
         assert grant.running == set()
@@ -137,14 +144,14 @@ def test_a_call_that_fails_within_the_engine_gives_its_place_back(guard, engine,
 
 
 def test_a_call_that_finishes_is_not_aborted(guard, engine, grants):
-    with grants.issue(MATH, "alice") as grant:
+    with grants.issue(MATH, "alice", record=RECORD) as grant:
         run(guard.generate(PROMPT, params(grant.handle), "id"))
     assert engine.aborted == []
 
 
 def test_a_schema_that_fails_in_the_engine_is_the_clients_fault(guard, engine, grants):
     engine.finish_reason = "error"
-    with grants.issue(MATH, "alice") as grant:
+    with grants.issue(MATH, "alice", record=RECORD) as grant:
         free = params(grant.handle)
         (found,) = run(guard.generate(PROMPT, free, "id"))  # vLLM's handlers see to this one
         assert found.outputs[0].finish_reason == "error"
@@ -155,19 +162,19 @@ def test_a_schema_that_fails_in_the_engine_is_the_clients_fault(guard, engine, g
 
 
 def test_several_prompts_run_on_one_grant_with_ids_of_their_own(guard, engine, grants):
-    with grants.issue(MATH, "alice") as grant:
+    with grants.issue(MATH, "alice", record=RECORD) as grant:
         for _ in range(3):
             run(guard.generate(PROMPT, params(grant.handle), "same id"))
     assert len({call.request_id for call in engine.calls}) == 3
 
 
 def test_a_lora_request_is_refused(guard, grants):
-    with grants.issue(MATH, "alice") as grant, pytest.raises(GrantError):
+    with grants.issue(MATH, "alice", record=RECORD) as grant, pytest.raises(GrantError):
         guard.generate(PROMPT, params(grant.handle), "id", lora_request=object())
 
 
 def test_outputs_carry_no_traces(guard, grants):
-    with grants.issue(MATH, "alice") as grant:
+    with grants.issue(MATH, "alice", record=RECORD) as grant:
         (found,) = run(guard.generate(PROMPT, params(grant.handle), "id"))
     assert found.outputs[0].routed_experts is None
     assert found.kv_transfer_params is None
@@ -175,7 +182,7 @@ def test_outputs_carry_no_traces(guard, grants):
 
 
 def test_a_dead_engine_is_unavailable_before_and_while_it_runs(guard, engine, grants):
-    with grants.issue(MATH, "alice") as grant:
+    with grants.issue(MATH, "alice", record=RECORD) as grant:
         engine.dies = True
         with pytest.raises(UnavailableError) as died:
             run(guard.generate(PROMPT, params(grant.handle), "id"))
@@ -187,7 +194,7 @@ def test_a_dead_engine_is_unavailable_before_and_while_it_runs(guard, engine, gr
 
 
 def test_a_draining_engine_admits_nothing_and_is_not_called_dead(guard, engine, grants):
-    with grants.issue(MATH, "alice") as grant:
+    with grants.issue(MATH, "alice", record=RECORD) as grant:
         guard.drain()
         assert guard.errored
         assert not guard.dead

@@ -4,6 +4,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 
 import expertgate
+from expertgate.server.audit.signing import jwks_of
 from expertgate.server.circumstances import context_of
 from expertgate.server.service import Service
 
@@ -25,9 +26,15 @@ async def version() -> JSONResponse:
     return JSONResponse({"version": expertgate.__version__})
 
 
+async def keys(request: Request) -> JSONResponse:
+    """The public keys by which the audit log can be checked, as JSON Web Keys."""
+    audit_log = _service(request).audit.log
+    return JSONResponse({"keys": []} if audit_log is None else jwks_of(audit_log.key))
+
+
 async def models(request: Request) -> JSONResponse:
     service = _service(request)
-    await service.identity.identify(request)
+    request.state.principal = await service.identity.identify(request)
     _, handlers = service.running()
     card = {
         "id": handlers.model_name,

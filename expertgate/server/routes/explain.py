@@ -20,7 +20,7 @@ async def explain(request: Request) -> JSONResponse:
     there as denied, whether or not there is such an expert, and without the policies that deny it.
     """
     service: Service = request.app.state.service
-    await service.identity.identify(request)
+    request.state.principal = await service.identity.identify(request)
     body = schemas.read(ExplainRequest, await read_body(request))
     selection = select(body, request.headers, served="")
     context = context_of(request, body.purpose)

@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from expertgate.server import answers, schemas
+from expertgate.server.audit.entry import CLIENT_GONE, Entry
 from expertgate.server.circumstances import context_of
 from expertgate.server.errors import withdrawn
 from expertgate.server.grants import HANDLE_ARG, Grant, WithdrawnError
@@ -28,8 +29,6 @@ from expertgate.server.selection import select
 from expertgate.server.service import Service
 
 Body = TypeVar("Body", ChatRequest, TextRequest)
-
-_CLIENT_GONE = 499
 
 
 async def chat(request: Request) -> Response:
@@ -44,7 +43,8 @@ async def _generate(
     request: Request, kind: type[Body], handler: Callable[[Handlers], Callable[..., Any]]
 ) -> Response:
     service: Service = request.app.state.service
-    await service.identity.identify(request)  # before the body is read, which costs
+    # Before the body is read, which costs; a refusal's record will name them.
+    request.state.principal = await service.identity.identify(request)
     body = schemas.read(kind, await read_body(request))
     engine, handlers = service.running()
     selection = select(body, request.headers, handlers.model_name)
@@ -52,6 +52,8 @@ async def _generate(
     told = {"effective": service.catalogue.names(grant.experts)}
     body.model = handlers.model_name
     body.request_id = uuid.uuid4().hex
+    entry = service.audit.entry(body.request_id, request.url.path, grant, service.catalogue)
+    request.state.entry = entry
     # The client's own is refused by the schema, so this is the only way in for a handle.
     body.vllm_xargs = {HANDLE_ARG: grant.handle}
     headers = {
@@ -60,10 +62,15 @@ async def _generate(
     }
     try:
         async with grant.while_given():
+            await entry.begin()
             result = await _unless_gone(_first(handler(handlers)(body)), request)
     except BaseException as error:
         await engine.end(grant)
         shown = answers.from_exception(error) if isinstance(error, Exception) else None
+        if isinstance(error, Exception):
+            failure = shown or answers.internal_error()
+            entry.ended(failure.status, failure.code)
+        entry.close()
         if shown is None:
             raise
         raise shown from None
@@ -71,10 +78,13 @@ async def _generate(
         options = body.stream_options
         totals = bool(options and options.include_usage)
         events = answers.events(result.chunks(), told, totals=totals)
-        return _GrantedStream(events, engine, grant, headers)
+        return _GrantedStream(_told_to(entry, events), engine, grant, entry, headers)
     await engine.end(grant)
+    if result is not None:
+        entry.ended(200, None)
+    entry.close()
     if result is None:
-        return Response(status_code=_CLIENT_GONE)
+        return Response(status_code=CLIENT_GONE)
     return JSONResponse(answers.body(result, told), headers=headers)
 
 
@@ -134,6 +144,21 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
+async def _told_to(entry: Entry, events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    """The events of a stream; `entry` learns from them how it ended."""
+    code = None
+    try:
+        async with aclosing(events):
+            async for event in events:
+                code = answers.error_code(event) or code
+                if code is not None or event == answers.DONE:
+                    entry.ended(200, code)
+                yield event
+    except Exception:
+        entry.ended(200, answers.internal_error().code)
+        raise
+
+
 class _GrantedStream(StreamingResponse):
     """Ends its grant when it has ended, however it ends: told, cut off or failed."""
 
@@ -142,12 +167,14 @@ class _GrantedStream(StreamingResponse):
         events: AsyncGenerator[str, None],
         engine: GuardedLLM,
         grant: Grant,
+        entry: Entry,
         headers: dict[str, str],
     ) -> None:
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._events = events
         self._engine = engine
         self._grant = grant
+        self._entry = entry
 
     async def stream_response(self, send: Send) -> None:
         start = {"status": self.status_code, "headers": self.raw_headers}
@@ -161,7 +188,9 @@ class _GrantedStream(StreamingResponse):
                     part = {"body": event.encode(), "more_body": True}
                     await send({"type": "http.response.body", **part})
         except WithdrawnError as error:
-            last = answers.ending(withdrawn(error))
+            shown = withdrawn(error)
+            self._entry.ended(200, shown.code)
+            last = answers.ending(shown)
         await send({"type": "http.response.body", "body": last})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -170,3 +199,4 @@ class _GrantedStream(StreamingResponse):
         finally:
             await self._events.aclose()
             await self._engine.end(self._grant)
+            self._entry.close()

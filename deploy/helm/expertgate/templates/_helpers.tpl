@@ -43,6 +43,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- $_ := set $own "host" "0.0.0.0" -}}
 {{- $_ := set $own "port" 8000 -}}
 {{- $_ := set $own "identity" (dict "api_keys" "/etc/expertgate/keys/keys.yaml") -}}
+{{- $audit := dict "path" "/var/lib/expertgate/audit" -}}
+{{- $_ := set $audit "signing_key" "/var/lib/expertgate/audit-key.pem" -}}
+{{- $_ := set $own "audit" $audit -}}
 {{- with .Values.model.revision -}}
 {{- $_ := set $own "revision" . -}}
 {{- end -}}

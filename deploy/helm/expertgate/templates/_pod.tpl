@@ -55,8 +55,12 @@ spec:
         - |
           until ray start --address="$LWS_LEADER_ADDRESS:6379" --block; do sleep 2; done
       {{- end }}
-      {{- if or (ne $role "server") .model.tokenSecret }}
+      {{- if or (not $worker) (ne $role "server") .model.tokenSecret }}
       env:
+        {{- if not $worker }}
+        - name: POD_NAME
+          valueFrom: {fieldRef: {fieldPath: metadata.name}}
+        {{- end }}
         {{- if ne $role "server" }}
         - {name: VLLM_PLUGINS, value: expertgate}
         - {name: VLLM_NO_USAGE_STATS, value: "1"}
@@ -109,6 +113,8 @@ spec:
         - {name: models, mountPath: /models, readOnly: true}
         {{- end }}
         {{- if not $worker }}
+        # A log belongs to one process, so every pod has its own folder.
+        - {name: audit, mountPath: /var/lib/expertgate, subPathExpr: $(POD_NAME)}
         # Whole folders: what is mounted by subPath never changes while the pod runs.
         - {name: config, mountPath: /etc/expertgate/config, readOnly: true}
         - {name: keys, mountPath: /etc/expertgate/keys, readOnly: true}
@@ -134,6 +140,12 @@ spec:
       persistentVolumeClaim: {claimName: {{ . }}, readOnly: true}
     {{- end }}
     {{- if not $worker }}
+    - name: audit
+      {{- if .audit.existingClaim }}
+      persistentVolumeClaim: {claimName: {{ .audit.existingClaim }}}
+      {{- else }}
+      emptyDir: {sizeLimit: {{ .audit.size }}}
+      {{- end }}
     - name: config
       configMap: {name: {{ include "expertgate.name" $root }}-config}
     - name: keys

@@ -1,0 +1,105 @@
+"""One permitted request in the audit log, from its record to its result."""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from expertgate.model.usage import Usage
+from expertgate.policies.expert_set import ExpertSet
+from expertgate.server.audit.writer import AuditLog, AuditUnavailable, Record, Waived, Written
+from expertgate.server.errors import ApiError
+from expertgate.server.grants import Grant
+
+log = logging.getLogger(__name__)
+
+CLIENT_GONE = 499
+_PROMPT = b"expertgate/audit-prompt/1"
+_DIGITS = 9
+
+
+class Entry:
+    """Until something else is known of how the request ended, the client has left."""
+
+    def __init__(
+        self, audit_log: AuditLog | None, grant: Grant, names: Sequence[str], fields: dict[str, Any]
+    ) -> None:
+        """`names`: of the effective set; `fields`: what the record of the request says."""
+        self.grant = grant
+        self.names = list(names)
+        self.request_id: str = fields["request"]
+        self.result: Future[Written] | None = None
+        self.begun = False
+        """Whether the log has the request, or may have it soon."""
+        self.status = CLIENT_GONE
+        self.code: str | None = "client_gone"
+        self._log = audit_log
+        self._fields = fields
+
+    async def begin(self) -> None:
+        """Returns once the request is on disk; only then can its grant be used.
+
+        Raises ApiError 503 `audit_unavailable`.
+        """
+        self.begun = True
+        try:
+            self.grant.record = await append(self._log, "request", **self._fields)
+        except ApiError:
+            self.begun = False
+            raise
+
+    def ended(self, status: int, code: str | None) -> None:
+        """With which status, and which error's code, if any."""
+        self.status, self.code = status, code
+
+    def close(self) -> None:
+        """Queues the result, once, of a grant that has ended."""
+        if self._log is None or not self.begun or self.result is not None:
+            return
+        grant = self.grant
+        self.result = self._log.note(
+            "result",
+            request=self.request_id,
+            status=self.status,
+            code=self.code,
+            effective=self.names,
+            finish_reasons=dict(Counter(grant.finish_reasons.values())),
+            prompts=[self._log.key.keyed_digest(_PROMPT, prompt) for prompt in grant.prompts],
+            usage=None if grant.usage is None else _told(grant.usage, grant.experts, self.names),
+        )
+
+
+async def append(audit_log: AuditLog | None, kind: str, **fields: Any) -> Record:
+    """Returns once the record is on disk, or waived. Raises ApiError 503 `audit_unavailable`."""
+    if audit_log is None:
+        return Waived("there is no audit log")
+    try:
+        return await audit_log.append(kind, **fields)
+    except AuditUnavailable as error:
+        # The reason names disks and paths, which are the server's own affair.
+        log.error("refused: the audit log can't be written: %s", error)
+        raise ApiError(
+            503,
+            "audit_unavailable",
+            "this request can't be recorded, and so it is not run; try again later",
+            None,
+            {"Retry-After": "1"},
+        ) from None
+
+
+def _told(usage: Usage, experts: ExpertSet, names: Sequence[str]) -> dict[str, Any]:
+    work = usage.work
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "cached_tokens": work.cached,
+        "completion_tokens": usage.completion_tokens,
+        "computed_tokens": work.computed,
+        "experts": {
+            name: {
+                "tokens": round(work.tokens(index), _DIGITS),
+                "share": round(work.share(index), _DIGITS),
+            }
+            for index, name in zip(experts, names, strict=True)
+        },
+    }

@@ -1,0 +1,148 @@
+"""The files of a log: `0000000000000001.jsonl` and so on, each named by its first record.
+
+`head.json` is a copy of the newest signed head, written after the record itself is on disk: a log
+that ends before it was cut. Kept elsewhere as well, it holds against whoever can write here.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from expertgate.server.audit.chain import GENESIS, AuditError, RecordError, digest, parse
+from expertgate.server.audit.signing import sync_folder
+
+HEAD_FILE = "head.json"
+_NAME = re.compile(r"([0-9]{16})\.jsonl")
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Where a log ends: its last record's number and hash, and the last file up to there.
+
+    `unsigned`: records after the last signed head, in the last file. `torn`: what stands in that
+    file behind the last record, and is none.
+    """
+
+    seq: int
+    hash: str
+    unsigned: int
+    path: Path | None
+    size: int
+    torn: bytes
+
+
+def name_of(first: int) -> str:
+    return f"{first:016}.jsonl"
+
+
+def first_of(path: Path) -> int | None:
+    """The number of the record that a file of a log begins with; None for another file."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def files(folder: Path) -> list[Path]:
+    """The log's files in their order. Raises AuditError."""
+    try:
+        return sorted(path for path in folder.iterdir() if first_of(path) is not None)
+    except OSError as error:
+        raise AuditError(f"{folder}: {error.strerror or error}") from None
+
+
+def read_head(path: Path) -> dict[str, Any]:
+    """A head that was kept. Raises AuditError."""
+    try:
+        head = parse(path.read_bytes().strip())
+    except OSError as error:
+        raise AuditError(f"{path}: {error.strerror or error}") from None
+    except RecordError as error:
+        raise AuditError(f"{path}: {error}") from None
+    if head["kind"] != "head":
+        raise AuditError(f"{path}: is a {head['kind']!r} record, not a head")
+    return head
+
+
+def replace_head(folder: Path, line: bytes) -> None:
+    """Raises OSError."""
+    temporary = folder / f".{HEAD_FILE}"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(descriptor, "wb") as file:
+        file.write(line + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / HEAD_FILE)
+    sync_folder(folder)
+
+
+def find_end(folder: Path) -> End:
+    """Of the log in `folder`, from its last file alone; `expertgate audit verify` reads all.
+
+    Raises AuditError for a log that can't be continued: cut behind a signed head, or broken where
+    a crash can't have broken it.
+    """
+    end = _end_of(files(folder))
+    if not (folder / HEAD_FILE).exists():
+        return end
+    head = read_head(folder / HEAD_FILE)
+    if end.seq < head["seq"]:
+        raise AuditError(
+            f"{end.path or folder}: the log ends at record {end.seq}, but {HEAD_FILE} has record "
+            f"{head['seq']}: it was cut or damaged. Keep this folder for whoever looks into it, "
+            "and begin a new one"
+        )
+    return end
+
+
+def _end_of(paths: Sequence[Path]) -> End:
+    if not paths:
+        return End(0, GENESIS, 0, None, 0, b"")
+    path = paths[-1]
+    first = first_of(path) or 0
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise AuditError(f"{path}: {error.strerror or error}") from None
+    seq, size, unsigned, last = first - 1, 0, 0, ""
+    while True:
+        stop = raw.find(b"\n", size)
+        try:
+            if stop < 0:
+                break
+            record = parse(raw[size:stop])
+        except RecordError:
+            break
+        # The first line's own `prev` is taken on trust here, as all of the earlier files are.
+        if record["seq"] != seq + 1 or (last and record["prev"] != last):
+            break
+        seq, last = seq + 1, digest(raw[size:stop])
+        unsigned = 0 if record["kind"] == "head" else unsigned + 1
+        size = stop + 1
+    if last:
+        return End(seq, last, unsigned, path, size, raw[size:])
+    # Nothing in it is whole: it was begun in the moment of the crash.
+    before = _end_of(paths[:-1])
+    if before.seq != seq or before.torn:
+        raise AuditError(f"{path}: begins at record {first}, after record {before.seq}")
+    return End(before.seq, before.hash, before.unsigned, path, 0, raw)
+
+
+def set_aside(end: End) -> Path:
+    """Moves torn bytes out of the log, into a file beside it. Raises OSError."""
+    assert end.path is not None
+    aside = end.path.with_name(f"{end.path.name}.torn-{digest(end.torn)[:16]}")
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(descriptor, "wb") as file:
+        file.write(end.torn)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(aside.parent)
+    descriptor = os.open(end.path, os.O_WRONLY)
+    try:
+        os.ftruncate(descriptor, end.size)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return aside

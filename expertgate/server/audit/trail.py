@@ -1,0 +1,199 @@
+"""What the server says to its audit log; `docs/audit.md` explains each kind of record.
+
+| kind | when |
+| --- | --- |
+| `start`, `stop` | the server, with its version, catalogue, policies and signing key |
+| `probe` | the server tried its engine before it was ready, on a text of its own |
+| `request` | a request was permitted; on disk before the engine sees it |
+| `result` | it has ended: how, and what each expert did for it |
+| `policies`, `policies_refused`, `catalogue` | other ones are in force, or could not be |
+| `suspended`, `resumed`, `withdrawn` | an expert, for everybody; a running request for it |
+| `refused`, `refusals` | requests that were not permitted or not understood; how many more |
+| `head` | a signature over all before (`writer.py`) |
+| `recovered`, `gap` | a crash tore the end; the disk failed for a while (`writer.py`) |
+"""
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import expertgate
+from expertgate.model.catalogue import Catalogue
+from expertgate.policies.principal import Principal
+from expertgate.server.audit.chain import AuditError, digest, line_of
+from expertgate.server.audit.entry import Entry, append
+from expertgate.server.audit.writer import AuditLog, AuditUnavailable, Record
+from expertgate.server.changes import (
+    Change,
+    PoliciesLoaded,
+    PoliciesRefused,
+    Resumed,
+    Suspended,
+    Withdrawn,
+)
+from expertgate.server.errors import ApiError
+from expertgate.server.grants import Grant
+
+_REFUSALS_EACH = 10
+"""Refusals of one principal that get a record of their own within `_REFUSALS_S`."""
+_REFUSALS_S = 60.0
+
+
+class Trail:
+    """Without a log every request is waived, and nothing else is said."""
+
+    def __init__(self, audit_log: AuditLog | None, catalogue: Catalogue) -> None:
+        self.log = audit_log
+        self._catalogue = catalogue
+        self.catalogue_digest = _digest(catalogue)
+        self._refused: Counter[str | None] = Counter()
+        self._uncounted: Counter[tuple[int, str]] = Counter()
+        self._refused_since = time.monotonic()
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests can be recorded, or need not be."""
+        return self.log is None or self.log.healthy or self.log.fail_open
+
+    def start(self, model: str, policy_version: str) -> None:
+        """Raises AuditError where a log that must be written can't be."""
+        if self.log is None:
+            return
+        try:
+            self.log.record(
+                "start",
+                version=expertgate.__version__,
+                model=model,
+                policy_version=policy_version,
+                **self._experts(),
+            )
+        except AuditUnavailable as error:
+            if not self.log.fail_open:
+                raise AuditError(f"{self.log.folder}: can't be written: {error}") from None
+
+    def stop(self) -> None:
+        """Says so, and closes the log, signed up to its end."""
+        if self.log is None:
+            return
+        self._tell_refusals()
+        self.log.note("stop")
+        self.log.close()
+
+    async def probe(self) -> Record:
+        """Raises ApiError 503 `audit_unavailable`."""
+        everything = self._catalogue.names(self._catalogue.all)
+        return await append(self.log, "probe", effective=everything)
+
+    def entry(self, request_id: str, route: str, grant: Grant, catalogue: Catalogue) -> Entry:
+        """The entry of a request whose grant is not used yet."""
+        assert grant.basis is not None
+        self._know(catalogue)
+        principal, context, decision = (
+            grant.basis.principal,
+            grant.basis.context,
+            grant.basis.decision,
+        )
+        names = catalogue.names(grant.experts)
+        fields = {
+            "request": request_id,
+            "route": route,
+            **_who(principal),
+            "purpose": context.purpose,
+            "address": None if context.address is None else str(context.address),
+            "granted": catalogue.names(decision.granted),
+            "effective": names,
+            "policies": {name: list(decision.reasons.get(name, ())) for name in names},
+            "policy_version": decision.version,
+            "catalogue": self.catalogue_digest,
+        }
+        return Entry(self.log, grant, names, fields)
+
+    def changed(self, change: Change) -> None:
+        """What permissions rest on is another now."""
+        if self.log is not None:
+            fields = {name: _plain(value) for name, value in asdict(change).items()}
+            self.log.note(_KINDS[type(change)], **fields)
+
+    def _know(self, catalogue: Catalogue) -> None:
+        """Another catalogue is told before what it names; its experts are still the same."""
+        if catalogue is self._catalogue:
+            return
+        self._catalogue = catalogue
+        self.catalogue_digest = _digest(catalogue)
+        if self.log is not None:
+            self.log.note("catalogue", **self._experts())
+
+    def _experts(self) -> dict[str, Any]:
+        experts = [
+            {"name": one.name, "owner": one.owner, "sha256": one.sha256}
+            for one in self._catalogue.experts
+        ]
+        return {"catalogue": self.catalogue_digest, "experts": experts}
+
+    def refused(
+        self, route: str, principal: Principal | None, address: str | None, error: ApiError
+    ) -> None:
+        """Of one principal only the first few within a minute are told one by one.
+
+        Nor can whoever has no credential fill a disk, or hide in the crowd that they make.
+        """
+        if self.log is None:
+            return
+        if time.monotonic() - self._refused_since >= _REFUSALS_S:
+            self._tell_refusals()
+        who = None if principal is None else principal.id
+        self._refused[who] += 1
+        if self._refused[who] > _REFUSALS_EACH:
+            self._uncounted[error.status, error.code] += 1
+            return
+        found: dict[str, Any] = {"principal": None} if principal is None else _who(principal)
+        self.log.note(
+            "refused", route=route, **found, address=address, status=error.status, code=error.code
+        )
+
+    def _tell_refusals(self) -> None:
+        assert self.log is not None
+        if self._uncounted:
+            counts = [
+                {"status": status, "code": code, "count": count}
+                for (status, code), count in sorted(self._uncounted.items())
+            ]
+            self.log.note("refusals", more=counts)
+        self._refused.clear()
+        self._uncounted.clear()
+        self._refused_since = time.monotonic()
+
+
+_KINDS: Mapping[type[Change], str] = {
+    PoliciesLoaded: "policies",
+    PoliciesRefused: "policies_refused",
+    Suspended: "suspended",
+    Resumed: "resumed",
+    Withdrawn: "withdrawn",
+}
+
+
+def _digest(catalogue: Catalogue) -> str:
+    """SHA-256 of the catalogue's canonical form, weight hashes and all."""
+    return digest(line_of(catalogue.model_dump(mode="json")))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return _text(value) if isinstance(value, str) else value
+
+
+def _text(text: str) -> str:
+    # Half of a surrogate pair is text to Python, and to no canonical form.
+    return text.encode("utf-8", "replace").decode()
+
+
+def _who(principal: Principal) -> dict[str, Any]:
+    return {
+        "principal": _text(principal.id),
+        "via": principal.via,
+        "groups": sorted(map(_text, principal.groups)),
+    }

@@ -1,0 +1,226 @@
+"""Reads a log as a stranger would, with the public key alone, and says what doesn't hold.
+
+What this can't see: whether records behind the last signed head were cut off or rewritten by
+somebody who can write to the folder, nor that the folder was put back to an earlier state of
+itself, unless a head that was kept elsewhere says otherwise.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from expertgate.server.audit.chain import (
+    GENESIS,
+    AuditError,
+    RecordError,
+    check_canonical,
+    digest,
+    line_of,
+    parse,
+)
+from expertgate.server.audit.folder import HEAD_FILE, files, first_of, read_head
+from expertgate.server.audit.signing import PublicKeys
+
+_MAX_FAULTS = 20
+
+
+@dataclass(slots=True)
+class Report:
+    """What was read. `faults`: one line each, with file and line; none means that it holds.
+
+    `heads`: signed heads whose signature was checked and holds; `unsigned`: records after the
+    last head; `notes`: what is no fault, and should be known.
+    """
+
+    files: int = 0
+    records: int = 0
+    first: int = 0
+    last: int = 0
+    first_time: str = ""
+    last_time: str = ""
+    heads: int = 0
+    unsigned: int = 0
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def verify(
+    path: Path, keys: PublicKeys | None, *, first: int = 1, head: Path | None = None
+) -> Report:
+    """Of a folder or one file. `first`: the record to begin at; `head`: one kept elsewhere.
+
+    Raises AuditError where there is nothing to read.
+    """
+    paths = [path] if path.is_file() else files(path)
+    if not paths:
+        raise AuditError(f"{path}: has no log: its files are called {1:016}.jsonl and so on")
+    report = Report(files=len(paths))
+    # Before the log: a server that is running may sign another meanwhile.
+    own = path / HEAD_FILE
+    kept = [_Kept.read(file) for file in ([own] if own.exists() else []) + ([head] if head else [])]
+    reader = _Reader(report, keys, first, {one.head["seq"]: "" for one in kept})
+    for file in paths:
+        reader.read(file)
+        if len(report.faults) >= _MAX_FAULTS:
+            report.faults = report.faults[:_MAX_FAULTS]
+            report.notes.append(f"there may be more: stopped after {_MAX_FAULTS} faults")
+            return report
+    reader.end(paths[-1])
+    for one in kept:
+        _check_kept(one, report, reader.anchors, keys)
+    if path.is_dir() and reader.saw_head and own not in (one.path for one in kept):
+        report.faults.append(f"{own}: is missing; the server keeps its last head there")
+    return report
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A signed head that stands in a file of its own."""
+
+    path: Path
+    head: dict[str, Any]
+    hash: str
+
+    @classmethod
+    def read(cls, path: Path) -> "_Kept":
+        head = read_head(path)
+        return cls(path, head, digest(line_of(head)))
+
+
+class _Reader:
+    def __init__(
+        self, report: Report, keys: PublicKeys | None, first: int, anchors: dict[int, str]
+    ) -> None:
+        self.saw_head = False
+        self.anchors = anchors
+        """Records that were signed, by number; each gets the hash that is found for it."""
+        self._report = report
+        self._keys = keys
+        self._first = self._seq = first
+        # What came before another first record is on other disks; its hash is taken on trust,
+        # until a signed head covers it.
+        self._hash: str | None = GENESIS if first == 1 else None
+        self._every: int | None = None
+        self._unsigned = 0
+
+    def read(self, path: Path) -> None:
+        report = self._report
+        for number, raw in _lines(path):
+            line = raw.removesuffix(b"\n")
+            place = f"{path}:{number}"
+            if not raw.endswith(b"\n"):
+                report.faults.append(f"{place}: the file ends in the middle of a record")
+            try:
+                record = parse(line)
+                check_canonical(record, line)
+            except RecordError as error:
+                report.faults.append(f"{place}: {error}")
+                self._seq, self._hash = self._seq + 1, None
+            else:
+                self._check(record, line, place)
+                if number == 1 and first_of(path) not in (None, record["seq"]):
+                    report.faults.append(
+                        f"{place}: begins with record {record['seq']}, unlike the file's name"
+                    )
+            if len(report.faults) >= _MAX_FAULTS:
+                return
+
+    def end(self, path: Path) -> None:
+        if self._report.records == 0:
+            self._report.faults.append(f"{path}: has no record")
+
+    def _check(self, record: dict[str, Any], line: bytes, place: str) -> None:
+        report, seq = self._report, record["seq"]
+        if seq > self._seq:
+            report.faults.append(f"{place}: {_records(self._seq, seq - 1)} missing before this one")
+        elif seq < self._seq:
+            report.faults.append(
+                f"{place}: record {seq} is out of its order, or stands here again; "
+                f"record {self._seq} should be here"
+            )
+        elif self._hash is not None and record["prev"] != self._hash:
+            report.faults.append(
+                f"{place}: record {seq} doesn't follow from record {seq - 1}: one of the two was "
+                "changed"
+            )
+        self._seq, self._hash = seq + 1, digest(line)
+        if seq in self.anchors:
+            self.anchors[seq] = self._hash
+        if not report.records:
+            report.first, report.first_time = seq, record["time"]
+        report.records += 1
+        report.last, report.last_time = seq, record["time"]
+        if record["kind"] == "head":
+            self._check_head(record, place)
+        else:
+            report.unsigned += 1
+            # A server that starts signs at once, and may have been told another number.
+            self._unsigned += record["kind"] not in ("start", "recovered")
+            if self._every is not None and self._unsigned == self._every + 1:
+                report.faults.append(
+                    f"{place}: no signed head for {self._every} records, and there should be one: "
+                    "what follows the last was not written by the server"
+                )
+        if record["kind"] == "recovered":
+            report.notes.append(
+                f"{place}: a crash tore {record.get('torn_bytes')} bytes after record "
+                f"{record.get('after')}; they are kept as {record.get('kept_as')}"
+            )
+        if record["kind"] == "gap":
+            report.notes.append(
+                f"{place}: for a while nothing could be written; {record.get('lost')} records "
+                "are lost"
+            )
+
+    def _check_head(self, record: dict[str, Any], place: str) -> None:
+        self.saw_head = True
+        report = self._report
+        report.unsigned = self._unsigned = 0
+        every = record.get("every")
+        self._every = every if isinstance(every, int) else None
+        if self._keys is None:
+            return
+        if record.get("key") not in self._keys:
+            report.faults.append(f"{place}: the head is signed by another key, {record.get('key')}")
+        elif not self._keys.signed_head(record):
+            report.faults.append(f"{place}: the signature of this head doesn't hold")
+        else:
+            report.heads += 1
+
+
+def _check_kept(
+    kept: _Kept, report: Report, found: Mapping[int, str], keys: PublicKeys | None
+) -> None:
+    seq = kept.head["seq"]
+    if keys is not None and not keys.signed_head(kept.head):
+        report.faults.append(f"{kept.path}: the signature of this head doesn't hold")
+    elif seq > report.last:
+        report.faults.append(
+            f"{kept.path}: record {seq} was signed, but the log ends at record {report.last}: "
+            "its end was cut off"
+        )
+    elif seq >= report.first and found[seq] != kept.hash:
+        report.faults.append(f"{kept.path}: the log has another record {seq} than this signed one")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    try:
+        with path.open("rb") as file:
+            yield from enumerate(file, 1)
+    except OSError as error:
+        raise AuditError(f"{path}: {error.strerror or error}") from None
+
+
+def _records(first: int, last: int) -> str:
+    return f"record {first} is" if first == last else f"records {first} to {last} are"
+
+
+def in_words(report: Report) -> list[str]:
+    """What holds, as lines."""
+    return [
+        f"{report.records} records in {report.files} files: {report.first} to {report.last}",
+        f"from {report.first_time} to {report.last_time}",
+        f"{report.heads} signatures hold; {report.unsigned} records since the last head",
+        *report.notes,
+    ]

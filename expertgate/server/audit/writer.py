@@ -1,0 +1,446 @@
+"""Appends records to the log; whoever must know waits until theirs is on disk.
+
+One thread writes. What comes while it waits for the disk is written together next time, so that
+many requests share one fsync. What can't be written leaves no trace in the files: they are cut
+back to what is known to be on disk, and the chain goes on from there.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from expertgate.server.audit import folder as folders
+from expertgate.server.audit.chain import VERSION, AuditError, digest, line_of
+from expertgate.server.audit.signing import SigningKey, sync_folder
+
+log = logging.getLogger(__name__)
+
+_MAX_WAITING = 4096
+"""Requests whose record isn't on disk yet; more are turned away."""
+_MAX_KEPT = 16384
+"""Records that nobody waits for, kept while the disk fails; more are counted and lost."""
+_WRITE_TIMEOUT_S = 5.0
+_TOO_SLOW = f"the disk took more than {_WRITE_TIMEOUT_S:.0f} s"
+_TICK_S = 1.0
+_MAX_LINE_BYTES = 1 << 20
+_SIGN_AFTER_S = 10.0
+"""A quiet log is signed up to its end after this time."""
+
+
+class AuditUnavailable(Exception):  # noqa: N818  (what it is, and named as one)
+    """The record is not on disk, and what it speaks of must not happen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Where a record stands in the log; there is none before it is on disk."""
+
+    seq: int
+    hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class Waived:
+    """No record, and none needed: the configuration says so."""
+
+    why: str
+
+
+Record = Written | Waived
+
+
+@dataclass(slots=True)
+class _Entry:
+    """`waits`: somebody can't go on without it; else it is kept while the disk fails."""
+
+    fields: dict[str, Any]
+    waits: bool
+    place: Future[Written] = field(default_factory=Future)
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What is on disk: the last record, records since the last head, the file and its size."""
+
+    seq: int
+    hash: str
+    unsigned: int
+    path: Path | None
+    size: int
+
+
+class AuditLog:
+    """A log in a folder that no other process writes to."""
+
+    def __init__(
+        self,
+        folder: Path,
+        key: SigningKey,
+        *,
+        rotate_bytes: int,
+        sign_every: int,
+        fail_open: bool = False,
+    ) -> None:
+        """Continues the log, or begins one. Raises AuditError."""
+        self.folder = folder
+        self.key = key
+        self._rotate_bytes = rotate_bytes
+        self._sign_every = sign_every
+        self.fail_open = fail_open
+        self._wake = threading.Condition()  # around a lock that its holder may take again
+        self._queue: deque[_Entry] = deque()
+        self._closing = False
+        self._fault = ""
+        self._began: float | None = None
+        self._head: bytes | None = None
+        self._signed_at = time.monotonic()
+        self._file: int | None = None
+        # Read by whoever measures; written by the thread alone.
+        self.records = 0
+        self.commits = 0
+        self.commit_seconds = 0.0
+        self.last_commit_s = 0.0
+        self.lost = 0
+        self._untold = 0
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(folder, os.O_RDONLY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise AuditError(f"{folder}: another process is writing this log") from None
+        except OSError as error:
+            raise AuditError(f"{folder}: {error.strerror or error}") from None
+        try:
+            self._state = self._continue()
+        except AuditError:
+            os.close(self._lock)
+            raise
+        self._thread = threading.Thread(target=self._work, name="audit-log", daemon=True)
+        self._thread.start()
+
+    @property
+    def fault(self) -> str:
+        """Why nothing can be written at the moment; empty where it can."""
+        began = self._began
+        if not self._fault and began is not None and time.monotonic() - began > _WRITE_TIMEOUT_S:
+            return _TOO_SLOW
+        return self._fault
+
+    @property
+    def healthy(self) -> bool:
+        return not self.fault
+
+    @property
+    def depth(self) -> int:
+        """Records that wait to be written."""
+        return len(self._queue)
+
+    async def append(self, kind: str, **fields: Any) -> Record:
+        """Returns once the record is on disk. Raises AuditUnavailable.
+
+        A log that is open on failure says Waived instead, and keeps the record for later.
+        """
+        entry = _Entry(_stamped(kind, fields), waits=True)
+        try:
+            if not self.healthy:
+                raise AuditUnavailable(self.fault)
+            if self.depth >= _MAX_WAITING:
+                raise AuditUnavailable("too many records wait to be written")
+        except AuditUnavailable as error:
+            if not self.fail_open:
+                raise
+            self._push(replace(entry, waits=False))
+            return Waived(str(error))
+        self._push(entry)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(entry.place), _WRITE_TIMEOUT_S)
+        except (AuditUnavailable, TimeoutError) as error:
+            # After a timeout the record still waits, or is being written.
+            words = str(error) or self.fault or _TOO_SLOW
+            if self.fail_open:
+                return Waived(words)
+            raise AuditUnavailable(words) from None
+
+    def note(self, kind: str, **fields: Any) -> Future[Written]:
+        """Queues a record that nothing need wait for; it is kept while the disk fails."""
+        entry = _Entry(_stamped(kind, fields), waits=False)
+        self._push(entry)
+        return entry.place
+
+    def record(self, kind: str, **fields: Any) -> None:
+        """As `append`, for a thread that may wait. Raises AuditUnavailable."""
+        entry = _Entry(_stamped(kind, fields), waits=True)
+        self._push(entry)
+        try:
+            entry.place.result(_WRITE_TIMEOUT_S)
+        except TimeoutError:
+            raise AuditUnavailable(_TOO_SLOW) from None
+
+    def close(self) -> None:
+        """Writes and signs what is left. Waits for the disk."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+        self._close_file()
+        os.close(self._lock)
+
+    # --- on the thread ------------------------------------------------------------------------
+
+    def _push(self, entry: _Entry) -> None:
+        with self._wake:
+            if not entry.waits and len(self._queue) >= _MAX_KEPT:
+                self._lose(entry, "more records than can be kept wait for the disk")
+                return
+            self._queue.append(entry)
+            self._wake.notify()
+
+    def _work(self) -> None:
+        closing = False
+        while not closing:
+            with self._wake:
+                if not self._queue and not self._closing:
+                    self._wake.wait(_TICK_S)
+                entries, self._queue = list(self._queue), deque()
+                closing = self._closing
+            quiet = time.monotonic() - self._signed_at >= _SIGN_AFTER_S
+            self._commit(entries, sign=closing or quiet)
+            if not self.healthy and not closing:
+                # Nothing new comes meanwhile but what is kept, so there is no need to hurry.
+                with self._wake:
+                    self._wake.wait_for(lambda: self._closing, _TICK_S)
+
+    def _commit(self, entries: list[_Entry], *, sign: bool) -> None:
+        """Writes entries, and a head behind them where it is time, or none of it."""
+        untold = self._untold
+        if untold or self._fault:
+            # Also what shows, without a request, whether the disk is back.
+            gap = _stamped("gap", {"lost": untold, "why": self._fault})
+            entries.insert(0, _Entry(gap, waits=False))
+        elif not entries and not (sign and self._state.unsigned):
+            return
+        batch = _Batch(self._state, self.key, self._sign_every)
+        written: list[tuple[_Entry, Written]] = []
+        for entry in entries:
+            try:
+                written.append((entry, batch.add(entry.fields)))
+            except ValueError as error:
+                log.error("a record has no canonical form and is lost: %s", error)
+                self._lose(entry, "the record has no canonical form")
+        rotate = self._state.size + batch.size >= self._rotate_bytes
+        if batch.state.unsigned and (sign or rotate):
+            batch.add_head()
+        began = self._began = time.monotonic()
+        try:
+            self._write(batch)
+        except Exception as error:  # whatever it is, nothing may be taken for written
+            self._failed(error, [entry for entry, _ in written])
+            return
+        finally:
+            self._began = None
+        self.last_commit_s = time.monotonic() - began
+        self.commit_seconds += self.last_commit_s
+        self.commits += 1
+        self.records += len(written)
+        with self._wake:
+            self._untold -= untold
+        if self._fault:
+            log.warning("the audit log is written again: %s", self.folder)
+            self._fault = ""
+        for entry, place in written:
+            if entry.place.set_running_or_notify_cancel():
+                entry.place.set_result(place)
+        if rotate:
+            self._close_file()
+            self._state = replace(self._state, path=None, size=0)
+        if batch.head is not None:
+            self._head = batch.head
+            self._signed_at = time.monotonic()
+        if self._head is not None:
+            # Nobody waits for this copy; if it fails, it is tried again after the next commit.
+            with contextlib.suppress(OSError):
+                folders.replace_head(self.folder, self._head)
+                self._head = None
+
+    def _write(self, batch: "_Batch") -> None:
+        """Raises OSError or _Tampered; then nothing of the batch counts."""
+        if self._file is None:
+            self._open()
+        assert self._file is not None
+        self._check_file(self._file)
+        left = memoryview(b"".join(batch.lines))
+        size = self._state.size + len(left)
+        while left:
+            left = left[os.write(self._file, left) :]
+        os.fsync(self._file)
+        self._state = replace(batch.state, path=self._state.path, size=size)
+
+    def _open(self) -> None:
+        """Opens the file to go on with, cut back to what is known to be on disk."""
+        path = self._state.path
+        fresh = path is None
+        if path is None:
+            path = self.folder / folders.name_of(self._state.seq + 1)
+        elif not path.exists() and self._state.size:
+            raise _Tampered(f"{path} is gone")
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            if os.fstat(file).st_size < self._state.size:
+                raise _Tampered(f"{path} was cut by someone else")
+            if not fresh and not self._ends_as_left(path):
+                raise _Tampered(f"{path} was replaced by someone else")
+            os.ftruncate(file, self._state.size)
+            os.fsync(file)
+            if fresh:
+                sync_folder(self.folder)
+        except BaseException:
+            os.close(file)
+            raise
+        self._file = file
+        self._state = replace(self._state, path=path)
+
+    def _ends_as_left(self, path: Path) -> bool:
+        """Whether the last record up to where we were is the one that we wrote."""
+        if not self._state.size:
+            return True
+        with path.open("rb") as file:
+            file.seek(max(0, self._state.size - _MAX_LINE_BYTES))
+            line = file.read(self._state.size - file.tell() - 1).rpartition(b"\n")[2]
+        return digest(line) == self._state.hash
+
+    def _check_file(self, file: int) -> None:
+        """Whether what is open is still the log, and as we left it."""
+        path = self._state.path
+        assert path is not None
+        ours = os.fstat(file)
+        try:
+            there = path.stat()
+        except FileNotFoundError:
+            raise _Tampered(f"{path} is gone") from None
+        if (there.st_dev, there.st_ino) != (ours.st_dev, ours.st_ino):
+            raise _Tampered(f"{path} was replaced by someone else")
+        if ours.st_size != self._state.size:
+            raise _Tampered(f"{path} was written to by someone else")
+
+    def _failed(self, error: Exception, entries: list[_Entry]) -> None:
+        self._close_file()
+        words = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+        if words != self._fault or self.fail_open:
+            log.critical(
+                "the audit log can't be written: %s: %s; %s",
+                self.folder,
+                words,
+                "requests run WITHOUT A RECORD" if self.fail_open else "requests are refused",
+            )
+        self._fault = words or type(error).__name__
+        kept = []
+        for entry in entries:
+            if entry.fields["kind"] == "gap":
+                continue  # made anew at the next try
+            if not entry.waits:
+                kept.append(entry)
+                continue
+            _reject(entry, self._fault)
+            if self.fail_open:
+                kept.append(_Entry(entry.fields, waits=False))
+        with self._wake:
+            self._queue.extendleft(reversed(kept))
+
+    def _lose(self, entry: _Entry, why: str) -> None:
+        with self._wake:
+            self.lost += 1
+            self._untold += 1
+        _reject(entry, why)
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._file)
+            self._file = None
+
+    # --- before the thread --------------------------------------------------------------------
+
+    def _continue(self) -> _State:
+        """Where the log goes on; what a crash tore is set aside, and a record says so."""
+        end = folders.find_end(self.folder)
+        if end.torn:
+            try:
+                aside = folders.set_aside(end)
+            except OSError as error:
+                raise AuditError(f"{end.path}: {error.strerror or error}") from None
+            log.warning(
+                "%s: a crash tore what followed record %d; it is kept as %s",
+                end.path,
+                end.seq,
+                aside.name,
+            )
+            self.note(
+                "recovered",
+                after=end.seq,
+                torn_bytes=len(end.torn),
+                torn_sha256=digest(end.torn),
+                kept_as=aside.name,
+            )
+        return _State(end.seq, end.hash, end.unsigned, end.path, end.size)
+
+
+class _Tampered(Exception):  # noqa: N818
+    """The file isn't as this process left it."""
+
+
+class _Batch:
+    """Lines in the making, and the state once they are on disk."""
+
+    def __init__(self, state: _State, key: SigningKey, sign_every: int) -> None:
+        self.state = state
+        self.lines: list[bytes] = []
+        self.size = 0
+        self.head: bytes | None = None
+        self._key = key
+        self._sign_every = sign_every
+
+    def add(self, fields: dict[str, Any]) -> Written:
+        """Raises ValueError for what has no canonical form."""
+        place = self._add({**fields, **self._place()}, self.state.unsigned + 1)
+        # At the start, so that a head says how often this process signs.
+        if self.state.unsigned >= self._sign_every or fields["kind"] == "start":
+            self.add_head()
+        return place
+
+    def add_head(self) -> None:
+        head = _stamped("head", {"key": self._key.id, "every": self._sign_every})
+        self._add(self._key.sign_head({**head, **self._place()}), 0)
+        self.head = self.lines[-1][:-1]
+
+    def _place(self) -> dict[str, Any]:
+        return {"seq": self.state.seq + 1, "prev": self.state.hash}
+
+    def _add(self, record: dict[str, Any], unsigned: int) -> Written:
+        line = line_of(record)
+        self.lines.append(line + b"\n")
+        self.size += len(line) + 1
+        self.state = replace(
+            self.state, seq=self.state.seq + 1, hash=digest(line), unsigned=unsigned
+        )
+        return Written(self.state.seq, self.state.hash)
+
+
+def _stamped(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
+    now = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    return {**fields, "v": VERSION, "kind": kind, "time": now}
+
+
+def _reject(entry: _Entry, why: str) -> None:
+    if entry.place.set_running_or_notify_cancel():
+        entry.place.set_exception(AuditUnavailable(why))

@@ -1,0 +1,311 @@
+"""What the server's requests leave in the log, and in which order."""
+
+import errno
+import hashlib
+import os
+import threading
+import time
+
+import pytest
+from starlette.testclient import TestClient
+
+from expertgate.server.app import create_app
+from expertgate.server.audit import trail, writer
+from expertgate.server.audit.entry import Entry
+from expertgate.server.audit.trail import Trail
+from expertgate.server.changes import (
+    PoliciesLoaded,
+    PoliciesRefused,
+    Resumed,
+    Suspended,
+    Withdrawn,
+)
+from tests.server.audit.application import BODY, CATALOGUE, service_of
+from tests.server.audit.logs import check, open_log, records, signing_key
+from tests.server.fakes import FakeEngine
+
+
+@pytest.fixture
+def engine():
+    made = FakeEngine()
+    made.finish_reason = "stop"
+    return made
+
+
+@pytest.fixture
+def log(tmp_path):
+    made = open_log(tmp_path, sign_every=100)
+    yield made
+    if made._thread.is_alive():
+        made.close()
+
+
+@pytest.fixture
+def service(log, engine):
+    return service_of(log, engine)
+
+
+@pytest.fixture
+def client(service):
+    return TestClient(create_app(service), raise_server_exceptions=False)
+
+
+def ask(client, user="alice", **body):
+    headers = {} if user is None else {"user": user}
+    return client.post("/v1/chat/completions", json={**BODY, **body}, headers=headers)
+
+
+def told(log, folder, *kinds):
+    """All that was said, and the log holds; the log is closed by this."""
+    log.close()
+    assert check(folder).faults == []
+    return [record for record in records(folder) if not kinds or record["kind"] in kinds]
+
+
+def test_a_request_and_its_result(client, log, tmp_path):
+    response = ask(client, experts=["news"], purpose="care")
+    assert response.status_code == 200
+    request, result = told(log, tmp_path, "request", "result")
+    request_id = response.headers["x-request-id"]
+    assert request["request"] == result["request"] == request_id
+    said = {
+        "route": "/v1/chat/completions",
+        "principal": "alice",
+        "via": "key",
+        "groups": ["research"],
+        "purpose": "care",
+        "granted": ["public", "news"],
+        "effective": ["news"],
+        "policies": {"news": ["readers"]},
+        "policy_version": "v" * 64,
+    }
+    assert {key: request[key] for key in said} == said
+    assert (result["status"], result["code"], result["effective"]) == (200, None, ["news"])
+    assert result["finish_reasons"] == {"stop": 1}
+
+
+def test_a_prompt_is_there_as_a_digest_that_needs_the_key(client, log, tmp_path):
+    prompt = bytes.fromhex(ask(client).headers["x-request-id"])
+    (result,) = told(log, tmp_path, "result")
+    ids = b"".join(token.to_bytes(4, "little") for token in prompt)
+    expected = signing_key(tmp_path).keyed_digest(
+        b"expertgate/audit-prompt/1", hashlib.sha256(ids).digest()
+    )
+    assert result["prompts"] == [expected]
+    assert result["prompts"] != [hashlib.sha256(ids).hexdigest()]
+
+
+def test_neither_prompt_nor_answer_nor_credential_is_there(client, log, tmp_path):
+    ask(client)
+    ask(client, stream=True)
+    ask(client, user=None)
+    log.close()
+    for path in (tmp_path / "audit").iterdir():
+        text = path.read_text()
+        for secret in ("secret", "question", '"x"', "eg-"):
+            assert secret not in text
+
+
+def test_the_record_is_on_disk_before_the_engine_is_asked(client, log, engine, monkeypatch):
+    order = []
+    fsync, generate = os.fsync, engine.generate
+
+    def synced(file):
+        fsync(file)
+        order.append("fsync")
+
+    def generated(*args, **kwargs):
+        order.append("generate")
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(writer.os, "fsync", synced)
+    monkeypatch.setattr(engine, "generate", generated)
+    log.record("stop")  # what the log does at its beginning is behind it
+    order.clear()
+    assert ask(client).status_code == 200
+    assert order[:2] == ["fsync", "generate"]
+
+
+def test_the_engine_waits_as_long_as_the_disk_takes(client, log, engine, monkeypatch):
+    log.record("stop")
+    hold, fsync = threading.Event(), os.fsync
+
+    def slow(file):
+        hold.wait()
+        fsync(file)
+
+    monkeypatch.setattr(writer.os, "fsync", slow)
+    asking = threading.Thread(target=ask, args=(client,))
+    asking.start()
+    time.sleep(0.3)
+    assert engine.calls == []
+    hold.set()
+    asking.join()
+    assert len(engine.calls) == 1
+
+
+def test_a_stream_has_its_result_when_it_has_ended(client, log, tmp_path):
+    assert ask(client, stream=True).text.endswith("data: [DONE]\n\n")
+    (result,) = told(log, tmp_path, "result")
+    assert (result["status"], result["code"]) == (200, None)
+    assert result["finish_reasons"] == {"stop": 1}
+
+
+def test_a_request_that_fails_has_a_result_with_its_code(client, log, engine, tmp_path):
+    engine.dies = True
+    assert ask(client).status_code == 503
+    ask(client, stream=True)  # breaks after its first event
+    results = told(log, tmp_path, "result", "refused")
+    assert [(r["kind"], r["status"], r["code"]) for r in results] == [
+        ("result", 503, "engine_unavailable"),
+        ("result", 200, "internal_error"),
+    ]
+
+
+def test_refusals_are_told(client, log, tmp_path):
+    ask(client, user=None)
+    ask(client, experts=["math"])
+    ask(client, experts=[])
+    client.get("/v1/experts")
+    found = told(log, tmp_path, "refused", "request", "result")
+    assert [(r["kind"], r["principal"], r["status"], r["code"]) for r in found] == [
+        ("refused", None, 401, "invalid_credential"),
+        ("refused", "alice", 403, "expert_not_permitted"),
+        ("refused", "alice", 400, "invalid_experts"),
+        ("refused", None, 401, "invalid_credential"),
+    ]
+    assert found[3]["route"] == "/v1/experts"
+
+
+def test_a_flood_of_refusals_fills_no_disk(client, log, service, tmp_path, monkeypatch):
+    for _ in range(50):
+        ask(client, user=None)
+    for _ in range(15):
+        ask(client, experts=["math"])
+    ask(client, user="bob", experts=["math"])
+    service.audit.stop()
+    assert check(tmp_path).faults == []
+    found = records(tmp_path)
+    assert len([r for r in found if r["kind"] == "refused"]) == 10 + 10 + 1
+    (counts,) = (r["more"] for r in found if r["kind"] == "refusals")
+    assert counts == [
+        {"status": 401, "code": "invalid_credential", "count": 40},
+        {"status": 403, "code": "expert_not_permitted", "count": 5},
+    ]
+
+
+def test_after_a_minute_refusals_are_told_one_by_one_again(client, log, tmp_path, monkeypatch):
+    monkeypatch.setattr(trail, "_REFUSALS_EACH", 1)
+    ask(client, user=None)
+    ask(client, user=None)
+    monkeypatch.setattr(trail, "_REFUSALS_S", 0.0)
+    ask(client, user=None)
+    assert [r["kind"] for r in told(log, tmp_path, "refused", "refusals")] == [
+        "refused",
+        "refusals",
+        "refused",
+    ]
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    written = os.write
+
+    class Full:
+        full = True
+
+    def write(file, data):
+        if Full.full and threading.current_thread().name == "audit-log":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return written(file, data)
+
+    monkeypatch.setattr(writer, "_TICK_S", 0.02)
+    monkeypatch.setattr(writer.os, "write", write)
+    return Full
+
+
+def test_a_full_disk_stops_generation_and_an_emptied_one_starts_it(
+    client, log, engine, full_disk, tmp_path
+):
+    for stream in (False, True):
+        response = ask(client, stream=stream)
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "audit_unavailable"
+        assert response.headers["retry-after"] == "1"
+        assert str(tmp_path) not in response.text
+        assert client.get("/ready").status_code == 503
+    assert client.get("/health").status_code == 200  # a new process would find the same disk
+    assert engine.calls == []
+    full_disk.full = False
+    deadline = time.monotonic() + 20
+    while client.get("/ready").status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert ask(client).status_code == 200
+    assert len(told(log, tmp_path, "request")) == 1
+
+
+def test_open_on_failure_generates_all_the_same(tmp_path, engine, full_disk, caplog):
+    log = open_log(tmp_path, fail_open=True)
+    client = TestClient(create_app(service_of(log, engine)))
+    assert ask(client).status_code == 200
+    assert client.get("/ready").status_code == 200
+    assert len(engine.calls) == 1
+    full_disk.full = False
+    found = told(log, tmp_path, "request", "result", "gap")
+    assert [r["kind"] for r in found] == ["gap", "request", "result"]
+    assert "WITHOUT A RECORD" in caplog.text
+
+
+def test_without_a_log_requests_are_waived(engine):
+    client = TestClient(create_app(service_of(None, engine)))
+    assert ask(client).status_code == 200
+    assert ask(client, user=None).status_code == 401
+    assert client.get("/ready").status_code == 200
+
+
+def test_a_route_that_forgets_the_record_runs_nothing(client, engine, monkeypatch):
+    async def forget(entry):
+        pass
+
+    monkeypatch.setattr(Entry, "begin", forget)
+    assert ask(client).status_code == 500
+    assert engine.calls == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (PoliciesLoaded("b" * 64, "a" * 64), {"kind": "policies", "previous": "a" * 64}),
+        (PoliciesRefused("x:1: bad", "a" * 64), {"kind": "policies_refused", "fault": "x:1: bad"}),
+        (Suspended("math"), {"kind": "suspended", "expert": "math"}),
+        (Resumed("math"), {"kind": "resumed", "expert": "math"}),
+        (Withdrawn("alice", ("math",)), {"kind": "withdrawn", "experts": ["math"]}),
+    ],
+)
+def test_changes_of_what_permissions_rest_on_are_told(service, log, tmp_path, change, said):
+    service.audit.changed(change)
+    (record,) = told(log, tmp_path, said["kind"])
+    assert {key: record[key] for key in said} == said
+
+
+def test_another_catalogue_is_told_before_what_it_names(client, service, log, tmp_path):
+    experts = [one.model_copy(update={"owner": "another"}) for one in CATALOGUE.experts]
+    ask(client)
+    service.catalogue = CATALOGUE.model_copy(update={"experts": tuple(experts)})
+    ask(client)
+    first, change, second = told(log, tmp_path, "request", "catalogue")
+    assert change["experts"][1]["owner"] == "another"
+    assert first["catalogue"] != change["catalogue"] == second["catalogue"]
+
+
+def test_start_and_stop_are_told(tmp_path):
+    trail = Trail(open_log(tmp_path), CATALOGUE)
+    trail.start("toy", "v" * 64)
+    trail.stop()
+    start, head, stop, last = records(tmp_path)
+    assert (start["kind"], stop["kind"]) == ("start", "stop")
+    assert (head["kind"], last["kind"]) == ("head", "head")
+    assert start["experts"][1] == {"name": "math", "owner": "math-owner", "sha256": "1" * 64}
+    assert start["catalogue"] == trail.catalogue_digest
+    assert check(tmp_path).faults == []

@@ -1,0 +1,356 @@
+"""The writer: order, shared fsyncs, crashes and disks that fail."""
+
+import asyncio
+import errno
+import json
+import os
+import threading
+import time
+
+import pytest
+
+from expertgate.server.audit import writer
+from expertgate.server.audit.chain import AuditError
+from expertgate.server.audit.folder import HEAD_FILE
+from expertgate.server.audit.writer import AuditUnavailable, Waived, Written
+from tests.server.audit.logs import check, open_log, records, write_log
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(writer, "_TICK_S", 0.02)
+
+
+class Disk:
+    """os.write and os.fsync of the writer, failing when told to; what was synced is noted."""
+
+    def __init__(self, monkeypatch):
+        self.write_error = self.sync_error = self.room = None
+        self.syncs = 0
+        self.hold = threading.Event()
+        self.hold.set()
+        self._write, self._fsync = os.write, os.fsync
+        monkeypatch.setattr(writer.os, "write", self.write)
+        monkeypatch.setattr(writer.os, "fsync", self.fsync)
+
+    def write(self, file, data):
+        if threading.current_thread().name != "audit-log":
+            return self._write(file, data)
+        if self.write_error:
+            raise OSError(self.write_error, os.strerror(self.write_error))
+        if self.room is not None:
+            if not self.room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            data = data[: self.room]
+            self.room -= len(data)
+        return self._write(file, data)
+
+    def fsync(self, file):
+        if threading.current_thread().name == "audit-log":
+            self.hold.wait()
+            self.syncs += 1
+            if self.sync_error:
+                raise OSError(self.sync_error, os.strerror(self.sync_error))
+        self._fsync(file)
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    return Disk(monkeypatch)
+
+
+def soon(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def kinds(folder):
+    return [record["kind"] for record in records(folder)]
+
+
+def test_a_record_is_where_the_log_says(tmp_path):
+    log = open_log(tmp_path)
+
+    async def write():
+        return [await log.append("request", n=n) for n in range(3)]
+
+    places = asyncio.run(write())
+    assert [place.seq for place in places] == [1, 2, 3]
+    found = records(tmp_path)
+    assert [r["prev"] for r in found[1:]] == [place.hash for place in places[:2]]
+    log.close()
+
+
+def test_nothing_is_told_before_fsync_has_returned(tmp_path, disk):
+    log = open_log(tmp_path)
+    disk.hold.clear()
+
+    async def write():
+        asking = asyncio.create_task(log.append("request"))
+        await asyncio.sleep(0.1)
+        assert not asking.done()
+        disk.hold.set()
+        return await asking
+
+    assert isinstance(asyncio.run(write()), Written)
+    log.close()
+
+
+def test_many_share_one_fsync(tmp_path, disk):
+    log = open_log(tmp_path, sign_every=10_000)
+
+    async def write():
+        await log.append("request")
+        disk.hold.clear()
+        before = disk.syncs
+        asking = [asyncio.create_task(log.append("request")) for _ in range(200)]
+        await asyncio.sleep(0.1)
+        disk.hold.set()
+        await asyncio.gather(*asking)
+        return disk.syncs - before
+
+    # Those that came while the first of them was being written went together.
+    assert asyncio.run(write()) <= 3
+    log.close()
+    assert check(tmp_path).faults == []
+
+
+def test_a_log_goes_on_where_it_ended(tmp_path):
+    write_log(tmp_path, 3)
+    write_log(tmp_path, 3)
+    assert check(tmp_path).faults == []
+    assert [r["seq"] for r in records(tmp_path)] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_two_writers_are_one_too_many(tmp_path):
+    log = open_log(tmp_path)
+    with pytest.raises(AuditError, match="another process is writing"):
+        open_log(tmp_path)
+    log.close()
+    open_log(tmp_path).close()
+
+
+def test_a_quiet_log_gets_signed(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "_SIGN_AFTER_S", 0.05)
+    log = open_log(tmp_path)
+    log.record("request")
+    soon(lambda: kinds(tmp_path) == ["request", "head"])
+    time.sleep(0.2)
+    assert kinds(tmp_path) == ["request", "head"]
+    log.close()
+
+
+# --- a crash ------------------------------------------------------------------------------------
+
+
+def last_file(folder):
+    return max((folder / "audit").glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("torn", [b"{", b'{"kind":"request"}\n', b"\0" * 300, b"\n", b"x\n{"])
+def test_torn_bytes_are_set_aside_and_told(tmp_path, torn):
+    write_log(tmp_path, 3)
+    with last_file(tmp_path).open("ab") as file:
+        file.write(torn)
+    assert check(tmp_path).faults
+    write_log(tmp_path, 1)
+    report = check(tmp_path)
+    assert report.faults == []
+    (recovered,) = (r for r in records(tmp_path) if r["kind"] == "recovered")
+    assert (recovered["after"], recovered["torn_bytes"]) == (4, len(torn))
+    assert (tmp_path / "audit" / recovered["kept_as"]).read_bytes() == torn
+    assert any("a crash tore" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("torn", [b"", b"{"])
+def test_a_file_begun_in_the_moment_of_the_crash(tmp_path, torn):
+    write_log(tmp_path, 3)
+    (tmp_path / "audit" / f"{5:016}.jsonl").write_bytes(torn)
+    write_log(tmp_path, 1)
+    assert check(tmp_path).faults == []
+
+
+def test_any_cut_of_the_unsigned_tail_can_be_gone_on_from(tmp_path):
+    log = open_log(tmp_path)
+    for _ in range(8):
+        log.record("request")
+    raw = last_file(tmp_path).read_bytes()
+    log.close()
+    head = [n for n, line in enumerate(raw.splitlines()) if b'"kind":"head"' in line][-1]
+    signed = len(b"".join(raw.splitlines(keepends=True)[: head + 1]))
+    (tmp_path / "audit" / HEAD_FILE).write_bytes(raw.splitlines()[head])
+    for size in range(signed, len(raw), 37):
+        last_file(tmp_path).write_bytes(raw[:size])
+        write_log(tmp_path, 1)
+        assert check(tmp_path).faults == []
+        (tmp_path / "audit" / HEAD_FILE).write_bytes(raw.splitlines()[head])
+
+
+def test_a_log_cut_behind_a_signed_head_is_not_gone_on_from(tmp_path):
+    write_log(tmp_path, 8)
+    path = last_file(tmp_path)
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:7]))
+    with pytest.raises(AuditError, match="ends at record 7, but"):
+        open_log(tmp_path)
+
+
+def test_a_log_damaged_in_its_middle_is_not_gone_on_from(tmp_path):
+    write_log(tmp_path, 8)
+    path = last_file(tmp_path)
+    path.write_bytes(path.read_bytes().replace(b'"r2"', b'"rX"'))
+    with pytest.raises(AuditError, match="cut or damaged"):
+        open_log(tmp_path)
+
+
+def test_a_missing_last_file_is_not_gone_on_from(tmp_path):
+    write_log(tmp_path, 40, rotate_bytes=2000)
+    last_file(tmp_path).unlink()
+    with pytest.raises(AuditError, match="cut or damaged"):
+        open_log(tmp_path)
+
+
+# --- a disk that fails --------------------------------------------------------------------------
+
+
+def fails(log):
+    with pytest.raises(AuditUnavailable) as caught:
+        asyncio.run(log.append("request"))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("what", ["write_error", "sync_error"])
+def test_a_failing_disk_refuses_and_a_mended_one_goes_on(tmp_path, disk, error, what):
+    log = open_log(tmp_path)
+    log.record("request", n=1)
+    setattr(disk, what, error)
+    assert os.strerror(error) in fails(log)
+    assert not log.healthy
+    assert os.strerror(error) in fails(log)  # at once, as long as it is so
+    log.note("result", n=2)
+    setattr(disk, what, None)
+    soon(lambda: log.healthy)
+    asyncio.run(log.append("request", n=3))
+    log.close()
+    found = [r for r in records(tmp_path) if r["kind"] in ("request", "result")]
+    assert [r["n"] for r in found] == [1, 2, 3]  # what was refused is not there
+    assert check(tmp_path).faults == []
+    assert log.lost == 0
+
+
+def test_a_disk_that_fills_within_a_line_leaves_no_half_of_it(tmp_path, disk):
+    log = open_log(tmp_path)
+    log.record("request", n=1)
+    disk.room = 100
+    fails(log)
+    disk.room = None
+    soon(lambda: log.healthy)
+    log.close()
+    assert "gap" in kinds(tmp_path)
+    assert check(tmp_path).faults == []
+
+
+def test_what_is_kept_is_bounded_and_the_loss_is_told(tmp_path, disk, monkeypatch):
+    monkeypatch.setattr(writer, "_MAX_KEPT", 5)
+    log = open_log(tmp_path)
+    log.record("request")
+    disk.write_error = errno.ENOSPC
+    fails(log)
+    for n in range(9):
+        log.note("result", n=n)
+    soon(lambda: log.lost)
+    disk.write_error = None
+    soon(lambda: log.healthy)
+    log.close()
+    lost = sum(r["lost"] for r in records(tmp_path) if r["kind"] == "gap")
+    assert lost == log.lost == 9 - kinds(tmp_path).count("result")
+    assert check(tmp_path).faults == []
+
+
+def test_open_on_failure_waives_keeps_and_is_loud(tmp_path, disk, caplog):
+    log = open_log(tmp_path, fail_open=True)
+    disk.write_error = errno.ENOSPC
+    assert isinstance(asyncio.run(log.append("request", n=1)), Waived)
+    assert isinstance(asyncio.run(log.append("request", n=2)), Waived)
+    disk.write_error = None
+    soon(lambda: log.healthy)
+    log.close()
+    assert [r["n"] for r in records(tmp_path) if r["kind"] == "request"] == [1, 2]
+    loud = [r for r in caplog.records if r.levelname == "CRITICAL"]
+    assert any("WITHOUT A RECORD" in r.getMessage() for r in loud)
+    assert check(tmp_path).faults == []
+
+
+def test_a_disk_that_hangs_refuses_after_a_while_and_then_at_once(tmp_path, disk, monkeypatch):
+    monkeypatch.setattr(writer, "_WRITE_TIMEOUT_S", 0.2)
+    log = open_log(tmp_path)
+    disk.hold.clear()
+    assert "the disk took more than" in fails(log)
+    soon(lambda: not log.healthy)
+    assert "the disk took more than" in fails(log)
+    disk.hold.set()
+    soon(lambda: log.healthy)
+    log.close()
+    assert check(tmp_path).faults == []
+
+
+def test_too_many_waiting_are_turned_away(tmp_path, disk, monkeypatch):
+    monkeypatch.setattr(writer, "_MAX_WAITING", 3)
+    log = open_log(tmp_path)
+    disk.hold.clear()
+
+    async def write():
+        asking = [asyncio.create_task(log.append("request")) for _ in range(8)]
+        await asyncio.sleep(0.05)
+        disk.hold.set()
+        return await asyncio.gather(*asking, return_exceptions=True)
+
+    results = asyncio.run(write())
+    assert any(isinstance(r, AuditUnavailable) for r in results)
+    assert any(isinstance(r, Written) for r in results)
+    log.close()
+    assert check(tmp_path).faults == []
+
+
+@pytest.mark.parametrize("what", ["removed", "replaced", "cut", "grown"])
+def test_a_file_that_others_change_is_not_written_to_blindly(tmp_path, what):
+    log = open_log(tmp_path)
+    for _ in range(3):
+        log.record("request")
+    path = last_file(tmp_path)
+    raw = path.read_bytes()
+    if what == "removed":
+        path.unlink()
+    elif what == "replaced":
+        path.unlink()
+        path.write_bytes(raw.replace(b"request", b"another"))
+    elif what == "cut":
+        path.write_bytes(raw[:-10])
+    else:
+        path.write_bytes(raw + b"{}\n")
+    assert path.name in fails(log)
+    if what == "grown":  # what isn't ours and stands behind ours can be cut off
+        soon(lambda: log.healthy)
+    else:
+        time.sleep(0.1)
+        assert not log.healthy
+    log.close()
+
+
+def test_a_record_without_canonical_form_stops_nobody_else(tmp_path):
+    log = open_log(tmp_path)
+    with pytest.raises(AuditUnavailable, match="canonical"):
+        asyncio.run(log.append("request", principal="\ud800"))
+    log.record("request")
+    log.close()
+    assert check(tmp_path).faults == []
+
+
+def test_permissions_are_the_owners_alone(tmp_path):
+    folder = write_log(tmp_path, 8)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    for path in [*folder.iterdir(), tmp_path / "key.pem"]:
+        assert path.stat().st_mode & 0o777 == 0o600
+    assert json.loads((folder / HEAD_FILE).read_text())["seq"] == 10
