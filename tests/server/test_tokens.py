@@ -7,6 +7,7 @@ import hmac
 import json
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 
 import jwt
 import pytest
@@ -262,14 +263,16 @@ def test_signed_by_somebody_else(identity, issuer):
         ({"exp": None}, "lacks exp or aud"),
         ({"exp": "soon"}, "can't be verified"),
         ({"exp": 1}, "has expired"),
-        ({"exp": int(time.time()) - LEEWAY_S - 1}, "has expired"),
-        ({"nbf": int(time.time()) + LEEWAY_S + 600}, "is not valid yet"),
-        ({"iat": int(time.time()) + LEEWAY_S + 600}, "is not valid yet"),
+        ({"exp": timedelta(seconds=-LEEWAY_S - 1)}, "has expired"),
+        ({"nbf": timedelta(seconds=LEEWAY_S + 600)}, "is not valid yet"),
+        ({"iat": timedelta(seconds=LEEWAY_S + 600)}, "is not valid yet"),
         ({"nbf": "now"}, "can't be verified"),
         ({"sub": 7}, "can't be verified"),
     ],
 )
 def test_signed_and_yet_not_for_us_or_not_now(identity, issuer, claims, words):
+    now = datetime.now(UTC)  # which is later than when this file was read
+    claims = {k: now + v if isinstance(v, timedelta) else v for k, v in claims.items()}
     assert words in refused(identity, issuer.token(**claims))
 
 
@@ -437,22 +440,19 @@ BAD_DAYS = [
 ]
 
 
-@pytest.fixture
-def impatient(monkeypatch):
-    monkeypatch.setattr(jwks, "TIMEOUT_S", 0.5)
-
-
 @pytest.mark.parametrize("answers", BAD_DAYS)
-def test_a_bad_day_before_there_are_keys(identity, issuer, impatient, answers):
+def test_a_bad_day_before_there_are_keys(identity, issuer, monkeypatch, answers):
+    monkeypatch.setattr(jwks, "TIMEOUT_S", 0.5)
     issuer.answers = answers
     assert "can't be fetched" in refused(identity, issuer.token(), 503)
 
 
 @pytest.mark.parametrize("answers", BAD_DAYS)
 def test_a_bad_day_leaves_the_old_keys_in_force_and_is_told_once(
-    identity, issuer, impatient, no_cooldown, monkeypatch, caplog, answers
+    identity, issuer, no_cooldown, monkeypatch, caplog, answers
 ):
     ask(identity, issuer.token())
+    monkeypatch.setattr(jwks, "TIMEOUT_S", 0.5)
     issuer.answers = answers
     monkeypatch.setattr(jwks, "TTL_S", 0.0)
     for _ in range(2):
@@ -491,7 +491,8 @@ def test_discovery_leads_nowhere_else(issuer, caplog, document, words):
     assert words in caplog.text
 
 
-def test_an_issuer_that_hangs_holds_up_nobody_else(issuer, tmp_path):
+def test_an_issuer_that_hangs_holds_up_nobody_else(issuer, tmp_path, monkeypatch):
+    monkeypatch.setattr(jwks, "TIMEOUT_S", 60.0)
     path = tmp_path / "keys.yaml"
     key = create_key(path, "alice", [], None)
     config = IssuerConfig(
