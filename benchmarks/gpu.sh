@@ -9,10 +9,18 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$(dirname "$out")"
 python=${PYTHON:-python3}
+check() {  # check WHICH: most of the time goes to compiling, so several run side by side
+  "$python" -m pytest -q -p no:cacheprovider -o addopts=--import-mode=importlib -k "$1" \
+    tests/kernels/test_triton.py tests/kernels/test_routing.py tests/kernels/test_reference.py
+}
 {
   nvidia-smi || true
-  "$python" -m pytest -q --noconftest -p no:cacheprovider -o addopts=--import-mode=importlib \
-    tests/kernels/test_triton.py tests/kernels/test_routing.py tests/kernels/test_reference.py
+  running=()
+  for part in plain swapped persistent 'not (plain or swapped or persistent)'; do
+    check "$part" &
+    running+=($!)
+  done
+  for part in "${running[@]}"; do wait "$part"; done
   [ "${2:-}" != tune ] || "$python" -m benchmarks.tune
   "$python" -m benchmarks.kernels --out "$out"
 } 2>&1 | tee "$out.log"

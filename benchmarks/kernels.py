@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -430,12 +430,15 @@ def plot(report: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=9, help="measurements of each, interleaved")
+    parser.add_argument("--tokens", type=int, nargs="*", help="only these numbers of tokens")
     parser.add_argument("--out", type=Path, help="also write OUT.json and OUT.png")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with contextlib.suppress(ImportError):
         import vllm._custom_ops  # noqa: F401  loads its CPU kernels, which ours use too
     scale = SCALES[device]
+    if options.tokens:
+        scale = replace(scale, tokens=tuple(options.tokens))
     with torch.inference_mode():
         report: dict[str, Any] = {"about": about(scale, device, options.rounds)}
         for key, value in report["about"].items():
