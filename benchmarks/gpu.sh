@@ -21,6 +21,14 @@ check() {  # check WHICH: most of the time goes to compiling, so several run sid
     running+=($!)
   done
   for part in "${running[@]}"; do wait "$part"; done
-  [ "${2:-}" != tune ] || "$python" -m benchmarks.tune
+  if [ "${2:-}" = tune ]; then
+    running=()
+    for tokens in 8 32 64 128 256 8192; do
+      "$python" -m benchmarks.tune --compile --tokens "$tokens" >/dev/null &
+      running+=($!)
+    done
+    for part in "${running[@]}"; do wait "$part"; done
+    "$python" -m benchmarks.tune
+  fi
   "$python" -m benchmarks.kernels --out "$out"
 } 2>&1 | tee "$out.log"

@@ -8,7 +8,6 @@ mean of the times with all experts allowed and with public and one more, in a CU
 
 import argparse
 import datetime
-import itertools
 import json
 import statistics
 import sys
@@ -29,49 +28,43 @@ MASKS = ("all allowed", "public + one")
 
 def streaming(rows: int, hopper: bool) -> Iterator[Tiles]:
     """For few tokens: one row tile an expert, and weights in flight."""
-    for columns, depth, stages in itertools.product((32, 64, 128), (64, 128, 256), (3, 4, 5)):
-        # 16 to 64 KiB of weights a step and product; less starves, more doesn't fit three times.
-        if 2048 <= columns * depth <= 16384:
+    for columns, depth in ((32, 128), (64, 64), (64, 128), (128, 64)):
+        for stages in (3, 4, 5):
             tiles = Tiles(rows, columns, depth, num_warps=4, num_stages=stages)
-            yield tiles
-            if hopper and columns >= 64 and rows <= 64:
-                yield replace(tiles, swap=True)
+            yield replace(tiles, swap=hopper and columns >= 64 and rows < 64)
+    if hopper and rows <= 64:
+        # What the others are not: rows times weights below 64 rows, the reverse at 64.
+        yield replace(tiles, swap=rows == 64)
 
 
 def computing(hopper: bool) -> Iterator[Tiles]:
     """For many tokens: large tiles, some of them on programs that stay."""
-    sizes = ((64, 128, 64), (128, 64, 64), (128, 128, 64), (128, 256, 64), (256, 128, 64))
-    for (rows, columns, depth), stages in itertools.product(sizes, (3, 4)):
-        tiles = Tiles(rows, columns, depth, num_warps=8, num_stages=stages, group_m=8)
-        yield tiles
-        if hopper:
-            yield replace(tiles, descriptors=True)
-            yield replace(tiles, descriptors=True, programs_per_sm=1)
-            yield replace(tiles, descriptors=True, programs_per_sm=1, group_m=16)
+    for rows, columns in ((64, 128), (128, 64), (128, 128), (128, 256), (256, 128)):
+        for stages in (3, 4):
+            tiles = Tiles(rows, columns, 64, num_warps=8, num_stages=stages, group_m=8)
+            yield tiles
+            if hopper:
+                yield replace(tiles, descriptors=True)
+                yield replace(tiles, descriptors=True, programs_per_sm=1)
 
 
 def candidates(T: int, hopper: bool) -> list[Tiles]:
-    if T > 512:
-        return list(computing(hopper))
-    found = list(streaming(min(max(16, 1 << (T - 1).bit_length()), 128), hopper))
-    if T > 128:
-        found += [replace(t, group_m=4) for t in streaming(64, hopper)] + list(computing(hopper))
-    return found
-
-
-def split(tiles: list[Tiles], T: int) -> list[Tiles]:
-    """The same for `down`, whose few columns may need several programs for each sum."""
-    parts = (1, 2, 4) if T <= 512 else (1,)
-    return [replace(t, split_k=p) for t in tiles for p in parts]
+    if T <= 128:
+        return list(streaming(max(16, 1 << (T - 1).bit_length()), hopper))
+    few = [replace(t, group_m=4) for t in streaming(64, hopper)] if T <= 512 else []
+    return few + list(computing(hopper))
 
 
 def best(
     tried: list[Tiles],
     first: Tiles,
     product: Callable[[Tiles, int], torch.Tensor],
-    least_s: float,
+    measuring: bool,
 ) -> tuple[Tiles, float]:
-    """The fastest of `tried` whose result is that of `first`, and its score in seconds."""
+    """The fastest of `tried` whose result is that of `first`, and its score in seconds.
+
+    Without `measuring` all are run once, which compiles them, and none is better than another.
+    """
     want = [product(first, i).float() for i in range(len(MASKS))]
     scores: dict[Tiles, float] = {}
     for tiles in dict.fromkeys([first, *tried]):
@@ -82,7 +75,7 @@ def best(
                 if (got - want[i]).abs().max() > 0.02 * want[i].abs().max():
                     raise ValueError("another result")
                 run = captured(lambda tiles=tiles, i=i: product(tiles, i))  # type: ignore[misc]
-                times.append(seconds(run, "cuda", least_s))
+                times.append(seconds(run, "cuda", 0.02) if measuring else 1.0)
         except Exception as error:  # the compiler alone has several kinds for what doesn't fit
             why = str(error).strip().splitlines()
             print(f"    without {tiles}: {why[0] if why else type(error).__name__}", flush=True)
@@ -92,7 +85,9 @@ def best(
     return winner, scores[winner]
 
 
-def tune(T: int, w: tuple[torch.Tensor, torch.Tensor], device: Device) -> dict[str, Any]:
+def tune(
+    T: int, w: tuple[torch.Tensor, torch.Tensor], device: Device, measuring: bool
+) -> dict[str, Any]:
     layers = [make(w, T, kind) for kind in MASKS]
     groups: list[Groups] = [group(layer.plan.experts, E) for layer in layers]
     hopper = device.capability >= (9, 0)
@@ -115,8 +110,15 @@ def tune(T: int, w: tuple[torch.Tensor, torch.Tensor], device: Device) -> dict[s
         combine(down(inner[i], w[1], groups[i], tiles), layers[i].plan, out)
         return out
 
-    upper, upper_s = best(tried, by_rule.gate_up, first_product, 0.02)
-    lower, lower_s = best(split(tried, T), by_rule.down, second_product, 0.02)
+    upper, upper_s = best(tried, by_rule.gate_up, first_product, measuring)
+    # First the tiles, split as the rule says, then in how many parts.
+    parts = by_rule.down.split_k
+    lower, _ = best(
+        [replace(t, split_k=parts) for t in tried], by_rule.down, second_product, measuring
+    )
+    lower, lower_s = best(
+        [replace(lower, split_k=s) for s in (1, 2, 4)], lower, second_product, measuring
+    )
     print(f"T={T}: gate_up {upper_s * 1e6:.1f} us {upper}; down {lower_s * 1e6:.1f} us {lower}")
     return {
         "tokens": T,
@@ -129,6 +131,9 @@ def tune(T: int, w: tuple[torch.Tensor, torch.Tensor], device: Device) -> dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tokens", type=int, nargs="*", help="only these numbers of tokens")
+    parser.add_argument(
+        "--compile", action="store_true", help="only compile, so that several may run side by side"
+    )
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks.tune: no GPU here, and what isn't measured isn't written")
@@ -136,7 +141,12 @@ def main() -> None:
     device = Device.of(torch.device("cuda", torch.cuda.current_device()))
     with torch.inference_mode():
         w = weights(scale, "cuda")
-        found = [tune(T, w, device) for T in options.tokens or scale.tokens]
+        found = [
+            tune(T, w, device, measuring=not options.compile)
+            for T in options.tokens or scale.tokens
+        ]
+    if options.compile:
+        return
     path = TUNED / f"{device.name.replace(' ', '_')}.json"
     layer = {
         "experts": E,
