@@ -80,6 +80,18 @@ def from_event(chunk: str) -> ApiError | None:
     return from_response(ErrorResponse.model_validate(_parsed(chunk)))
 
 
+def receipt_event(last: str, receipt: str | None) -> str:
+    """An event of the same answer as the event `last`, with a receipt and no choices."""
+    try:
+        known = _parsed(last)
+    except ValueError:
+        known = {}
+    same: dict[str, Any] = {
+        name: known[name] for name in ("id", "object", "created", "model") if name in known
+    }
+    return _event({**same, "choices": [], "receipt": receipt})
+
+
 def error_code(event: str) -> str | None:
     """The code of an error that `events` has put into a stream, if it is one."""
     if not event.startswith(_ERROR_EVENT):

@@ -52,6 +52,7 @@ def create_app(service: Service) -> FastAPI:
         ("/health", about.health),
         ("/ready", about.ready),
         ("/version", about.version),
+        ("/v1/receipts/{request_id}", about.receipt),
         ("/.well-known/expertgate-keys", about.keys),
     ):
         app.add_api_route(path, look, methods=["GET"], response_model=None)

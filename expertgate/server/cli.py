@@ -12,6 +12,7 @@ from expertgate.model.checkpoint import CheckpointError
 from expertgate.policies.statement import PolicyError
 from expertgate.server.audit.chain import AuditError
 from expertgate.server.audit.command import audit
+from expertgate.server.audit.receipts_command import receipts
 from expertgate.server.cases import CasesError
 from expertgate.server.config import Config, ConfigError
 from expertgate.server.experts_command import experts
@@ -62,6 +63,7 @@ cli.add_command(experts)
 cli.add_command(audit)
 cli.add_command(keys)
 cli.add_command(policy)
+cli.add_command(receipts)
 
 
 @cli.command(

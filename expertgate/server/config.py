@@ -48,6 +48,7 @@ class AuditConfig(BaseModel):
     rotate_mib: Annotated[int, Field(strict=True, ge=1, le=1024)] = 64
     sign_every: Annotated[int, Field(strict=True, ge=1, le=10_000)] = 256
     on_failure: Literal["closed", "open"] = "closed"
+    receipt_principal: Literal["plain", "hashed"] = "plain"
 
     def beside(self, folder: Path) -> "AuditConfig":
         """The same with every path resolved against `folder`."""

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMClientError
@@ -19,6 +19,7 @@ from expertgate.server.circumstances import Purpose
 from expertgate.server.errors import ApiError, bad_request
 from expertgate.server.limits import check_limits, check_values
 
+RECEIPT_HEADER = "X-Receipt"
 _SHOWN_CHARS = 64
 
 _TYPES = ("str", "int", "float", "bool", "list", "dict")
@@ -44,6 +45,17 @@ Experts = Annotated[
     ),
 ]
 
+Receipt = Annotated[
+    StrictBool | None,
+    Field(
+        default=None,
+        description=(
+            "Whether the answer brings a signed receipt; a stream, in a last event before [DONE]. "
+            f"The same as the header {RECEIPT_HEADER}: 1."
+        ),
+    ),
+]
+
 _SHARED_FIELDS = frozenset(
     {
         "add_special_tokens",
@@ -66,6 +78,7 @@ _SHARED_FIELDS = frozenset(
         "presence_penalty",
         "prompt_logprobs",
         "purpose",
+        "receipt",
         "repetition_penalty",
         "response_format",
         "return_token_ids",
@@ -149,6 +162,7 @@ class ChatRequest(ChatCompletionRequest):
 
     experts: Experts = None
     purpose: Purpose = None
+    receipt: Receipt = None
 
 
 class TextRequest(CompletionRequest):
@@ -161,6 +175,7 @@ class TextRequest(CompletionRequest):
 
     experts: Experts = None
     purpose: Purpose = None
+    receipt: Receipt = None
 
 
 class ExplainRequest(BaseModel):

@@ -97,7 +97,7 @@ def _audited(
     audit_log = _open_log(config)
     if audit_log is not None:
         print(f"audit log: {config.path}, signed by {audit_log.key.id}", flush=True)
-    trail = Trail(audit_log, known)
+    trail = Trail(audit_log, known, hashed=config.receipt_principal == "hashed")
     try:
         trail.start(model, policy_version)
         yield trail

@@ -9,5 +9,6 @@
 | `trail.py` | what the server says to its log |
 | `entry.py` | one permitted request, from its record to its result |
 | `verify.py` | reads a log as a stranger would, and says what doesn't hold |
-| `command.py` | `expertgate audit` |
+| `receipts.py` | signed statements of single requests |
+| `command.py`, `receipts_command.py` | `expertgate audit`, `expertgate receipts` |
 """

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from expertgate.model.catalogue import Expert
 from expertgate.model.usage import Usage
 from expertgate.policies.expert_set import ExpertSet
+from expertgate.server.audit.receipts import Receipts
 from expertgate.server.audit.writer import AuditLog, AuditUnavailable, Record, Waived, Written
 from expertgate.server.errors import ApiError
 from expertgate.server.grants import Grant
@@ -23,11 +25,16 @@ class Entry:
     """Until something else is known of how the request ended, the client has left."""
 
     def __init__(
-        self, audit_log: AuditLog | None, grant: Grant, names: Sequence[str], fields: dict[str, Any]
+        self,
+        audit_log: AuditLog | None,
+        receipts: Receipts | None,
+        grant: Grant,
+        experts: Sequence[Expert],
+        fields: dict[str, Any],
     ) -> None:
-        """`names`: of the effective set; `fields`: what the record of the request says."""
+        """`experts`: of the effective set; `fields`: what the record of the request says."""
         self.grant = grant
-        self.names = list(names)
+        self._experts = experts
         self.request_id: str = fields["request"]
         self.result: Future[Written] | None = None
         self.begun = False
@@ -35,6 +42,7 @@ class Entry:
         self.status = CLIENT_GONE
         self.code: str | None = "client_gone"
         self._log = audit_log
+        self._receipts = receipts
         self._fields = fields
 
     async def begin(self) -> None:
@@ -58,16 +66,44 @@ class Entry:
         if self._log is None or not self.begun or self.result is not None:
             return
         grant = self.grant
+        names = [expert.name for expert in self._experts]
+        usage = None if grant.usage is None else _told(grant.usage, grant.experts, names)
+        ended = {
+            "status": self.status,
+            "code": self.code,
+            "finish_reasons": dict(Counter(grant.finish_reasons.values())),
+            "usage": usage,
+        }
         self.result = self._log.note(
             "result",
             request=self.request_id,
-            status=self.status,
-            code=self.code,
-            effective=self.names,
-            finish_reasons=dict(Counter(grant.finish_reasons.values())),
+            effective=names,
             prompts=[self._log.key.keyed_digest(_PROMPT, prompt) for prompt in grant.prompts],
-            usage=None if grant.usage is None else _told(grant.usage, grant.experts, self.names),
+            **ended,
         )
+        if self._receipts is not None and grant.basis is not None:
+            said = {
+                **ended,
+                "experts": [
+                    {"name": one.name, "owner": one.owner, "weights_sha256": one.sha256}
+                    for one in self._experts
+                ],
+                "policy_version": self._fields["policy_version"],
+                "catalogue": self._fields["catalogue"],
+            }
+            self._receipts.keep(
+                self.request_id, grant.basis.principal, grant.record, self.result, said
+            )
+
+    async def receipt(self) -> str | None:
+        """That of a request that is closed; None where its result can't be written now."""
+        if self._receipts is None or self.grant.basis is None:
+            return None
+        try:
+            return await self._receipts.of(self.request_id, self.grant.basis.principal)
+        except ApiError as error:
+            log.error("an answer goes out without its receipt: %s", error)
+            return None
 
 
 async def append(audit_log: AuditLog | None, kind: str, **fields: Any) -> Record:

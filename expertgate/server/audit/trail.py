@@ -24,6 +24,7 @@ from expertgate.model.catalogue import Catalogue
 from expertgate.policies.principal import Principal
 from expertgate.server.audit.chain import AuditError, digest, line_of
 from expertgate.server.audit.entry import Entry, append
+from expertgate.server.audit.receipts import Receipts
 from expertgate.server.audit.writer import AuditLog, AuditUnavailable, Record
 from expertgate.server.changes import (
     Change,
@@ -44,8 +45,12 @@ _REFUSALS_S = 60.0
 class Trail:
     """Without a log every request is waived, and nothing else is said."""
 
-    def __init__(self, audit_log: AuditLog | None, catalogue: Catalogue) -> None:
+    def __init__(
+        self, audit_log: AuditLog | None, catalogue: Catalogue, *, hashed: bool = False
+    ) -> None:
+        """`hashed`: receipts name principals by a salted hash."""
         self.log = audit_log
+        self.receipts = None if audit_log is None else Receipts(audit_log.key, hashed=hashed)
         self._catalogue = catalogue
         self.catalogue_digest = _digest(catalogue)
         self._refused: Counter[str | None] = Counter()
@@ -108,7 +113,8 @@ class Trail:
             "policy_version": decision.version,
             "catalogue": self.catalogue_digest,
         }
-        return Entry(self.log, grant, names, fields)
+        experts = [catalogue.experts[index] for index in grant.experts]
+        return Entry(self.log, self.receipts, grant, experts, fields)
 
     def changed(self, change: Change) -> None:
         """What permissions rest on is another now."""

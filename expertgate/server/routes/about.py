@@ -6,6 +6,7 @@ from fastapi.responses import JSONResponse
 import expertgate
 from expertgate.server.audit.signing import jwks_of
 from expertgate.server.circumstances import context_of
+from expertgate.server.errors import ApiError
 from expertgate.server.service import Service
 
 
@@ -30,6 +31,16 @@ async def keys(request: Request) -> JSONResponse:
     """The public keys by which the audit log can be checked, as JSON Web Keys."""
     audit_log = _service(request).audit.log
     return JSONResponse({"keys": []} if audit_log is None else jwks_of(audit_log.key))
+
+
+async def receipt(request: Request) -> JSONResponse:
+    """That of a request of the caller's own which has ended lately."""
+    service = _service(request)
+    request.state.principal = principal = await service.identity.identify(request)
+    if service.audit.receipts is None:
+        raise ApiError(404, "not_found", "this server keeps no audit log, and so gives no receipts")
+    found = await service.audit.receipts.of(request.path_params["request_id"], principal)
+    return JSONResponse({"object": "receipt", "receipt": found})
 
 
 async def models(request: Request) -> JSONResponse:

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -19,12 +20,12 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from expertgate.server import answers, schemas
 from expertgate.server.audit.entry import CLIENT_GONE, Entry
 from expertgate.server.circumstances import context_of
-from expertgate.server.errors import withdrawn
+from expertgate.server.errors import bad_request, withdrawn
 from expertgate.server.grants import HANDLE_ARG, Grant, WithdrawnError
 from expertgate.server.guard import GuardedLLM
 from expertgate.server.handlers import Handlers
 from expertgate.server.reading import read_body
-from expertgate.server.schemas import ChatRequest, TextRequest
+from expertgate.server.schemas import RECEIPT_HEADER, ChatRequest, TextRequest
 from expertgate.server.selection import select
 from expertgate.server.service import Service
 
@@ -48,6 +49,7 @@ async def _generate(
     body = schemas.read(kind, await read_body(request))
     engine, handlers = service.running()
     selection = select(body, request.headers, handlers.model_name)
+    wants_receipt = _wants_receipt(body, request, service)
     grant = await service.permit(request, context_of(request, body.purpose), selection)
     told = {"effective": service.catalogue.names(grant.experts)}
     body.model = handlers.model_name
@@ -78,14 +80,18 @@ async def _generate(
         options = body.stream_options
         totals = bool(options and options.include_usage)
         events = answers.events(result.chunks(), told, totals=totals)
-        return _GrantedStream(_told_to(entry, events), engine, grant, entry, headers)
+        closed = partial(_close, engine, grant, entry) if wants_receipt else None
+        return _GrantedStream(_told_to(entry, events, closed), engine, grant, entry, headers)
     await engine.end(grant)
     if result is not None:
         entry.ended(200, None)
     entry.close()
     if result is None:
         return Response(status_code=CLIENT_GONE)
-    return JSONResponse(answers.body(result, told), headers=headers)
+    answer = answers.body(result, told)
+    if wants_receipt:
+        answer["receipt"] = await entry.receipt()
+    return JSONResponse(answer, headers=headers)
 
 
 @dataclass(slots=True)
@@ -144,19 +150,46 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _told_to(entry: Entry, events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-    """The events of a stream; `entry` learns from them how it ended."""
-    code = None
+async def _told_to(
+    entry: Entry,
+    events: AsyncGenerator[str, None],
+    close: Callable[[], Awaitable[None]] | None,
+) -> AsyncGenerator[str, None]:
+    """The events of a stream; `entry` learns from them how it ended.
+
+    `close`, where a receipt is wanted, ends the request; its receipt comes as the last event.
+    """
+    code, last = None, ""
     try:
         async with aclosing(events):
             async for event in events:
                 code = answers.error_code(event) or code
                 if code is not None or event == answers.DONE:
                     entry.ended(200, code)
+                if close is not None and event == answers.DONE:
+                    await close()
+                    yield answers.receipt_event(last, await entry.receipt())
+                last = event
                 yield event
     except Exception:
         entry.ended(200, answers.internal_error().code)
         raise
+
+
+async def _close(engine: GuardedLLM, grant: Grant, entry: Entry) -> None:
+    await engine.end(grant)
+    entry.close()
+
+
+def _wants_receipt(body: ChatRequest | TextRequest, request: Request, service: Service) -> bool:
+    """Raises ApiError 400 for a header that says something else, or where there are none."""
+    said = request.headers.getlist(RECEIPT_HEADER)
+    if said not in ([], ["1"]):
+        raise bad_request(f"header {RECEIPT_HEADER} must be 1, once", RECEIPT_HEADER)
+    wanted = bool(said) or body.receipt is True
+    if wanted and service.audit.receipts is None:
+        raise bad_request("this server keeps no audit log, and so gives no receipts", "receipt")
+    return wanted
 
 
 class _GrantedStream(StreamingResponse):
