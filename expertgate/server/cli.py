@@ -13,6 +13,7 @@ from expertgate.policies.statement import PolicyError
 from expertgate.server.audit.chain import AuditError
 from expertgate.server.audit.command import audit
 from expertgate.server.audit.receipts_command import receipts
+from expertgate.server.audit.usage_command import usage
 from expertgate.server.cases import CasesError
 from expertgate.server.config import Config, ConfigError
 from expertgate.server.experts_command import experts
@@ -64,6 +65,7 @@ cli.add_command(audit)
 cli.add_command(keys)
 cli.add_command(policy)
 cli.add_command(receipts)
+cli.add_command(usage)
 
 
 @cli.command(

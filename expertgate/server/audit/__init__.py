@@ -10,5 +10,6 @@
 | `entry.py` | one permitted request, from its record to its result |
 | `verify.py` | reads a log as a stranger would, and says what doesn't hold |
 | `receipts.py` | signed statements of single requests |
-| `command.py`, `receipts_command.py` | `expertgate audit`, `expertgate receipts` |
+| `usage.py` | adds up what the log says of requests that have ended |
+| `command.py`, `receipts_command.py`, `usage_command.py` | the commands |
 """

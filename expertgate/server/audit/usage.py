@@ -1,0 +1,96 @@
+"""Adds up what the audit log says of requests that have ended, for whoever is paid by it.
+
+| by | one row for each | of whom |
+| --- | --- | --- |
+| `expert` | expert | who did the work |
+| `owner` | owner of experts, as the log's own catalogue names them | whose data did the work |
+| `principal` | principal | for whom it was done |
+
+A row has `requests`; `tokens`, what the router sent there, as `docs/audit.md` counts it; `share`,
+the part of the computed tokens that is theirs by routing weight, in tokens; by principal, all
+computed tokens are. `unknown` are requests whose usage is not on record.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from expertgate.server.audit.chain import AuditError, RecordError, parse
+from expertgate.server.audit.folder import files
+
+By = Literal["expert", "owner", "principal"]
+
+
+@dataclass(slots=True)
+class Row:
+    name: str
+    requests: int = 0
+    unknown: int = 0
+    tokens: float = 0.0
+    share: float = 0.0
+
+
+def add_up(folder: Path, by: By, since: datetime | None, until: datetime | None) -> list[Row]:
+    """Of results whose time is in [since, until), by name. Raises AuditError.
+
+    The chain is not checked: that is what `verify` is for.
+    """
+    rows: dict[str, Row] = {}
+    owners: Mapping[str, str] = {}
+    principals: dict[str, str] = {}
+    for place, record in _records(folder):
+        try:
+            match record["kind"]:
+                case "start" | "catalogue":
+                    owners = {one["name"]: one["owner"] for one in record["experts"]}
+                case "request":
+                    principals[record["request"]] = record["principal"]
+                case "result":
+                    principal = principals.pop(record["request"], "")
+                    time = datetime.fromisoformat(record["time"])
+                    if (since is None or since <= time) and (until is None or time < until):
+                        _add(rows, record, by, owners, principal)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise AuditError(f"{place}: a {record['kind']} record without what it needs") from None
+    return sorted(rows.values(), key=lambda row: row.name)
+
+
+def _add(
+    rows: dict[str, Row],
+    record: Mapping[str, Any],
+    by: By,
+    owners: Mapping[str, str],
+    principal: str,
+) -> None:
+    usage = record["usage"]
+    parts: dict[str, tuple[float, float]] = {}
+    for name in record["effective"]:
+        found = {"tokens": 0, "share": 0} if usage is None else usage["experts"][name]
+        computed = 0 if usage is None else usage["computed_tokens"]
+        whose = {"expert": name, "owner": owners.get(name, ""), "principal": principal}[by]
+        tokens, share = parts.get(whose, (0.0, 0.0))
+        parts[whose] = tokens + found["tokens"], share + found["share"] * computed
+    for whose, (tokens, share) in parts.items():
+        row = rows.setdefault(whose, Row(whose))
+        row.requests += 1
+        row.unknown += usage is None
+        row.tokens += tokens
+        row.share += share
+
+
+def _records(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    paths = files(folder)
+    if not paths:
+        raise AuditError(f"{folder}: has no log: its files are called {1:016}.jsonl and so on")
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    try:
+                        yield f"{path}:{number}", parse(line)
+                    except RecordError as error:
+                        raise AuditError(f"{path}:{number}: {error}") from None
+        except OSError as error:
+            raise AuditError(f"{path}: {error.strerror or error}") from None

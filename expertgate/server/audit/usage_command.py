@@ -1,0 +1,84 @@
+"""`expertgate usage`: who is owed what, out of the audit log."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from expertgate.server.audit.usage import By, add_up
+
+_COLUMNS = ("requests", "unknown", "tokens", "share")
+_DIGITS = 3
+
+
+def _time(_: click.Context, __: click.Parameter, value: str | None) -> datetime | None:
+    if value is None:
+        return None
+    try:
+        time = datetime.fromisoformat(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no ISO 8601 date or time") from None
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path), default="audit")
+@click.option("--by", type=click.Choice(["expert", "owner", "principal"]), required=True)
+@click.option("--from", "since", callback=_time, metavar="TIME", help="From this on; UTC.")
+@click.option("--to", "until", callback=_time, metavar="TIME", help="Before this; UTC.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "csv", "json"]),
+    default="table",
+    show_default=True,
+)
+def usage(path: Path, by: By, since: datetime | None, until: datetime | None, form: str) -> None:
+    """Add up the usage in the audit log in the folder PATH."""
+    rows = []
+    for row in add_up(path, by, since, until):
+        fields = asdict(row)
+        counts = {name: fields[name] for name in _COLUMNS}
+        counts = {
+            name: round(value, _DIGITS) if isinstance(value, float) else value
+            for name, value in counts.items()
+        }
+        rows.append({by: row.name, **counts})
+    click.echo(_FORMS[form](by, rows), nl=False)
+
+
+def _table(by: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [(by, *_COLUMNS), *(tuple(map(str, row.values())) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "".join(
+        "  ".join(
+            [line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])],
+        )
+        + "\n"
+        for line in lines
+    )
+
+
+def _csv(by: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, (by, *_COLUMNS), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def _json(_: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
+
+
+_FORMS: Mapping[str, Callable[[str, Sequence[Mapping[str, Any]]], str]] = {
+    "table": _table,
+    "csv": _csv,
+    "json": _json,
+}

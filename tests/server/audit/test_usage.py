@@ -1,0 +1,122 @@
+"""`expertgate usage` over a log whose sums are known."""
+
+import csv
+import json
+
+import pytest
+
+from expertgate.server.audit import writer
+from expertgate.server.cli import main
+from tests.server.audit.logs import open_log
+
+EXPERTS = [
+    {"name": "public", "owner": "ai2", "sha256": None},
+    {"name": "math", "owner": "acme", "sha256": None},
+    {"name": "code", "owner": "acme", "sha256": None},
+]
+# Day of the result → principal, computed tokens and, by expert, tokens and share.
+REQUESTS = [
+    (1, "alice", 10, {"public": (10, 0.5), "math": (6, 0.3), "code": (4, 0.2)}),
+    (2, "alice", 20, {"public": (20, 1.0)}),
+    (3, "bob", 8, {"math": (8, 0.75), "code": (8, 0.25)}),
+    (4, "bob", None, {"math": None}),
+]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    stamped = writer._stamped
+    day = 1
+
+    def at(kind, fields):
+        return {**stamped(kind, fields), "time": f"2026-11-{day:02}T12:00:00.000000Z"}
+
+    monkeypatch.setattr(writer, "_stamped", at)
+    log = open_log(tmp_path, rotate_bytes=1000)
+    log.record("start", experts=EXPERTS)
+    for day, principal, computed, parts in REQUESTS:
+        log.record("request", request=f"r{day}", principal=principal)
+        used = computed and {
+            "computed_tokens": computed,
+            "experts": {n: {"tokens": t, "share": s} for n, (t, s) in parts.items()},
+        }
+        log.record("result", request=f"r{day}", effective=list(parts), usage=used)
+    log.close()
+    return tmp_path / "audit"
+
+
+@pytest.fixture
+def call(capsys):
+    def call(*arguments):
+        status = main(["usage", *map(str, arguments)]) or 0
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
+def test_a_table(call, folder):
+    status, out, err = call(folder, "--by", "expert")
+    assert (status, err) == (0, "")
+    assert out.splitlines() == [
+        "expert  requests  unknown  tokens  share",
+        "code           2        0    12.0    4.0",
+        "math           3        1    14.0    9.0",
+        "public         2        0    30.0   25.0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("by", "expected"),
+    [
+        ("owner", {"acme": (3, 1, 26.0, 13.0), "ai2": (2, 0, 30.0, 25.0)}),
+        ("principal", {"alice": (2, 0, 40.0, 30.0), "bob": (2, 1, 16.0, 8.0)}),
+    ],
+)
+@pytest.mark.parametrize("form", ["csv", "json"])
+def test_every_sum_in_every_form(call, folder, by, expected, form):
+    _, out, _ = call(folder, "--by", by, "--format", form)
+    rows = json.loads(out) if form == "json" else list(csv.DictReader(out.splitlines()))
+    found = {
+        row[by]: tuple(float(row[name]) for name in ("requests", "unknown", "tokens", "share"))
+        for row in rows
+    }
+    assert found == expected
+
+
+def test_a_part_of_the_time(call, folder):
+    since, until = "2026-11-02", "2026-11-03T12:00:00Z"
+    _, out, _ = call(folder, "--by", "principal", "--from", since, "--to", until, "--format", "csv")
+    assert out.splitlines()[1:] == ["alice,1,0,20.0,20.0"]
+
+
+def test_the_shares_of_all_experts_are_what_was_computed(call, folder):
+    _, out, _ = call(folder, "--by", "expert", "--format", "json")
+    computed = sum(tokens or 0 for _, _, tokens, _ in REQUESTS)
+    assert sum(row["share"] for row in json.loads(out)) == pytest.approx(computed)
+
+
+def test_bad_times_and_folders(call, folder, tmp_path):
+    assert call(folder, "--by", "expert", "--from", "yesterday")[0] == 2
+    for path in (tmp_path / "none", tmp_path):
+        status, _, err = call(path, "--by", "expert")
+        assert status == 2
+        assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{",
+        b'{"kind":"result","prev":"","seq":1,"time":"","v":1}',
+        b'{"kind":"start","prev":"","seq":1,"time":"","v":1,"experts":7}',
+        b'{"kind":"request","prev":"","seq":1,"time":"","v":1}',
+    ],
+)
+def test_a_malformed_log_is_told_with_its_place(call, folder, line):
+    path = max(folder.glob("*.jsonl"))
+    path.write_bytes(line + b"\n")
+    status, out, err = call(folder, "--by", "expert")
+    assert (status, out) == (2, "")
+    assert err.startswith(f"expertgate: {path}:1: ")
+    assert len(err.splitlines()) == 1
