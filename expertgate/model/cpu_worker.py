@@ -12,46 +12,55 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from expertgate.model.flex_olmo import FlexOlmoForCausalLM
-from expertgate.model.masks import TokenMasks, requested
+from expertgate.model.ledger import ReportsUsage, Scheduled, account_of
+from expertgate.model.masks import requested
 from expertgate.model.proof import ProvesMasks
 
 
 class MaskedCPUModelRunner(CPUModelRunner):
-    """Arms the masks for the length of one real step; everything else runs at rest."""
+    """Arms the masks for the length of one real step, and counts it; all else runs at rest."""
 
     def _preprocess(self, scheduler_output: Any, num_input_tokens: int, *rest: Any) -> Any:
         # Masks go by request id, never by row: rows move while requests come and go.
         request_ids = self.input_batch.req_ids
-        asked = [self.requests[i].sampling_params.extra_args for i in request_ids]
+        requests = [self.requests[i] for i in request_ids]
+        asked = [request.sampling_params.extra_args for request in requests]
         lengths = [scheduler_output.num_scheduled_tokens[i] for i in request_ids]
-        self._masks.arm(
+        self._own.masks.arm(
             torch.tensor([requested(extra_args).signed for extra_args in asked]),
             torch.from_numpy(np.cumsum([0, *lengths])),
             num_input_tokens,
+        )
+        starts = [request.num_computed_tokens for request in requests]
+        accounts = map(account_of, asked)
+        self._own.ledger.begin(
+            Scheduled(*part) for part in zip(request_ids, accounts, starts, lengths, strict=True)
         )
         return super()._preprocess(scheduler_output, num_input_tokens, *rest)
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().execute_model(*args, **kwargs)
+            output = super().execute_model(*args, **kwargs)
+            self._own.ledger.settle()
+            return output
         finally:
-            self._masks.rest()
+            self._own.masks.rest()
 
     def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
         # Memory is sized by these runs, so they must do the work of every expert.
-        self._masks.open_all(self.model.config.num_experts)
+        self._own.masks.open_all(self.model.config.num_experts)
         try:
             return super()._dummy_run(*args, **kwargs)
         finally:
-            self._masks.rest()
+            self._own.masks.rest()
 
     @property
-    def _masks(self) -> TokenMasks:
+    def _own(self) -> FlexOlmoForCausalLM:
         assert isinstance(self.model, FlexOlmoForCausalLM)
-        return self.model.masks
+        return self.model
 
 
-class MaskedCPUWorker(ProvesMasks, CPUWorker):
+class MaskedCPUWorker(ProvesMasks, ReportsUsage, CPUWorker):
     def init_device(self) -> None:
         super().init_device()
         if not self.use_v2_model_runner:

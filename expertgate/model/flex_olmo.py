@@ -38,6 +38,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from expertgate.kernels import mask_logits
 from expertgate.model.experts import MaskedRoutedExperts, MaskedRouter
+from expertgate.model.ledger import Ledger
 from expertgate.model.masks import TokenMasks
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class FlexOlmoMoE(nn.Module):
         super().__init__()
         config = vllm_config.model_config.hf_config
         self.masks = masks
+        self.ledger_part: torch.Tensor  # [T, E] of its logits; set once all layers are there
         self.prefix = prefix
         # The mask is applied inside an opaque operation that finds this module by its name, so
         # that no compiler bakes in the words or the bias that stood there when it traced.
@@ -90,9 +92,14 @@ class FlexOlmoMoE(nn.Module):
         )
 
     def masked_logits(self, router_logits: torch.Tensor) -> torch.Tensor:
-        """`router_logits` [T, E] → float32, -inf where a token may not consult the expert."""
+        """`router_logits` [T, E] → float32, -inf where a token may not consult the expert.
+
+        They are left in the ledger too, from which usage is counted once the step has run.
+        """
         allowed = self.masks.words[: len(router_logits)]
-        return mask_logits(router_logits, allowed, self.router_bias)
+        masked = mask_logits(router_logits, allowed, self.router_bias)
+        self.ledger_part[: len(masked)] = masked
+        return masked
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         router_logits, _ = self.gate(hidden_states)
@@ -207,6 +214,17 @@ class FlexOlmoForCausalLM(nn.Module, SupportsPP):
             quant_config=vllm_config.quant_config,
             prefix=maybe_prefix(prefix, "lm_head"),
         )
+        layers = list(self.moe_layers)
+        self.ledger = Ledger(
+            num_layers=len(layers),
+            max_tokens=len(self.masks.words),
+            num_experts=config.num_experts,
+            top_k=config.num_experts_per_tok,
+            renormalize=config.norm_topk_prob,
+            device=self.masks.words.device,
+        )
+        for layer, part in zip(layers, self.ledger.logits, strict=True):
+            layer.ledger_part = part
         if config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
@@ -17,8 +17,9 @@ from vllm.exceptions import (
 )
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from expertgate.model.catalogue import Catalogue
 from expertgate.server.errors import ApiError, withdrawn
-from expertgate.server.grants import GrantError, WithdrawnError
+from expertgate.server.grants import Grant, GrantError, WithdrawnError
 from expertgate.server.guard import UnavailableError
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,20 @@ _FINISHED = '"finish_reason":"'
 _TOTALS = '"choices":[]'
 
 
+def experts(catalogue: Catalogue, grant: Grant) -> dict[str, Any]:
+    """The `experts` object of a response: what was effective and, once all is done, who did it."""
+    found: dict[str, Any] = {"effective": catalogue.names(grant.experts)}
+    if grant.usage is not None:
+        work = grant.usage.work
+        found["usage"] = {
+            name: {"tokens": round(work.tokens(expert), 3), "share": work.share(expert)}
+            for name, expert in zip(found["effective"], grant.experts, strict=True)
+        }
+        found["computed"] = work.computed
+        found["cached"] = work.cached
+    return found
+
+
 def body(response: Any, experts: Mapping[str, Any]) -> dict[str, Any]:
     """The JSON of a whole response."""
     found: dict[str, Any] = response.model_dump(mode="json")
@@ -50,12 +65,12 @@ def body(response: Any, experts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 async def events(
-    chunks: AsyncGenerator[str, None], experts: Mapping[str, Any], *, totals: bool
+    chunks: AsyncGenerator[str, None], experts: Callable[[], Mapping[str, Any]], *, totals: bool
 ) -> AsyncGenerator[str, None]:
     """The events of a stream, with `experts` in the one that carries the usage.
 
     `totals`: the client asked for usage, so a last event without choices follows; else each
-    choice's last event tells.
+    choice's last event tells. `experts` is asked when such an event is there, and not before.
     """
     mark = _TOTALS if totals else _FINISHED
     async with aclosing(chunks):
@@ -63,7 +78,7 @@ async def events(
             if (error := from_event(chunk)) is not None:
                 yield _event(error.body())
             elif mark in chunk:
-                yield _event({**_parsed(chunk), "experts": dict(experts)})
+                yield _event({**_parsed(chunk), "experts": dict(experts())})
             else:
                 yield chunk
 

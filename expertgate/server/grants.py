@@ -10,6 +10,8 @@ import secrets
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 from types import TracebackType
 from typing import Self
 
@@ -47,16 +49,24 @@ class Basis:
     decision: Decision
 
 
+@dataclass(slots=True)
+class Tally:
+    """The tokens of one engine call: of its prompt, and those that each choice has brought."""
+
+    prompt: int
+    generated: dict[int, int] = field(default_factory=dict)
+
+
 @dataclass(slots=True, eq=False)
 class Grant:
     """Open from when the request is permitted until its response has ended.
 
     `running` holds the engine's ids of the calls that are under way on this grant: several, where
-    a request has several prompts. `basis` is missing where the server asks by itself. `usage` is
-    there once the request has ended; not where nothing ran, or where the engine died before it
-    could tell. `record`: where the audit log says that this may be; there is none before it is on
-    disk, and no engine call without it. `prompts`: SHA-256 of the token ids of each prompt that the
-    engine was given; `finish_reasons` by call and choice.
+    a request has several prompts; `granted` counts them, begun or not, and `tallies` are of those
+    that have begun. `told` holds the usage of those that have ended; `telling` asks for it.
+    `basis` is missing where the server asks by itself. `record`: where the audit log says that this
+    may be; there is none before it is on disk, and no engine call without it. `prompts`: SHA-256 of
+    the token ids of each prompt that the engine was given; `finish_reasons` by call and choice.
     """
 
     experts: ExpertSet
@@ -65,7 +75,10 @@ class Grant:
     registry: "Grants"
     running: set[str] = field(default_factory=set)
     calls: int = 0
-    usage: Usage | None = None
+    granted: int = 0
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    telling: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    told: list[Usage] = field(default_factory=list)
     basis: Basis | None = None
     record: Record | None = None
     prompts: list[bytes] = field(default_factory=list)
@@ -112,6 +125,14 @@ class Grant:
             raise GrantError("an engine call on a grant that is closed")
         if self.record is None:
             raise GrantError("an engine call for a request that is not on record")
+
+    @property
+    def usage(self) -> Usage | None:
+        """The usage of all calls together, from when the last of them has ended.
+
+        None before; also where nothing ran, or the engine died before it could tell.
+        """
+        return reduce(add, self.told) if len(self.told) == self.granted > 0 else None
 
     def next_call_id(self) -> str:
         """An id for the engine that no client chose and no other call has."""

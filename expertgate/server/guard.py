@@ -19,17 +19,21 @@ from typing import Any
 
 from vllm.exceptions import GenerationError, VLLMValidationError
 from vllm.outputs import RequestOutput
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from expertgate.model.ledger import ACCOUNT_ARG
 from expertgate.model.masks import EXTRA_ARG
+from expertgate.model.usage import Usage
 from expertgate.policies.expert_set import ExpertSet
-from expertgate.server.grants import HANDLE_ARG, Grant, GrantError, Grants
+from expertgate.server.grants import HANDLE_ARG, Grant, GrantError, Grants, Tally
+from expertgate.server.reports import Reports
 
 log = logging.getLogger(__name__)
 
 _SALT_DOMAIN = b"expertgate/cache-salt/1"
+_LOOK_AFTER_S = 1  # how often the engine is looked after while its answer is waited for
 
 
 class UnavailableError(GenerationError):
@@ -79,6 +83,7 @@ class GuardedLLM:
         self._engine = engine
         self._grants = grants
         self._salts = salts
+        self._reports = Reports(self._ask_workers)
         self._draining = False
         # Read by the handlers when they are made.
         self.vllm_config = engine.vllm_config
@@ -142,7 +147,6 @@ class GuardedLLM:
             raise self.dead_error
 
         params = copy.copy(sampling_params)
-        params.extra_args = {EXTRA_ARG: grant.experts.mask}
         params.skip_clone = False  # so that the engine clones what the shallow copy shares
         granted: dict[str, Any] = {
             "type": "token",
@@ -152,7 +156,12 @@ class GuardedLLM:
         if "prompt" in prompt:
             granted["prompt"] = prompt["prompt"]
 
+        grant.granted += 1
+
         def start(call_id: str) -> AsyncGenerator[RequestOutput, None]:
+            grant.tallies[call_id] = Tally(len(granted["prompt_token_ids"]))
+            # A new dictionary: the one that is there is what the caller wrote.
+            params.extra_args = {EXTRA_ARG: grant.experts.mask, ACCOUNT_ARG: call_id}
             generator: AsyncGenerator[RequestOutput, None] = self._engine.generate(
                 granted,
                 params,
@@ -163,9 +172,13 @@ class GuardedLLM:
             )
             return generator
 
-        digest = hashlib.sha256(array("I", granted["prompt_token_ids"])).digest()
-        constrained = params.structured_outputs is not None
-        return self._run(grant, start, digest, constrained=constrained)
+        return self._run(
+            grant,
+            start,
+            hashlib.sha256(array("I", granted["prompt_token_ids"])).digest(),
+            constrained=params.structured_outputs is not None,
+            piecemeal=params.output_kind is RequestOutputKind.DELTA,
+        )
 
     async def _run(
         self,
@@ -174,6 +187,7 @@ class GuardedLLM:
         prompt_digest: bytes,
         *,
         constrained: bool,
+        piecemeal: bool,
     ) -> AsyncGenerator[RequestOutput, None]:
         # A handler may call and iterate much later; the grant can have closed in between.
         grant.check()
@@ -193,10 +207,16 @@ class GuardedLLM:
                         "the schema in response_format or tools can't be used"
                     )
                 _strip(output)
-                finished = output.finished
+                generated = grant.tallies[call_id].generated
                 for choice in output.outputs:
+                    before = generated.get(choice.index, 0) if piecemeal else 0
+                    generated[choice.index] = before + len(choice.token_ids)
                     if choice.finish_reason is not None:
                         grant.finish_reasons[call_id, choice.index] = choice.finish_reason
+                finished = output.finished
+                if finished:
+                    # Before the last output goes out, so that whoever sends it can tell the usage.
+                    await asyncio.shield(self._tell(grant, call_id))
                 yield output
         except EngineDeadError:
             raise self.dead_error from None
@@ -215,10 +235,43 @@ class GuardedLLM:
         self._salts.renew(experts)
 
     async def end(self, grant: Grant) -> None:
-        """Closes a grant, and aborts what still runs on it."""
+        """Closes a grant, aborts what still runs on it, and waits until its usage is told."""
         grant.close()
-        if grant.running and not self._engine.errored:
-            await self._engine.abort(list(grant.running))
+        left = [call_id for call_id in grant.tallies if call_id not in grant.telling]
+        if left and not self._engine.errored:
+            await self._engine.abort(left)
+            for call_id in left:
+                self._tell(grant, call_id)
+        if grant.telling:
+            await asyncio.wait(grant.telling.values())
+        for telling in grant.telling.values():
+            if (error := telling.exception()) is not None:
+                log.error("the usage of an engine call is not known: %s", error)
+        grant.granted = grant.calls
+
+    def _tell(self, grant: Grant, call_id: str) -> asyncio.Task[None]:
+        """Asks what a call that has ended was computed with; once, and whoever leaves meanwhile."""
+        if call_id not in grant.telling:
+            grant.telling[call_id] = asyncio.create_task(self._add_usage(grant, call_id))
+        return grant.telling[call_id]
+
+    async def _add_usage(self, grant: Grant, call_id: str) -> None:
+        work = await self._reports.of(call_id)
+        if not ExpertSet.of(e for e, slots in enumerate(work.slots) if slots) <= grant.experts:
+            raise GrantError("experts outside of the grant were consulted")
+        tally = grant.tallies[call_id]
+        grant.told.append(Usage(tally.prompt, sum(tally.generated.values()), work))
+
+    async def _ask_workers(self, accounts: list[str]) -> list[Any]:
+        asking = asyncio.ensure_future(
+            self._engine.collective_rpc("expertgate_usage", args=(accounts,))
+        )
+        # The engine's own timeout never fires if its core dies meanwhile.
+        while not (await asyncio.wait({asking}, timeout=_LOOK_AFTER_S))[0]:
+            if self._engine.errored:
+                asking.cancel()
+                raise self.dead_error
+        return asking.result()
 
     async def worker_facts(self, timeout_s: float) -> list[dict[str, Any]]:
         """What each worker says of its own classes. Raises TimeoutError or UnavailableError."""

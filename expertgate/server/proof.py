@@ -6,6 +6,7 @@ from typing import Any
 from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from expertgate.model.usage import Usage
 from expertgate.policies.expert_set import PUBLIC_ONLY, ExpertSet
 from expertgate.server.audit.writer import Record
 from expertgate.server.failures import ProofError
@@ -14,6 +15,7 @@ from expertgate.server.guard import GuardedLLM
 
 _TIMEOUT_S = 60
 _PROBE_TOKENS = 32
+_PROBE_ANSWER = 2
 _TENANT = "expertgate/proof"
 _VLLM_KERNELS = "vllm.model_executor.layers.fused_moe.experts."
 
@@ -63,7 +65,7 @@ async def _answer(
     with grants.issue(experts, _TENANT, record=record) as grant:
         params = SamplingParams(
             temperature=0.0,
-            max_tokens=2,
+            max_tokens=_PROBE_ANSWER,
             ignore_eos=True,
             logprobs=4,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -73,4 +75,12 @@ async def _answer(
         async for output in engine.generate(prompt, params, ""):
             for choices in output.outputs[0].logprobs or []:
                 found += [(token, choice.logprob) for token, choice in choices.items()]
+        _check_usage(grant.usage)
     return found
+
+
+def _check_usage(usage: Usage | None) -> None:
+    """The last token is sampled and not computed; all others are, or were cached."""
+    expected = _PROBE_TOKENS + _PROBE_ANSWER - 1
+    if usage is None or usage.work.computed + usage.work.cached != expected:
+        raise ProofError(f"the probe was computed over {expected} tokens; counted was {usage}")

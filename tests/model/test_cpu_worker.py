@@ -8,8 +8,10 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from expertgate.model.cpu_worker import MaskedCPUModelRunner
 from expertgate.model.flex_olmo import FlexOlmoForCausalLM
+from expertgate.model.ledger import ACCOUNT_ARG
 from expertgate.model.masks import EXTRA_ARG, TokenMasks
 from expertgate.policies.expert_set import PUBLIC_ONLY
+from tests.support.model_state import new_ledger
 
 PUBLIC = PUBLIC_ONLY.signed
 AT_REST = [PUBLIC] * 16
@@ -30,6 +32,7 @@ def runner(monkeypatch):
     model = object.__new__(FlexOlmoForCausalLM)
     torch.nn.Module.__init__(model)
     model.masks = TokenMasks(16, torch.device("cpu"))
+    model.ledger = new_ledger()
     model.config = SimpleNamespace(num_experts=7)
     made.__dict__["model"] = model
     return made
@@ -45,7 +48,10 @@ def schedule(runner, requests):
     """`requests`: id, mask, tokens, in the order of their rows."""
     runner.input_batch = SimpleNamespace(req_ids=[name for name, _, _ in requests])
     runner.requests = {
-        name: SimpleNamespace(sampling_params=SimpleNamespace(extra_args={EXTRA_ARG: mask}))
+        name: SimpleNamespace(
+            num_computed_tokens=0,
+            sampling_params=SimpleNamespace(extra_args={EXTRA_ARG: mask, ACCOUNT_ARG: name}),
+        )
         for name, mask, _ in requests
     }
     return SimpleNamespace(num_scheduled_tokens={name: count for name, _, count in requests})

@@ -9,6 +9,7 @@ from expertgate.policies.expert_set import ExpertSet
 from tests.support.checkpoints import random_checkpoint
 from tests.support.engine import Ask, engine
 from tests.support.oracle import RowDeletion
+from tests.support.usage import assert_counted
 
 SETS = [ExpertSet(mask) for mask in (1, 0b11, 127, 1 << 6, 0b1010101, 0b110)]
 
@@ -42,9 +43,11 @@ def test_two_ranks_answer_as_if_the_others_were_deleted(folder, arguments, monke
     prompt = list(b"Who may consult which expert?")
     with engine(folder, **arguments) as served:
         assert len(served.llm.collective_rpc("expertgate_facts")) == 2
-        answers = served.ask([Ask(prompt, experts) for experts in SETS])
+        answers = served.ask([Ask(prompt, experts, account=experts.text) for experts in SETS])
+        works = served.works(*(experts.text for experts in SETS))
     oracle = RowDeletion(folder)
-    for experts, [answer] in zip(SETS, answers, strict=True):
+    for experts, [answer], work in zip(SETS, answers, works, strict=True):
         forced = oracle.force(experts, prompt, answer.tokens)
         assert list(answer.tokens) == forced.best, experts.text
         assert answer.logprobs == pytest.approx(forced.logprobs, abs=2**-13), experts.text
+        assert_counted(work, oracle, experts, [*prompt, *answer.tokens[:-1]])

@@ -1,5 +1,6 @@
 """An engine that records its calls and answers without a model."""
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +28,10 @@ class FakeEngine:
         self.refuses: Exception | None = None
         """Raised once the request is registered, as by a message that can't be encoded."""
         self.finish_reason: str | None = None
+        self.computed = 3
+        self.slots = [2, 0]
+        """What each pipeline rank says of each call: tokens, and slots by expert."""
+        self.asked: list[list[str]] = []
         self.ended = 0
         self.outputs = outputs
         self.vllm_config = self.model_config = self.renderer = self.input_processor = None
@@ -49,5 +54,17 @@ class FakeEngine:
 
     async def abort(self, request_ids: list[str]) -> None:
         self.aborted += request_ids
+
+    async def collective_rpc(self, method: str, *, args: tuple[list[str]]) -> list[Any]:
+        """Two pipeline ranks of two tensor ranks, a layer each; lists, as they come by message."""
+        assert method == "expertgate_usage"
+        (accounts,) = args
+        self.asked.append(accounts)
+        await asyncio.sleep(0)
+        if self.dies:
+            raise EngineDeadError
+        weights = [slots << 32 for slots in self.slots]
+        rank = [[1, self.computed, 0, self.slots, weights] for _ in accounts]
+        return [rank, None, rank, None]
 
     async def encode(self, *args: Any) -> None: ...

@@ -2,9 +2,11 @@ import asyncio
 
 import pytest
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
+from expertgate.model.ledger import ACCOUNT_ARG
 from expertgate.model.masks import EXTRA_ARG
+from expertgate.model.usage import Usage, Work
 from expertgate.policies.expert_set import PUBLIC_ONLY, ExpertSet
 from expertgate.server.grants import HANDLE_ARG, GrantError, Grants
 from expertgate.server.guard import CacheSalts, GuardedLLM, UnavailableError
@@ -47,7 +49,7 @@ def test_the_engine_gets_the_mask_of_the_grant_and_nothing_of_the_callers(guard,
         run(guard.generate(PROMPT, given, "client id\nforged", priority=-9, session_id="s",
                            data_parallel_rank=3, trace_headers={"traceparent": "x"}))  # fmt: skip
     (call,) = engine.calls
-    assert call.params.extra_args == {EXTRA_ARG: MATH.mask}
+    assert call.params.extra_args == {EXTRA_ARG: MATH.mask, ACCOUNT_ARG: call.request_id}
     assert not call.params.skip_clone
     assert "client" not in call.request_id
     assert not {"priority", "session_id", "data_parallel_rank", "trace_headers"} & set(call.rest)
@@ -200,6 +202,106 @@ def test_a_draining_engine_admits_nothing_and_is_not_called_dead(guard, engine, 
         assert not guard.dead
         with pytest.raises(UnavailableError, match="going down"):
             guard.generate(PROMPT, params(grant.handle), "id")
+
+
+# --- usage ----------------------------------------------------------------------------------------
+
+
+def test_usage_is_there_before_the_last_output_is(guard, engine, grants):
+    engine.outputs = 3
+
+    async def watch():
+        with grants.issue(MATH, "alice", record=RECORD) as grant:
+            generator = guard.generate(PROMPT, params(grant.handle), "id")
+            return [grant.usage async for _ in generator]
+
+    *before, last = asyncio.run(watch())
+    assert before == [None, None]
+    # Ranks of a pipeline add up; the fake's outputs are cumulative, of one token.
+    work = Work(2, 3, 0, slots=(4, 0), weights=(4 << 32, 0))
+    assert last == Usage(prompt_tokens=2, completion_tokens=1, work=work)
+
+
+def test_usage_of_pieces_and_of_several_calls_adds_up(guard, engine, grants):
+    engine.outputs = 3
+
+    async def both():
+        grant = grants.issue(MATH, "alice", record=RECORD)
+        pieces = params(grant.handle)
+        pieces.output_kind = RequestOutputKind.DELTA
+        first, second = (guard.generate(PROMPT, pieces, "id") for _ in range(2))
+        _ = [output async for output in first]
+        assert grant.usage is None, "another call is still to come"
+        _ = [output async for output in second]
+        await guard.end(grant)
+        return grant.usage
+
+    usage = asyncio.run(both())
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.work.computed) == (4, 6, 6)
+
+
+def test_usage_of_a_call_that_is_left_or_aborted_is_told_when_the_grant_ends(guard, engine, grants):
+    engine.outputs = 3
+
+    async def leave(close):
+        grant = grants.issue(MATH, "alice", record=RECORD)
+        generator = guard.generate(PROMPT, params(grant.handle), "id")
+        await anext(generator)
+        if close:
+            await generator.aclose()
+        await guard.end(grant)
+        assert set(engine.aborted) == {engine.calls[-1].request_id}
+        engine.aborted.clear()
+        return grant.usage
+
+    for close in (True, False):
+        usage = asyncio.run(leave(close))
+        assert (usage.completion_tokens, usage.work.computed) == (1, 3)
+
+
+def test_each_call_is_asked_for_once_and_many_share_a_question(guard, engine, grants):
+    async def crowd():
+        grant = grants.issue(MATH, "alice", record=RECORD)
+        calls = [guard.generate(PROMPT, params(grant.handle), "id") for _ in range(20)]
+
+        async def drain(call):
+            return [output async for output in call]
+
+        await asyncio.gather(*map(drain, calls))
+        await guard.end(grant)
+        await guard.end(grant)
+        return grant
+
+    grant = asyncio.run(crowd())
+    asked = [account for question in engine.asked for account in question]
+    assert sorted(asked) == sorted(call.request_id for call in engine.calls)
+    assert len(engine.asked) <= 2
+    assert len(grant.told) == 20
+
+
+def test_an_answer_by_experts_outside_the_grant_is_not_given(guard, engine, grants):
+    engine.slots = [2, 1, 1]
+    with grants.issue(MATH, "alice", record=RECORD) as grant:
+        with pytest.raises(GrantError, match="outside"):
+            run(guard.generate(PROMPT, params(grant.handle), "id"))
+        assert grant.usage is None
+
+
+def test_an_engine_that_dies_before_it_tells_leaves_nobody_waiting(guard, engine, grants):
+    async def die():
+        async def never(method, args):
+            engine.errored = True
+            await asyncio.Event().wait()
+
+        engine.collective_rpc = never
+        grant = grants.issue(MATH, "alice", record=RECORD)
+        with pytest.raises(UnavailableError):
+            async for _ in guard.generate(PROMPT, params(grant.handle), "id"):
+                pass
+        await guard.end(grant)
+        assert grant.usage is None
+
+    asyncio.run(die())
 
 
 SALTS = CacheSalts(b"weights", b"secret")

@@ -9,13 +9,23 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import openai
 import pytest
 import yaml
 
-from tests.server.running import Server, environment, expertgate, make_key, prepare, start, stop
+from tests.server.running import (
+    BLOCK_TOKENS,
+    Server,
+    environment,
+    expertgate,
+    make_key,
+    prepare,
+    start,
+    stop,
+)
 
 ALL = ["public", "math", "news", "code"]
 STEM = ["public", "math", "code"]
@@ -159,6 +169,32 @@ def test_requests_of_several_sets_at_once_answer_as_alone(server):
 # --- OpenAI's own client ------------------------------------------------------------------------
 
 
+class Totals(SimpleNamespace):
+    """A `usage` object that came as JSON."""
+
+
+def assert_usage(told, usage, choices=1, prompts=1):
+    """Each token but a choice's last is computed once, by two experts in each layer, or cached."""
+    assert list(told["usage"]) == told["effective"]
+    # OpenAI counts a prompt once, whatever `n` is; each choice has one of its own to compute.
+    expected = choices * usage.prompt_tokens + usage.completion_tokens - choices * prompts
+    assert told["computed"] + told["cached"] == expected
+    slots = min(2, len(told["effective"]))
+    tokens = sum(part["tokens"] for part in told["usage"].values())
+    assert tokens == pytest.approx(slots * told["computed"], abs=0.01)
+    assert sum(part["share"] for part in told["usage"].values()) == pytest.approx(1, abs=1e-12)
+    assert all(0 <= part["share"] <= 1 for part in told["usage"].values())
+
+
+def test_prompts_from_the_cache_are_told_apart(server):
+    body = {"prompt": "cached " * 60, "max_tokens": 3, "ignore_eos": True}
+    cold, warm = (server.complete("dave", **body).json() for _ in range(2))
+    assert cold["experts"]["cached"] == 0
+    cached = warm["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert warm["experts"]["cached"] == cached == 3 * BLOCK_TOKENS
+    assert warm["experts"]["computed"] == cold["experts"]["computed"] - cached
+
+
 def test_openai_chat(server):
     answer = client(server, "dave").chat.completions.create(
         model="toy",
@@ -172,6 +208,7 @@ def test_openai_chat(server):
     assert answer.choices[0].logprobs.content
     assert answer.usage.completion_tokens == 8
     assert answer.model_extra["experts"]["effective"] == STEM
+    assert_usage(answer.model_extra["experts"], answer.usage, choices=2)
 
 
 def test_openai_completions_of_several_prompts(server):
@@ -179,7 +216,10 @@ def test_openai_completions_of_several_prompts(server):
         model="toy", prompt=["one", "two"], max_tokens=3, n=2, extra_body={"experts": ["public"]}
     )
     assert len(answer.choices) == 4
-    assert answer.model_extra["experts"]["effective"] == ["public"]
+    told = answer.model_extra["experts"]
+    assert told["effective"] == ["public"]
+    assert told["usage"] == {"public": {"tokens": told["computed"], "share": 1}}
+    assert_usage(told, answer.usage, choices=2, prompts=2)
 
 
 def test_openai_stream(server):
@@ -192,7 +232,8 @@ def test_openai_stream(server):
     )
     chunks = list(stream)
     told = [chunk.model_extra["experts"] for chunk in chunks if "experts" in chunk.model_extra]
-    assert told == [{"effective": ["public", "math"]}]
+    assert [experts["effective"] for experts in told] == [["public", "math"]]
+    assert_usage(told[0], chunks[-1].usage)
     assert chunks[-1].usage.completion_tokens == 4
     assert any(chunk.choices and chunk.choices[0].finish_reason for chunk in chunks)
 
@@ -218,7 +259,8 @@ def test_a_stream_tells_with_its_usage_where_that_was_asked(server, kind):
     found = events(ask("dave", stream=True, stream_options={"include_usage": True}))
     assert [event for event in found if "experts" in event] == [found[-1]]
     assert found[-1]["choices"] == []
-    assert found[-1]["experts"] == {"effective": STEM}
+    assert found[-1]["experts"]["effective"] == STEM
+    assert_usage(found[-1]["experts"], Totals(**found[-1]["usage"]))
     assert found[-1]["usage"]["completion_tokens"] == 4
 
 
@@ -229,7 +271,9 @@ def test_a_stream_tells_with_each_end_otherwise(server, kind):
     ends = [event for event in found if any(c["finish_reason"] for c in event["choices"])]
     assert told == ends
     assert len(told) == 2
-    assert all(event["experts"] == {"effective": STEM} for event in told)
+    assert all(event["experts"]["effective"] == STEM for event in told)
+    # The usage of all choices together is there when the last of them ends.
+    assert sum(part["share"] for part in told[-1]["experts"]["usage"].values()) == pytest.approx(1)
 
 
 def test_a_stream_says_what_an_answer_does(server):

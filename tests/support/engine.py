@@ -9,7 +9,9 @@ from typing import Any
 from vllm import LLM, SamplingParams
 from vllm.platforms import current_platform
 
+from expertgate.model.ledger import ACCOUNT_ARG
 from expertgate.model.masks import EXTRA_ARG
+from expertgate.model.usage import Work
 from expertgate.policies.expert_set import ExpertSet
 
 
@@ -23,6 +25,8 @@ class Ask:
     salt: str = ""
     n: int = 1
     temperature: float = 0.0
+    account: str | None = None
+    stop: int | None = None
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,9 @@ class Engine:
                 n=a.n,
                 logprobs=0,
                 ignore_eos=True,
+                stop_token_ids=None if a.stop is None else [a.stop],
                 detokenize=False,
-                extra_args={EXTRA_ARG: a.experts.mask},
+                extra_args={EXTRA_ARG: a.experts.mask, ACCOUNT_ARG: a.account},
             )
             for a in asks
         ]
@@ -76,6 +81,15 @@ class Engine:
     def ask_one(self, ask: Ask) -> Answer:
         [[answer]] = self.ask([ask])
         return answer
+
+    def works(self, *accounts: str) -> list[Work]:
+        """What was counted for these accounts, which are closed; all ranks put together."""
+        ranks = self.llm.collective_rpc("expertgate_usage", args=(list(accounts),))
+        calls = zip(*filter(None, ranks), strict=True)
+        return [
+            Work.over_ranks([Work(*r[:3], tuple(r[3]), tuple(r[4])) for r in call])
+            for call in calls
+        ]
 
     def forget(self) -> None:
         """Empties the prefix cache."""

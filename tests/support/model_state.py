@@ -2,14 +2,17 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
+from expertgate.model.ledger import ACCOUNT_ARG, Ledger
 from expertgate.model.masks import EXTRA_ARG, TokenMasks
 from expertgate.model.model_state import MaskedModelState
 from expertgate.policies.expert_set import PUBLIC_ONLY
 
 SLOTS, TOKENS = 8, 64
+LAYERS, EXPERTS, TOP_K = 2, 7, 3
 PUBLIC = PUBLIC_ONLY.signed
 
 
@@ -28,18 +31,33 @@ class State(MaskedModelState, _Bare):
 
 def new_state():
     cpu = torch.device("cpu")
-    return State(SimpleNamespace(masks=TokenMasks(TOKENS, cpu)), cpu)
+    return State(SimpleNamespace(masks=TokenMasks(TOKENS, cpu), ledger=new_ledger()), cpu)
 
 
-def request(name, mask):
-    extra_args = None if mask is None else {EXTRA_ARG: mask}
+def new_ledger():
+    return Ledger(
+        num_layers=LAYERS,
+        max_tokens=TOKENS,
+        num_experts=EXPERTS,
+        top_k=TOP_K,
+        renormalize=False,
+        device=torch.device("cpu"),
+    )
+
+
+def request(name, mask, account=None):
+    extra_args = None if mask is None else {EXTRA_ARG: mask, ACCOUNT_ARG: account}
     params = SimpleNamespace(extra_args=extra_args)
     return SimpleNamespace(req_id=name, sampling_params=params)
 
 
-def batch(slots, lengths, padding=0):
+def batch(slots, lengths, padding=0, names=None, starts=None):
+    """`names`: which request is in each slot; only usage asks. `starts`: tokens computed before."""
     return SimpleNamespace(
         num_reqs=len(slots),
+        req_ids=names or [f"slot {slot}" for slot in slots],
+        num_computed_tokens_np=np.array(starts or [0] * len(slots), dtype=np.int32),
+        num_scheduled_tokens=np.array(lengths, dtype=np.int32),
         idx_mapping=torch.tensor(slots, dtype=torch.int32),
         query_start_loc=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0),
         num_tokens_after_padding=sum(lengths) + padding,

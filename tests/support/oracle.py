@@ -66,6 +66,36 @@ class RowDeletion:
         given = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
         return Forced(logits.argmax(-1).tolist(), given.tolist())
 
+    @torch.inference_mode()
+    def route(
+        self, experts: ExpertSet, tokens: Sequence[int], start: int = 0
+    ) -> tuple[list[int], list[float]]:
+        """How often each expert is chosen over all layers, and with what weight in all.
+
+        Of the tokens from `start` on. By the index that an expert has in the whole model, so those
+        that are deleted have 0.
+        """
+        kept = list(experts)
+        self._keep(kept)
+        slots, weights = [0] * len(self.whole[0][0]), [0.0] * len(self.whole[0][0])
+        chosen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def note(module: object, args: object, routed: tuple[torch.Tensor, ...]) -> None:
+            # By the logits, because weights that underflow to 0 have no order of their own.
+            best = routed[0][start:].float().topk(min(self.top_k, len(kept)), dim=-1).indices
+            every = torch.softmax(routed[0][start:].double(), dim=-1)
+            chosen.append((every.gather(1, best), best))
+
+        hooks = [layer.mlp.gate.register_forward_hook(note) for layer in self.model.model.layers]
+        self.model(torch.tensor([list(tokens)]), use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        for weight, index in chosen:
+            for place, expert in enumerate(kept):
+                slots[expert] += int((index == place).sum())
+                weights[expert] += float(weight[index == place].sum())
+        return slots, weights
+
     def _keep(self, kept: list[int]) -> None:
         for layer, (rows, gate_up, down, bias) in zip(
             self.model.model.layers, self.whole, strict=True

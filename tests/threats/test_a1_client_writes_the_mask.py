@@ -5,6 +5,7 @@ import asyncio
 import pytest
 from vllm.sampling_params import SamplingParams
 
+from expertgate.model.ledger import ACCOUNT_ARG
 from expertgate.model.masks import EXTRA_ARG
 from expertgate.policies.expert_set import PUBLIC_ONLY
 from expertgate.server.grants import HANDLE_ARG, Grants
@@ -47,7 +48,8 @@ def test_the_guard_never_merges():
             {"type": "token", "prompt_token_ids": [1]}, SamplingParams(extra_args=extra_args), ""
         )
         asyncio.run(_drain(generator))
-    assert engine.calls[0].params.extra_args == {EXTRA_ARG: PUBLIC_ONLY.mask}
+    (call,) = engine.calls
+    assert call.params.extra_args == {EXTRA_ARG: PUBLIC_ONLY.mask, ACCOUNT_ARG: call.request_id}
 
 
 async def _drain(generator):

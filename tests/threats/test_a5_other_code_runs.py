@@ -7,11 +7,11 @@ import asyncio
 
 import pytest
 
-from expertgate.policies.expert_set import PUBLIC_ONLY
 from expertgate.server.failures import ProofError
 from expertgate.server.grants import Grants
 from expertgate.server.guard import CacheSalts, GuardedLLM
 from expertgate.server.proof import check_facts, prove
+from tests.server.audit.logs import RECORD
 from tests.server.fakes import FakeEngine
 
 OURS = {
@@ -61,16 +61,25 @@ class Deaf(FakeEngine):
     def __init__(self):
         super().__init__()
         self.model_config = Deaf.model_config()
+        self.computed = 33
 
-    async def collective_rpc(self, name):
-        return [OURS]
+    async def collective_rpc(self, method, **arguments):
+        if method == "expertgate_facts":
+            return [OURS]
+        return await super().collective_rpc(method, **arguments)
 
 
 def test_an_engine_in_which_masks_change_nothing_is_not_served():
     grants = Grants()
     guard = GuardedLLM(Deaf(), grants, CacheSalts(b"w"))
     with pytest.raises(ProofError, match="masks"):
-        asyncio.run(prove(guard, grants, 7))
-    asyncio.run(prove(guard, grants, 1))  # with one expert there is nothing to tell apart
+        asyncio.run(prove(guard, grants, 7, RECORD))
+    asyncio.run(prove(guard, grants, 1, RECORD))  # with one expert there is nothing to tell apart
     assert len(grants) == 0
-    assert PUBLIC_ONLY.mask == 1
+
+
+def test_an_engine_that_does_not_count_is_not_served():
+    grants, engine = Grants(), Deaf()
+    engine.computed = 0
+    with pytest.raises(ProofError, match="counted"):
+        asyncio.run(prove(GuardedLLM(engine, grants, CacheSalts(b"w")), grants, 1, RECORD))

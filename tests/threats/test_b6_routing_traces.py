@@ -21,5 +21,13 @@ def test_no_answer_carries_one(server):
                 assert not hidden & keys_of(json.loads(line.removeprefix("data: ")))
 
 
+def test_usage_is_totals_of_the_whole_request(server):
+    told = server.complete("alice", n=2, temperature=1).json()["experts"]
+    assert set(told) == {"effective", "usage", "computed", "cached"}
+    for part in told["usage"].values():
+        assert set(part) == {"tokens", "share"}
+        assert all(isinstance(value, int | float) for value in part.values())
+
+
 def test_asking_for_part_of_one_is_refused(server):
     assert server.chat("alice", routed_experts_prompt_start=1).status_code == 400

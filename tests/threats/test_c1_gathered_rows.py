@@ -19,6 +19,7 @@ def layer(masks):
     made = object.__new__(FlexOlmoMoE)
     torch.nn.Module.__init__(made)
     made.masks, made.prefix, made.router_bias = masks, NAME, None
+    made.ledger_part = torch.empty(T, E)
     weight = torch.randn(E, H, generator=torch.Generator().manual_seed(0))
     made.__dict__["gate"] = lambda x: (x @ weight.T, None)
     made.seen = []

@@ -51,7 +51,7 @@ async def _generate(
     selection = select(body, request.headers, handlers.model_name)
     wants_receipt = _wants_receipt(body, request, service)
     grant = await service.permit(request, context_of(request, body.purpose), selection)
-    told = {"effective": service.catalogue.names(grant.experts)}
+    told = partial(answers.experts, service.catalogue, grant)
     body.model = handlers.model_name
     body.request_id = uuid.uuid4().hex
     entry = service.audit.entry(body.request_id, request.url.path, grant, service.catalogue)
@@ -59,7 +59,7 @@ async def _generate(
     # The client's own is refused by the schema, so this is the only way in for a handle.
     body.vllm_xargs = {HANDLE_ARG: grant.handle}
     headers = {
-        "X-Experts-Effective": ",".join(told["effective"]),
+        "X-Experts-Effective": ",".join(service.catalogue.names(grant.experts)),
         "X-Request-Id": body.request_id,
     }
     try:
@@ -88,7 +88,7 @@ async def _generate(
     entry.close()
     if result is None:
         return Response(status_code=CLIENT_GONE)
-    answer = answers.body(result, told)
+    answer = answers.body(result, told())
     if wants_receipt:
         answer["receipt"] = await entry.receipt()
     return JSONResponse(answer, headers=headers)

@@ -1,0 +1,140 @@
+"""What counting usage by expert costs: output tokens per second with it and without, in turn.
+
+`python -m benchmarks.usage` runs one engine and switches its counting off and on between runs, so
+that whatever else the machine does meets both. With it, every call that ends is asked for at once,
+by a question of its own; the server lets calls that end together share one.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from vllm import LLM, SamplingParams
+from vllm.platforms import current_platform
+
+from benchmarks.stock import hardware
+from expertgate.kernels.routing import mask_logits
+from expertgate.model.flex_olmo import FlexOlmoMoE
+from expertgate.model.ledger import ACCOUNT_ARG, Ledger
+from expertgate.model.masks import EXTRA_ARG
+from expertgate.policies.expert_set import ExpertSet
+
+if current_platform.is_cpu():
+    from expertgate.model.cpu_worker import MaskedCPUWorker as _MaskedWorker
+else:
+    from expertgate.model.gpu_worker import MaskedGPUWorker as _MaskedWorker
+
+REQUESTS, RUNNING = 32, 16
+PROMPT_TOKENS = 64
+OUTPUT_TOKENS = range(32, 97)
+
+
+class SwitchableWorker(_MaskedWorker):
+    """Does without all that counting adds to a step, while it is switched off."""
+
+    def switch_counting(self, on: bool) -> None:
+        layer: Any = FlexOlmoMoE
+        ledger: Any = Ledger
+        layer.masked_logits = _ON["layer"] if on else _uncounted_logits
+        ledger.begin = _ON["begin"] if on else _nothing
+        ledger.settle = _ON["settle"] if on else _nothing
+
+
+_ON: dict[str, Any] = {
+    "layer": FlexOlmoMoE.masked_logits,
+    "begin": Ledger.begin,
+    "settle": Ledger.settle,
+}
+
+
+def _uncounted_logits(self: Any, router_logits: Any) -> Any:
+    return mask_logits(router_logits, self.masks.words[: len(router_logits)], self.router_bias)
+
+
+def _nothing(self: Any, *_step: Any) -> None:
+    del self
+
+
+def measure(llm: LLM, experts: ExpertSet, counting: bool) -> float:
+    """Output tokens per second of one run of all requests."""
+    llm.collective_rpc("switch_counting", args=(counting,))
+    core = llm.llm_engine
+    vocabulary = llm.model_config.get_vocab_size()
+    total = 0
+    for i in range(REQUESTS):
+        length = OUTPUT_TOKENS[i * 29 % len(OUTPUT_TOKENS)]
+        total += length
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=length,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={EXTRA_ARG: experts.mask, ACCOUNT_ARG: str(i)},
+        )
+        prompt = {"prompt_token_ids": [(7 * i + 13 * j) % vocabulary for j in range(PROMPT_TOKENS)]}
+        core.add_request(str(i), prompt, params)
+    began = time.perf_counter()
+    while core.has_unfinished_requests():
+        for output in core.step():
+            if output.finished and counting:
+                llm.collective_rpc("expertgate_usage", args=([output.request_id],))
+    return total / (time.perf_counter() - began)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    default = Path(__file__).parent.parent / "expertgate" / "demo" / "model"
+    parser.add_argument("--model", default=str(default), help="checkpoint folder")
+    parser.add_argument("--rounds", type=int, default=15, help="pairs of runs")
+    parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
+    options = parser.parse_args()
+    count = json.loads((Path(options.model) / "config.json").read_text())["num_experts"]
+    llm = LLM(
+        options.model,
+        worker_cls="benchmarks.usage.SwitchableWorker",
+        max_model_len=1024,
+        max_num_seqs=RUNNING,
+        # A captured graph would keep what it was captured with, so there is none.
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        kv_cache_memory_bytes=1 << 28,
+    )
+    about = hardware() | {
+        "command": f"python -m benchmarks.usage --rounds {options.rounds}",
+        "model": Path(options.model).name if options.model != default else "the demo model",
+        "workload": f"{REQUESTS} requests, {RUNNING} at once, {PROMPT_TOKENS} tokens in,"
+        f" {OUTPUT_TOKENS[0]} to {OUTPUT_TOKENS[-1]} out, greedy, eager",
+    }
+    for key, value in about.items():
+        print(f"{key}: {value}")
+    figures: dict[str, Any] = {}
+    for name, experts in {
+        "all experts": ExpertSet.first(count),
+        "public + one": ExpertSet.first(2),
+    }.items():
+        measure(llm, experts, counting=True)
+        pairs = []
+        for turn in range(options.rounds):
+            # Which comes first changes too.
+            order = (False, True) if turn % 2 else (True, False)
+            rates = {counting: measure(llm, experts, counting) for counting in order}
+            pairs.append((rates[True], rates[False]))
+        ratios = sorted(on / off for on, off in pairs)
+        figures[name] = {
+            "tokens_per_s_counting": [on for on, _ in pairs],
+            "tokens_per_s_not_counting": [off for _, off in pairs],
+            "ratio_median": statistics.median(ratios),
+            "ratio_quartiles": statistics.quantiles(ratios, n=4),
+        }
+        low, middle, high = figures[name]["ratio_quartiles"]
+        print(f"{name}: {middle:.3f} of the rate without ({low:.3f} to {high:.3f}: quartiles)")
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps({"about": about, "figures": figures}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

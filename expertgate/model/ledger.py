@@ -1,0 +1,194 @@
+"""Counts, in the worker, what the masked router sent to each expert for each account.
+
+An account is one call to the engine with all of its choices, under a name that the server made and
+wrote into their parameters. Only totals are kept; they leave when the server closes the account.
+
+Dimensions: T tokens of a step, L MoE layers of this rank, E experts, K = top_k slots, A accounts.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.utils.torch_utils import async_tensor_h2d
+
+from expertgate.kernels import NO_EXPERT, route
+from expertgate.model.usage import WEIGHT_UNIT, Work
+
+log = logging.getLogger(__name__)
+
+ACCOUNT_ARG = "expertgate_account"
+"""The key of `SamplingParams.extra_args` under which the guarded engine names the account."""
+
+_NOBODY = 0  # the row of the totals that takes what isn't counted
+_ROWS_AT_FIRST = 64
+_MAX_ACCOUNTS = 1 << 16
+_ROUTED_AT_ONCE = 1 << 14  # (token, layer) pairs; bounds the scratch memory of a long prefill
+
+
+class Scheduled(NamedTuple):
+    """One request's part of a step: `length` tokens at the positions from `start` on."""
+
+    request_id: str
+    account: str | None
+    start: int
+    length: int
+
+
+@dataclass(slots=True)
+class _Account:
+    row: int
+    computed: int = 0
+    cached: int = 0
+    # Engine's request id → the position up to which it is accounted for. It outlives a preemption.
+    reached: dict[str, int] = field(default_factory=dict)
+
+
+def account_of(extra_args: Mapping[str, Any] | None) -> str | None:
+    """The account that the guarded engine named; None, so uncounted, where it named none."""
+    account = (extra_args or {}).get(ACCOUNT_ARG)
+    return account if isinstance(account, str) else None
+
+
+class Ledger:
+    """Totals by account, made from the logits that the layers routed by.
+
+    While a step runs, each layer only copies its masked logits into `logits`, which has one address
+    for life, as a replayed CUDA graph wants it. `settle` then routes them once more, all layers
+    together, through the very function that the router uses, and adds up integers: no order of
+    additions changes a total, and nothing here can change an answer.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        max_tokens: int,
+        num_experts: int,
+        top_k: int,
+        renormalize: bool,
+        device: torch.device,
+    ) -> None:
+        self.logits = torch.zeros(
+            (num_layers, max_tokens, num_experts), dtype=torch.float32, device=device
+        )
+        """[L, T, E]: what the layers write, each its own part."""
+        self._top_k = top_k
+        self._renormalize = renormalize
+        self._slots = self._weights = torch.empty(0)
+        self._free: list[int] = []
+        self._accounts: dict[str, _Account] = {}
+        self._step: torch.Tensor | None = None  # [T] int64, the row of each token's account
+        self._grow(_ROWS_AT_FIRST)
+
+    @torch.inference_mode()
+    def begin(self, step: Iterable[Scheduled]) -> None:
+        """Notes who a step's tokens belong to, in the order of the batch; padding follows them.
+
+        A position counts when it is computed first: what a preemption repeats is left out. One
+        that is passed over came from the prefix cache.
+        """
+        self.settle()
+        rows: list[int] = []
+        lengths: list[int] = []
+        for part in step:
+            new, row = 0, _NOBODY
+            if part.account is not None:
+                account = self._open(part.account)
+                reached = account.reached.get(part.request_id, 0)
+                end = max(reached, part.start + part.length)
+                new = min(end - reached, part.length)
+                account.cached += end - reached - new
+                account.computed += new
+                account.reached[part.request_id] = end
+                row = account.row
+            rows += (_NOBODY, row)
+            lengths += (part.length - new, new)
+        self._step = async_tensor_h2d(
+            np.repeat(np.array(rows, dtype=np.int64), lengths), device=self.logits.device
+        )
+
+    @torch.inference_mode()
+    def settle(self) -> None:
+        """Adds the step that was begun last, once it has run; nothing where none is open."""
+        rows, self._step = self._step, None
+        if rows is None or not len(rows):
+            return
+        experts = self.logits.shape[-1]
+        at_once = max(1, _ROUTED_AT_ONCE // len(rows))
+        for logits in torch.split(self.logits[:, : len(rows)], at_once):
+            plan = route(
+                logits.flatten(0, 1), None, top_k=self._top_k, renormalize=self._renormalize
+            )
+            used = plan.experts != NO_EXPERT
+            # An empty slot is added as nothing, to an expert that doesn't notice.
+            cells = rows.repeat(len(logits))[:, None] * experts + plan.experts.clamp(min=0)
+            weights = (plan.weights.double() * WEIGHT_UNIT).round().to(torch.int64)
+            self._slots.view(-1).index_add_(0, cells.flatten(), used.flatten().to(torch.int64))
+            self._weights.view(-1).index_add_(0, cells.flatten(), weights.flatten())
+
+    @torch.inference_mode()
+    def close(self, accounts: Sequence[str]) -> list[Work]:
+        """The totals of accounts whose requests have ended, which are forgotten.
+
+        An account that no step has seen has done nothing.
+        """
+        self.settle()
+        closed = [self._accounts.pop(name, None) for name in accounts]
+        rows = [account.row for account in closed if account is not None]
+        where = torch.tensor(rows, dtype=torch.int64, device=self.logits.device)
+        counted = torch.stack([self._slots[where], self._weights[where]], 1).tolist()
+        self._slots[where] = self._weights[where] = 0
+        self._free += rows
+        nothing = (0,) * self.logits.shape[-1]
+        layers, taken, works = len(self.logits), iter(counted), []
+        for account in closed:
+            if account is None:
+                works.append(Work(layers, 0, 0, nothing, nothing))
+            else:
+                slots, weights = map(tuple, next(taken))
+                works.append(Work(layers, account.computed, account.cached, slots, weights))
+        return works
+
+    def _open(self, name: str) -> _Account:
+        account = self._accounts.get(name)
+        if account is None:
+            if len(self._accounts) >= _MAX_ACCOUNTS:
+                # The server closes each account, so these are what it lost the sight of.
+                self.close([next(iter(self._accounts))])
+                log.error("an account was never closed; its usage is lost")
+            if not self._free:
+                self._grow(2 * len(self._slots))
+            account = self._accounts[name] = _Account(self._free.pop())
+        return account
+
+    def _grow(self, rows: int) -> None:
+        had = len(self._slots)
+        grown = torch.zeros(
+            (2, rows, self.logits.shape[-1]), dtype=torch.int64, device=self.logits.device
+        )
+        if had:
+            grown[0, :had], grown[1, :had] = self._slots, self._weights
+        self._slots, self._weights = grown
+        self._free += range(rows - 1, max(had, _NOBODY + 1) - 1, -1)
+
+
+class ReportsUsage:
+    """Mixed into the workers; called over vLLM's `collective_rpc`."""
+
+    model_runner: Any
+
+    def expertgate_usage(self, accounts: list[str]) -> list[tuple[Any, ...]] | None:
+        """Closes these accounts: the fields of each one's `Work`, in the same order.
+
+        A pipeline rank tells of its own layers. Tensor ranks all route the same, so the first of
+        them tells, and the others give None.
+        """
+        works = self.model_runner.get_model().ledger.close(accounts)
+        if get_tensor_model_parallel_rank() != 0:
+            return None
+        return [astuple(work) for work in works]
