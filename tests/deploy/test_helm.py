@@ -56,12 +56,21 @@ def kind(objects, name):
 
 def pods(objects):
     """The pod templates, workers of a multi-node server among them."""
-    found = [item["spec"]["template"] for item in kind(objects, "Deployment")]
+    found = [item["spec"]["template"] for item in kind(objects, "StatefulSet")]
     for item in kind(objects, "LeaderWorkerSet"):
         template = item["spec"]["leaderWorkerTemplate"]
         found += [template["leaderTemplate"], template["workerTemplate"]]
     assert found
     return found
+
+
+def claims(objects):
+    """The volumes that each pod has of its own."""
+    return [
+        claim
+        for item in kind(objects, "StatefulSet")
+        for claim in item["spec"]["volumeClaimTemplates"]
+    ]
 
 
 def container(pod):
@@ -122,6 +131,7 @@ def test_it_may_write_where_the_image_must_be_able_to_and_nowhere_else(objects):
         log = {"/var/lib/expertgate"} if "ports" in container(pod) else set()
         assert writable == {home, "/tmp", "/dev/shm"} | log
         names = [volume["name"] for volume in pod["spec"]["volumes"]]
+        names += [claim["metadata"]["name"] for claim in claims(objects)]
         assert sorted(mount["name"] for mount in mounts) == sorted(names)
 
 
@@ -167,6 +177,21 @@ def test_the_network_lets_nobody_reach_the_engine(objects):
     # The sockets of a server over several nodes: for its own release's pods alone.
     many = bool(kind(objects, "LeaderWorkerSet"))
     assert ranks == [{"from": [{"podSelector": {"matchLabels": mine}}]}] * many
+
+
+def test_an_audit_log_outlives_its_pod_and_is_nobody_elses(objects):
+    folder = config(objects)["audit"]
+    for pod in servers(objects):
+        [mount] = [m for m in container(pod)["volumeMounts"] if m["name"] == "audit"]
+        assert all(Path(path).is_relative_to(mount["mountPath"]) for path in folder.values())
+        if kind(objects, "LeaderWorkerSet"):
+            assert mount["subPathExpr"] == "$(POD_NAME)"
+    for item in kind(objects, "StatefulSet"):
+        [claim] = claims(objects)
+        assert claim["metadata"]["name"] == "audit"
+        assert claim["spec"]["accessModes"] == ["ReadWriteOnce"]
+        kept = item["spec"]["persistentVolumeClaimRetentionPolicy"]
+        assert set(kept.values()) == {"Retain"}
 
 
 def test_routes_lead_to_the_api_alone(objects):
@@ -318,6 +343,7 @@ def test_several_nodes_form_one_server():
         {"httpRoute": {"enabled": True}},
         {"multiNode": {"enabled": True}, "gpus": 0},
         {"service": {"type": "NodePort"}},
+        {"audit": {"existingClaim": "shared"}},
     ],
     ids=json.dumps,
 )

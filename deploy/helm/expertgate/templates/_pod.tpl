@@ -55,9 +55,9 @@ spec:
         - |
           until ray start --address="$LWS_LEADER_ADDRESS:6379" --block; do sleep 2; done
       {{- end }}
-      {{- if or (not $worker) (ne $role "server") .model.tokenSecret }}
+      {{- if or (ne $role "server") .model.tokenSecret }}
       env:
-        {{- if not $worker }}
+        {{- if eq $role "leader" }}
         - name: POD_NAME
           valueFrom: {fieldRef: {fieldPath: metadata.name}}
         {{- end }}
@@ -113,8 +113,12 @@ spec:
         - {name: models, mountPath: /models, readOnly: true}
         {{- end }}
         {{- if not $worker }}
-        # A log belongs to one process, so every pod has its own folder.
+        # A log belongs to one process: a pod has a volume, or of one for all a folder, of its own.
+        {{- if eq $role "server" }}
+        - {name: audit, mountPath: /var/lib/expertgate}
+        {{- else }}
         - {name: audit, mountPath: /var/lib/expertgate, subPathExpr: $(POD_NAME)}
+        {{- end }}
         # Whole folders: what is mounted by subPath never changes while the pod runs.
         - {name: config, mountPath: /etc/expertgate/config, readOnly: true}
         - {name: keys, mountPath: /etc/expertgate/keys, readOnly: true}
@@ -139,13 +143,15 @@ spec:
     - name: models
       persistentVolumeClaim: {claimName: {{ . }}, readOnly: true}
     {{- end }}
-    {{- if not $worker }}
+    {{- if eq $role "leader" }}
     - name: audit
       {{- if .audit.existingClaim }}
       persistentVolumeClaim: {claimName: {{ .audit.existingClaim }}}
       {{- else }}
       emptyDir: {sizeLimit: {{ .audit.size }}}
       {{- end }}
+    {{- end }}
+    {{- if not $worker }}
     - name: config
       configMap: {name: {{ include "expertgate.name" $root }}-config}
     - name: keys
