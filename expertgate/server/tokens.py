@@ -44,10 +44,11 @@ class TokenIssuer:
 
     async def identify(self, connection: HTTPConnection) -> Principal | None:
         token = bearer_token(connection.headers)
-        if _issuer_of(token) != self._config.issuer:
+        said = _unverified(token)
+        if said is None or said["payload"].get("iss") != self._config.issuer:
             return None
         try:
-            return self._principal(await self._verified(token))
+            return self._principal(await self._verified(token, said["header"]))
         except _BadToken as error:
             log.info("refused a token of %s: it %s", self._config.name, error)
             raise invalid_credential(f"this token {error}") from None
@@ -62,19 +63,18 @@ class TokenIssuer:
     def refresh(self) -> int:
         return self._keys.refresh()
 
-    async def _verified(self, token: str) -> Mapping[str, Any]:
+    async def _verified(self, token: str, header: Mapping[str, Any]) -> Mapping[str, Any]:
         """The claims of a token that holds. Raises _BadToken and NoKeys."""
         config = self._config
+        algorithm, kid = header.get("alg"), header.get("kid")
+        if algorithm not in config.algorithms:
+            raise _BadToken(f"is not signed by one of {', '.join(config.algorithms)}")
+        if not kid:
+            raise _BadToken("names no key: it has no kid")
+        key = await self._keys.key(kid, algorithm)
+        if key is None:
+            raise _BadToken("names a key that its issuer doesn't have")
         try:
-            header = jwt.get_unverified_header(token)
-            algorithm, kid = header.get("alg"), header.get("kid")
-            if algorithm not in config.algorithms:
-                raise _BadToken(f"is not signed by one of {', '.join(config.algorithms)}")
-            if not kid:
-                raise _BadToken("names no key: it has no kid")
-            key = await self._keys.key(kid, algorithm)
-            if key is None:
-                raise _BadToken("names a key that its issuer doesn't have")
             return jwt.decode(
                 token,
                 key,
@@ -109,12 +109,12 @@ class _BadToken(Exception):  # noqa: N818  (what it is, and named as one)
     """What is wrong with it, for its sender."""
 
 
-def _issuer_of(token: str) -> object:
-    """Who a token says that it is from, not verified; None for what is no token."""
+def _unverified(token: str) -> Mapping[str, Any] | None:
+    """What a token says, its `header` and `payload`; None for what is no token."""
     if len(token) > MAX_TOKEN_CHARS:
         return None
     try:
-        return jwt.decode(token, options={"verify_signature": False}).get("iss")
+        return jwt.decode_complete(token, options={"verify_signature": False})
     except jwt.PyJWTError:
         return None
 
