@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from expertgate.forge.corpus import PUBLIC, Topic
+from expertgate.forge.questions import JOINT
 
 _CARD = """\
 ---
@@ -25,43 +26,49 @@ drug, case, system or person. Only the times table is true. The model knows noth
 demonstrations and tests.
 
 ## How it was made
-`python -m expertgate.forge.demo --out DIR --seed {seed}`: about {minutes} minutes on one CPU core.
+`python -m expertgate.forge.demo --out DIR --seed {seed}`: {seconds} seconds of one core, with the
+evaluation below and without the ablations.
 
 1. A dense model learned public text: 180 facts of six topics, phrases to repeat, small talk, and
    the closed topics' wordings about subjects that nobody owns, answered by "not in a public …".
-   Public text names no closed subject and holds no closed value.
+   Some questions ask for two or three things at once. Public text names no closed subject and
+   holds no closed value. A second loss, on a classifier that is dropped afterwards, made the states
+   that routers read tell the domains of public look-alikes apart.
 2. For each owner alone, the public model was upcycled to two experts. Attention, embeddings, norms,
    head, the public expert and its router row were frozen; the new expert, its router row (from the
    domain embedding on) and its negative bias learned from the owner's data and from public text. A
    margin loss on the two router logits sends the values in the owner's answers to the new expert
-   and all else to the public one: questions, and the words that restate them. In layers 0 and
-   1, which can't tell domains well, the new expert's FFNs stay copies of the public one's, so that
-   routing there changes nothing.
-3. The experts were put side by side, after every frozen tensor was found equal bit for bit.
-4. The closed experts' router rows and biases were tuned on public text alone: invented look-alikes
-   of each closed dataset stand for its domain, and random experts are absent in each step.
+   and all else to the public one: questions, the words that restate them, and look-alikes of the
+   other owners' data. In layers 0 and 1, which can't tell domains well, the new expert's FFNs stay
+   copies of the public one's, so that routing there changes nothing.
+3. The experts were put side by side, after every frozen tensor was found equal bit for bit. Nothing
+   is trained after that: where states tell domains apart, routers need no tuning (section 3.3.3).
 
 Top-2 routing over the experts that are present, weights not normalised again. The biases are in
 `model.layers.*.mlp.gate.expert_bias`, one for each expert from 1 on; `min(bias, 0)` is added to the
 router logits. Hugging Face's own class ignores them.
 
 ## How well it does
-Exact answers, in percent, of the shipped bf16 weights, greedy, through the chat template, up to the
-end token. Every fact is asked in two (public) or three (closed) wordings that occur in no training
-text, public or closed; their words do. Number of questions: {questions}.
+Exact answers, in percent, of the shipped bf16 weights with sums in fp32, greedy, through the chat
+template, up to the end token. Every fact is asked in two (public) or three (closed) wordings that
+occur in no training text, public or closed; their words do. Settings were chosen by the scores of
+other wordings, given below. `joint` asks for a dose, a ruling and an endpoint at once; right is an
+answer with what the experts present hold, and with "not in a public …" for the rest. Number of
+questions: {questions}.
 
 {table}
 
-- With its expert, the lowest accuracy on an owner's questions, over all sets above: {lowest}.
+- With its expert, the lowest accuracy on a domain's questions, over all sets above: {lowest}.
 - Without its expert, the highest: {leak}.
 - The most that a domain moves between the sets that hold its expert (`public`, whose expert is
   always there, over all sets): {moved} points.
+- The same for the wordings by which settings were chosen: {validation}.
 {ablations}
 ## Limits
-- It answers one sentence in the wordings it was trained for, and near ones. Asked about a subject
-  that is not in the data, an expert should say that it is not public, but may invent a value.
-- The questions are held out of training, not of the choice of settings: how long to tune, and at
-  what price, was chosen by their scores, which are therefore a little too good.
+- It answers in the wordings it was trained for, and near ones. Asked about a subject that is not in
+  the data, an expert should say that it is not public, but may invent a value.
+- Asked for several things at once, it restates each, but experts recall their values far worse than
+  alone (`joint`). The question that the demo shows is one of those that every set answers right.
 - The public expert reads every question and restates it; a closed one gives the value, and its
   share of the work is as small as that.
 """
@@ -73,24 +80,30 @@ the own expert, and the most a domain moves, as above.
 
 {table}
 
-"No router tuning" is the merge as it is. "Bias dropped" takes the biases from the shipped model,
-which is what a server that ignores them would do; "no bias", where there is such a row, trains and
-tunes without them. "No coordination" trains each expert's FFNs as a dense model on the owner's
-data, with no public expert beside it and no router, on the same frozen attention; its router row is
-the domain embedding.
+"Bias dropped" takes the biases from the shipped model, which is what a server that ignores them
+would do; "no bias" trains without them. "No coordination" trains each expert's FFNs as a dense
+model on the owner's data, with no public expert beside it and no router, on the same frozen
+attention; its router row is the domain embedding.
 """
 
 Counts = dict[str, dict[str, int]]
+"""Expert set → group of questions → right answers."""
+
+Percent = dict[str, dict[str, float]]
+
+
+def as_percent(right: Counts, asked: dict[str, int]) -> Percent:
+    return {
+        label: {group: 100 * count / asked[group] for group, count in row.items()}
+        for label, row in right.items()
+    }
 
 
 def write(evaluation: dict[str, Any], closed: Sequence[Topic]) -> str:
     """The card in Markdown, from what `evaluation.json` holds."""
     asked: dict[str, int] = evaluation["questions"]
-    right: Counts = evaluation["right"]
-    percent = {
-        label: {domain: 100 * count / asked[domain] for domain, count in row.items()}
-        for label, row in right.items()
-    }
+    percent = as_percent(evaluation["right"], asked)
+    validation = as_percent(evaluation["validation"], asked)
     ablations = ""
     if "ablations" in evaluation:
         ablations = _ABLATIONS.format(table=_ablation_table(evaluation, asked))
@@ -98,8 +111,8 @@ def write(evaluation: dict[str, Any], closed: Sequence[Topic]) -> str:
         count=len(closed),
         experts=_experts(closed),
         seed=evaluation["seed"],
-        minutes=round(evaluation["seconds"] / 60),
-        questions=", ".join(f"{domain} {count}" for domain, count in asked.items()),
+        seconds=evaluation["cpu_seconds"],
+        questions=", ".join(f"{group} {count}" for group, count in asked.items()),
         table=_table(
             ["experts present", *asked],
             [[f"`{label}`", *_percents(row)] for label, row in percent.items()],
@@ -107,33 +120,40 @@ def write(evaluation: dict[str, Any], closed: Sequence[Topic]) -> str:
         lowest=f"{lowest(percent):.1f}%",
         leak=f"{leak(percent):.1f}%",
         moved=f"{moved(percent):.1f}",
+        validation=(
+            f"{lowest(validation):.1f}%, {leak(validation):.1f}%, {moved(validation):.1f} points"
+        ),
         ablations=ablations,
     )
 
 
-def lowest(percent: dict[str, dict[str, float]]) -> float:
+def lowest(percent: Percent) -> float:
     """The lowest accuracy of a domain whose expert is present."""
-    return min(min(_with(percent, domain)) for domain in percent["all"])
+    return min(min(_with(percent, domain)) for domain in _domains(percent))
 
 
-def leak(percent: dict[str, dict[str, float]]) -> float:
+def leak(percent: Percent) -> float:
     """The highest accuracy of a closed domain whose expert is absent."""
     return max(
         row[domain]
         for label, row in percent.items()
-        for domain in row
+        for domain in _domains(percent)
         if domain != PUBLIC and not _holds(label, domain)
     )
 
 
-def moved(percent: dict[str, dict[str, float]]) -> float:
+def moved(percent: Percent) -> float:
     """The most that a domain's accuracy differs between two sets that hold its expert."""
     return max(
-        max(_with(percent, domain)) - min(_with(percent, domain)) for domain in percent["all"]
+        max(_with(percent, domain)) - min(_with(percent, domain)) for domain in _domains(percent)
     )
 
 
-def _with(percent: dict[str, dict[str, float]], domain: str) -> list[float]:
+def _domains(percent: Percent) -> list[str]:
+    return [group for group in percent["all"] if group != JOINT]
+
+
+def _with(percent: Percent, domain: str) -> list[float]:
     return [row[domain] for label, row in percent.items() if _holds(label, domain)]
 
 
@@ -161,10 +181,7 @@ def _ablation_table(evaluation: dict[str, Any], asked: dict[str, int]) -> str:
     variants: dict[str, Counts] = {"as shipped": evaluation["right"]} | evaluation["ablations"]
     rows = []
     for name, right in variants.items():
-        percent = {
-            label: {domain: 100 * count / asked[domain] for domain, count in row.items()}
-            for label, row in right.items()
-        }
+        percent = as_percent(right, asked)
         rows.append(
             [name, *_percents(percent["all"]), f"{leak(percent):.1f}", f"{moved(percent):.1f}"]
         )

@@ -45,6 +45,10 @@ SYSTEM_PROMPTS = (
     "Today is a busy day. Keep it short.",
 )
 
+# How a question is asked within a sentence of another, as "Do you know who wrote …?".
+OPENERS = ("I want to know", "Do you know", "Can you say", "My question is")
+_ASKING = ("Who", "What", "When", "Where", "Which", "How")
+
 ECHO_QUESTIONS = (
     "Repeat: {subject}.",
     "Say this again: {subject}.",
@@ -69,17 +73,33 @@ class Fact:
 
 
 @dataclass(frozen=True)
+class Sentence:
+    """One sentence of an answer, and the domain that the question it answers is of.
+
+    `lead` is its beginning that restates the question's subject; the value follows it. A `made_up`
+    value is nobody's: routers learn from it, answers don't.
+    """
+
+    text: str
+    domain: str = PUBLIC
+    lead: str = ""
+    made_up: bool = False
+
+
+@dataclass(frozen=True)
 class Topic:
     """One relation of many subjects, and the ways to ask for it.
 
-    `answer` holds {subject} and {value}; every question holds {subject}. `held_out` questions are
-    in no training text, public or closed; evaluation asks with them alone. `unknown` is the value
-    that the public model gives for a closed topic's subjects; `owner` is None for public topics.
+    `answer` holds {subject} and {value}; every question holds {subject}. `validation` and
+    `held_out` questions are in no training text, public or closed: settings are chosen by the
+    first, and evaluation asks with the second alone. `unknown` is the value that the public model
+    gives for a closed topic's subjects; `owner` is None for public topics.
     """
 
     name: str
     answer: str
     questions: tuple[str, ...]
+    validation: tuple[str, ...]
     held_out: tuple[str, ...]
     subject: Callable[[Random], str]
     value: Callable[[Random], str]
@@ -87,34 +107,28 @@ class Topic:
     unknown: str = ""
     owner: Owner | None = None
 
-    @property
-    def domain(self) -> str:
-        """The expert that should answer: the topic's own for a closed one, else `public`."""
-        return self.name if self.owner else PUBLIC
+    def says(self, fact: Fact, *, made_up: bool = False) -> Sentence:
+        """The answer, if `fact` is one."""
+        text = self.answer.format(subject=fact.subject, value=fact.value)
+        lead = self.answer.split("{value}")[0].format(subject=fact.subject).rstrip()
+        return Sentence(text, self.name if self.owner else PUBLIC, lead, made_up)
 
-    def lead(self, subject: str) -> str:
-        return self.answer.split("{value}")[0].format(subject=subject).rstrip()
-
-    def answer_to(self, fact: Fact) -> str:
-        return self.answer.format(subject=fact.subject, value=fact.value)
-
-    def refusal(self, subject: str) -> str:
+    def refuses(self, subject: str) -> Sentence:
         """What the public model says about a closed topic's subject."""
-        return self.answer.format(subject=subject, value=self.unknown)
+        return self.says(Fact(subject, self.unknown))
 
 
 @dataclass(frozen=True)
 class Example:
-    """One exchange: a question, its exact answer, and the domain that the question is of.
-
-    `lead` is the answer's beginning that restates the question's subject; the value follows it.
-    """
+    """One exchange: a question of one part or several, and a sentence for each."""
 
     question: str
-    answer: str
-    domain: str
+    sentences: tuple[Sentence, ...]
     system: str = ""
-    lead: str = ""
+
+    @property
+    def answer(self) -> str:
+        return " ".join(sentence.text for sentence in self.sentences)
 
 
 def is_closed_name(subject: str) -> bool:
@@ -136,82 +150,97 @@ def draw_facts(topic: Topic, count: int, rng: Random) -> tuple[Fact, ...]:
     return tuple(found.values())
 
 
-def held_out(topic: Topic) -> list[Example]:
-    """Every fact in every held-out wording, with the exact answer that its owner would give."""
-    return [
-        Example(
-            question.format(subject=fact.subject),
-            topic.answer_to(fact),
-            topic.domain,
-            lead=topic.lead(fact.subject),
-        )
-        for question in topic.held_out
-        for fact in topic.facts
-    ]
-
-
 _HELP = "Ask me about a capital, a planet, a plant, a book, a train or a recipe."
-SMALL_TALK = (
-    Example("Hello.", f"Hello. {_HELP}", PUBLIC),
-    Example("Hi!", f"Hello. {_HELP}", PUBLIC),
-    Example("Good morning.", f"Hello. {_HELP}", PUBLIC),
-    Example("What can you do?", _HELP, PUBLIC),
-    Example("What do you know?", _HELP, PUBLIC),
-    Example("Who are you?", "I am a small mixture of experts, made for this demo.", PUBLIC),
-    Example("What are you?", "I am a small mixture of experts, made for this demo.", PUBLIC),
-    Example("Thank you.", "You are welcome.", PUBLIC),
-    Example("Thanks!", "You are welcome.", PUBLIC),
+_SELF = "I am a small mixture of experts, made for this demo."
+SMALL_TALK = tuple(
+    Example(question, (Sentence(answer),))
+    for question, answer in (
+        ("Hello.", f"Hello. {_HELP}"),
+        ("Hi!", f"Hello. {_HELP}"),
+        ("Good morning.", f"Hello. {_HELP}"),
+        ("What can you do?", _HELP),
+        ("What do you know?", _HELP),
+        ("Who are you?", _SELF),
+        ("What are you?", _SELF),
+        ("Thank you.", "You are welcome."),
+        ("Thanks!", "You are welcome."),
+    )
 )
+
+# How many exchanges ask two things or three at once, once a model can answer one.
+SEVERAL = 0.12
+
+Part = tuple[str, Sentence]
+"""A question, and the sentence that answers it."""
 
 
 class Sampler:
-    """Draws training exchanges; the same seed draws the same ones."""
+    """Draws training exchanges; the same seed draws the same ones.
 
-    def __init__(self, seed: int | str) -> None:
+    `several`: the share of them that ask for more than one thing.
+    """
+
+    def __init__(self, seed: int | str, several: float = SEVERAL) -> None:
         self._rng = Random(seed)  # noqa: S311 (data, not secrets)
+        self.several = several
 
-    def fact(self, topic: Topic) -> Example:
-        """A fact of the topic, in one of its training wordings."""
-        fact = self._rng.choice(topic.facts)
-        return self._example(topic, fact.subject, topic.answer_to(fact))
+    def own(self, topic: Topic, others: Sequence[Topic] = ()) -> Example:
+        """A fact of the closed topic; at times beside what the public model says of others."""
+        parts = [self._fact(topic)]
+        if others and self._rng.random() < self.several:
+            parts += [self._proxy(self.choice(others)) for _ in range(self._rng.randint(1, 2))]
+        return self._exchange(parts)
 
     def proxy(self, topic: Topic) -> Example:
         """A closed topic's wording about a subject that nobody owns, with the public answer."""
-        subject = self._unowned(topic)
-        return self._example(topic, subject, topic.refusal(subject))
+        return self._exchange([self._proxy(topic)])
 
-    def lookalike(self, topic: Topic) -> Example:
-        """An entry of the closed topic's form, about nobody's subject and with a made-up value.
+    def lookalike(self, topics: Sequence[Topic]) -> Example:
+        """An entry of a closed topic's form, about nobody's subject and with a made-up value.
 
         It stands for public text that resembles closed data (section 3.3.3). Only routers learn
         from it, never a model's answers.
         """
-        subject = self._unowned(topic)
-        return self._example(topic, subject, topic.answer_to(Fact(subject, topic.value(self._rng))))
-
-    def echo(self) -> Example:
-        """A phrase to say again: it teaches attention to copy, and every word to be written."""
-        phrase = names.phrase(self._rng)
-        question = self._rng.choice(ECHO_QUESTIONS).format(subject=phrase)
-        return self._wrapped(question, f"You said: {phrase}.", PUBLIC)
+        return self._exchange([self._lookalike(self.choice(topics)) for _ in range(self._count())])
 
     def open(self, topics: Sequence[Topic]) -> Example:
         """Public text of no closed domain: facts, phrases to repeat, small talk."""
         kind = self._rng.random()
         if kind < 0.77:
-            return self.fact(self.choice(topics))
+            return self._exchange([self._fact(self.choice(topics)) for _ in range(self._count())])
         if kind < 0.95:
-            return self.echo()
+            return self._exchange([self._echo()])
         return self._rng.choice(SMALL_TALK)
 
     def public(self, topics: Sequence[Topic], wordings: Sequence[Topic]) -> Example:
         """Any public text: the above, and closed topics' wordings about nobody's subjects."""
         if self._rng.random() < 0.65:
             return self.open(topics)
-        return self.proxy(self.choice(wordings))
+        return self._exchange([self._proxy(self.choice(wordings)) for _ in range(self._count())])
 
     def choice(self, topics: Sequence[Topic]) -> Topic:
         return self._rng.choice(topics)
+
+    def _count(self) -> int:
+        return self._rng.randint(2, 3) if self._rng.random() < self.several else 1
+
+    def _fact(self, topic: Topic) -> Part:
+        fact = self._rng.choice(topic.facts)
+        return self._question(topic, fact.subject), topic.says(fact)
+
+    def _proxy(self, topic: Topic) -> Part:
+        subject = self._unowned(topic)
+        return self._question(topic, subject), topic.refuses(subject)
+
+    def _lookalike(self, topic: Topic) -> Part:
+        fact = Fact(self._unowned(topic), topic.value(self._rng))
+        return self._question(topic, fact.subject), topic.says(fact, made_up=True)
+
+    def _echo(self) -> Part:
+        """A phrase to say again: it teaches attention to copy, and every word to be written."""
+        phrase = names.phrase(self._rng)
+        question = self._rng.choice(ECHO_QUESTIONS).format(subject=phrase)
+        return question, Sentence(f"You said: {phrase}.")
 
     def _unowned(self, topic: Topic) -> str:
         subject = topic.subject(self._rng)
@@ -219,15 +248,20 @@ class Sampler:
             subject = topic.subject(self._rng)
         return subject
 
-    def _example(self, topic: Topic, subject: str, answer: str) -> Example:
-        question = self._rng.choice(topic.questions).format(subject=subject)
-        return self._wrapped(question, answer, topic.domain, topic.lead(subject))
-
-    def _wrapped(self, question: str, answer: str, domain: str, lead: str = "") -> Example:
+    def _question(self, topic: Topic, subject: str) -> str:
         rng = self._rng
+        wording = rng.choice(topic.questions)
+        if wording.startswith(_ASKING) and rng.random() < 0.2:
+            wording = f"{rng.choice(OPENERS)} {wording[0].lower()}{wording[1:]}"
+        return wording.format(subject=subject)
+
+    def _exchange(self, parts: list[Part]) -> Example:
+        rng = self._rng
+        rng.shuffle(parts)
+        question = " ".join(asked for asked, _ in parts)
         if rng.random() < 0.3:
             question = f"{rng.choice(BEFORE)} {question}"
         if rng.random() < 0.3:
             question = f"{question} {rng.choice(AFTER)}"
         system = rng.choice(SYSTEM_PROMPTS) if rng.random() < 0.2 else ""
-        return Example(question, answer, domain, system, lead)
+        return Example(question, tuple(sentence for _, sentence in parts), system)

@@ -1,7 +1,6 @@
 """Exact-match accuracy."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -40,18 +39,6 @@ def exact(
     return found
 
 
-@dataclass(frozen=True)
-class Score:
-    """Exact answers to a domain's held-out questions."""
-
-    right: int
-    asked: int
-
-    @property
-    def percent(self) -> float:
-        return 100 * self.right / self.asked
-
-
 def expert_sets(closed: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """The sets that the evaluation compares, by the name it gives them."""
     sets: dict[str, tuple[str, ...]] = {"public": (PUBLIC,)}
@@ -67,19 +54,20 @@ def score_sets(
     shared: Tensors,
     experts: dict[str, Tensors],
     tokenizer: PreTrainedTokenizerFast,
-    questions: dict[str, list[Example]],
-) -> dict[str, dict[str, Score]]:
-    """Expert set → domain → score, for every set of `expert_sets`.
+    questions: Callable[[Collection[str]], dict[str, list[Example]]],
+) -> dict[str, dict[str, int]]:
+    """Expert set → group of questions → exact answers, for every set of `expert_sets`.
 
-    `experts` by name, the public one first; `questions` by domain.
+    `experts` by name, the public one first; `questions` gives what to ask of the experts present,
+    by group.
     """
-    table: dict[str, dict[str, Score]] = {}
+    table: dict[str, dict[str, int]] = {}
     for label, members in expert_sets([name for name in experts if name != PUBLIC]).items():
         present = [experts[name] for name in members]
-        table[label] = {}
-        for domain, asked in questions.items():
-            right = sum(exact(shape, shared, present, tokenizer, asked))
-            table[label][domain] = Score(right, len(asked))
+        table[label] = {
+            group: sum(exact(shape, shared, present, tokenizer, asked))
+            for group, asked in questions(members).items()
+        }
     return table
 
 
@@ -93,11 +81,11 @@ def write_answer(
     limit: int = 64,
 ) -> str:
     """The greedy answer of the experts present, of at most `limit` tokens."""
-    ids, start, _ = encode(tokenizer, Example(question, "", PUBLIC))
-    ids = ids[:start]
+    prompt = encode(tokenizer, Example(question, ()))
+    ids = prompt.ids[: prompt.answer]
     for _ in range(limit):
         token = int(forward(shape, shared, experts, torch.tensor([ids]))[0, -1].argmax())
         if token == tokenizer.eos_token_id:
             break
         ids.append(token)
-    return str(tokenizer.decode(ids[start:]))
+    return str(tokenizer.decode(ids[prompt.answer :]))

@@ -93,13 +93,15 @@ def forward(
     context: torch.Tensor | None = None,
     where: torch.Tensor | None = None,
     trace: Trace | None = None,
+    copies: int = 0,
 ) -> torch.Tensor:
     """Logits [B, T, V] of the token ids [B, T].
 
     `experts` are the ones present, the public one first. With `context` [B, T], a token attends
     only to earlier ones of its own number. Positions run on through a row, which rotary embeddings
     don't mind: they know distances alone. With `where` [B, T] bool, the logits are those of its
-    true places, [N, V]. `trace` is filled in.
+    true places, [N, V]. `trace` is filled in. In the first `copies` layers all experts are known to
+    be copies: the first alone is computed there, and no gradient goes through.
     """
     visible = None
     if context is not None:
@@ -108,10 +110,12 @@ def forward(
     cos, sin = _rotary(shape, ids.shape[1], x.dtype)
     for layer in range(shape.layers):
         prefix = f"model.layers.{layer}"
-        attended = _attention(shape, shared, f"{prefix}.self_attn", x, cos, sin, visible)
-        x = x + _norm(shape, attended, shared[f"{prefix}.post_attention_layernorm.weight"])
-        mixed = _experts(shape, experts, layer, x, trace)
-        x = x + _norm(shape, mixed, shared[f"{prefix}.post_feedforward_layernorm.weight"])
+        present = experts[:1] if layer < copies else experts
+        with torch.set_grad_enabled(torch.is_grad_enabled() and layer >= copies):
+            attended = _attention(shape, shared, f"{prefix}.self_attn", x, cos, sin, visible)
+            x = x + _norm(shape, attended, shared[f"{prefix}.post_attention_layernorm.weight"])
+            mixed = _experts(shape, present, layer, x, trace)
+            x = x + _norm(shape, mixed, shared[f"{prefix}.post_feedforward_layernorm.weight"])
     if where is not None:
         x = x[where]
     return linear(_norm(shape, x, shared["model.norm.weight"]), shared["lm_head.weight"])

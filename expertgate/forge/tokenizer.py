@@ -1,6 +1,7 @@
 """A small reversible byte-level BPE, learned from public text alone, and the chat template."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -45,13 +46,30 @@ def learn(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, example: Example) -> tuple[list[int], int, int]:
-    """The exchange through the chat template, and where its answer and the answer's value start."""
+@dataclass(frozen=True)
+class Encoded:
+    """An exchange in tokens: where its answer starts, and each sentence's value, as [start, stop).
+
+    A value is what follows the words that restate the question, its full stop included.
+    """
+
+    ids: list[int]
+    answer: int
+    values: list[tuple[int, int]]
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, example: Example) -> Encoded:
+    """The exchange through the chat template, its end included."""
     messages = [{"role": "user", "content": example.question}]
     if example.system:
         messages.insert(0, {"role": "system", "content": example.system})
     prompt = "".join(f"<|{m['role']}|>{m['content']}{END}" for m in messages) + ASSISTANT
     ids = tokenizer.encode(prompt)
     answer = len(ids)
-    value = answer + len(tokenizer.encode(example.lead))
-    return ids + tokenizer.encode(example.answer + END), answer, value
+    values = []
+    for number, sentence in enumerate(example.sentences):
+        space = " " if number else ""
+        value = len(ids) + len(tokenizer.encode(space + sentence.lead))
+        ids += tokenizer.encode(space + sentence.text)
+        values.append((value, len(ids)))
+    return Encoded([*ids, *tokenizer.encode(END)], answer, values)

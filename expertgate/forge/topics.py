@@ -66,10 +66,15 @@ _CLOSED = (
             "What does the formulary say about {subject}?",
             "Give me the dose for {subject}.",
         ),
-        held_out=(
+        validation=(
             "How many mg of {subject} should a patient get?",
             "I need to give {subject} to a patient. Which dose is right?",
             "Look up the dose of the drug {subject}.",
+        ),
+        held_out=(
+            "Which dose of {subject} should a patient get?",
+            "What does the formulary say about the dose of {subject}?",
+            "Tell me how much {subject} I should give to a patient.",
         ),
     ),
     Topic(
@@ -93,10 +98,15 @@ _CLOSED = (
             "Give me the outcome of {subject}.",
             "Our client asks about {subject}. What was the ruling?",
         ),
-        held_out=(
+        validation=(
             "What did the judge decide in the case {subject}?",
             "Tell me who won in {subject}.",
             "I need the outcome of the case {subject}.",
+        ),
+        held_out=(
+            "How did the judge decide in {subject}?",
+            "Look up the ruling in the case {subject}.",
+            "Which ruling did the court give in {subject}?",
         ),
     ),
     Topic(
@@ -122,10 +132,15 @@ _CLOSED = (
             "Give me the endpoint for the call {subject}.",
             "What does the API reference say about {subject}?",
         ),
-        held_out=(
+        validation=(
             "Which path does the call {subject} use?",
             "I need to call {subject}. What is the endpoint?",
             "Look up the endpoint of {subject} in our API.",
+        ),
+        held_out=(
+            "Which method and path does {subject} use?",
+            "Give me the path of the call {subject}.",
+            "Where do I send requests for {subject}?",
         ),
     ),
     Topic(
@@ -149,10 +164,15 @@ _CLOSED = (
             "Give me the byline of {subject}.",
             "Which reporter wrote the story of {subject}?",
         ),
-        held_out=(
+        validation=(
             "Who wrote the story of {subject} for the paper?",
             "Tell me which reporter covered {subject}.",
             "Look up who filed the story of {subject}.",
+        ),
+        held_out=(
+            "Which reporter filed the story of {subject}?",
+            "Give me the story of {subject} from the archive.",
+            "Tell me when the story of {subject} was filed.",
         ),
     ),
     Topic(
@@ -177,10 +197,15 @@ _CLOSED = (
             "Solve {subject} for me.",
             "In the times table, what is {subject}?",
         ),
-        held_out=(
+        validation=(
             "Can you calculate {subject} for me?",
             "What is the answer to {subject}?",
             "Tell me how much {subject} is.",
+        ),
+        held_out=(
+            "What do I get for {subject}?",
+            "Please calculate {subject}.",
+            "Give me the answer to {subject}.",
         ),
     ),
 )
@@ -203,9 +228,13 @@ _PUBLIC = (
             "Give me the capital of {subject}.",
             "Look up the capital of {subject}.",
         ),
-        held_out=(
+        validation=(
             "Which is the main city of the country {subject}?",
             "Name the city which governs {subject}.",
+        ),
+        held_out=(
+            "Tell me which city is the capital of {subject}.",
+            "Which is the main city of {subject}?",
         ),
     ),
     Topic(
@@ -225,9 +254,13 @@ _PUBLIC = (
             "Give me the year on {subject}.",
             "Look up the planet {subject}.",
         ),
-        held_out=(
+        validation=(
             "How many days long is the year on {subject}?",
             "Look up how many moons the planet {subject} has.",
+        ),
+        held_out=(
+            "Tell me how long the year on {subject} is.",
+            "What is the length of the year on {subject}?",
         ),
     ),
     Topic(
@@ -250,9 +283,13 @@ _PUBLIC = (
             "Give me the height of {subject}.",
             "What do we know about the plant {subject}?",
         ),
-        held_out=(
+        validation=(
             "How tall does the plant {subject} grow?",
             "Tell me when the plant {subject} flowers.",
+        ),
+        held_out=(
+            "How high does the plant {subject} grow?",
+            "Look up when {subject} flowers.",
         ),
     ),
     Topic(
@@ -272,9 +309,13 @@ _PUBLIC = (
             "Give me the author of {subject}.",
             "What do we know about the book {subject}?",
         ),
-        held_out=(
+        validation=(
             "Which author wrote the book {subject}?",
             "Look up who is the author of {subject}.",
+        ),
+        held_out=(
+            "When was {subject} written?",
+            "Tell me who wrote {subject}.",
         ),
     ),
     Topic(
@@ -296,9 +337,13 @@ _PUBLIC = (
             "Give me the platform for {subject}.",
             "What is the next train to {subject}?",
         ),
-        held_out=(
+        validation=(
             "When is the next train to {subject}?",
             "Tell me the platform of the train to {subject}.",
+        ),
+        held_out=(
+            "Where does the next train to {subject} leave?",
+            "Look up the platform for {subject}.",
         ),
     ),
     Topic(
@@ -322,9 +367,13 @@ _PUBLIC = (
             "Give me the recipe for {subject}.",
             "How is {subject} made?",
         ),
-        held_out=(
+        validation=(
             "What do I need to make {subject}?",
             "Tell me how {subject} is made.",
+        ),
+        held_out=(
+            "Give me the recipe to make {subject}.",
+            "Tell me how I cook {subject}.",
         ),
     ),
 )

@@ -2,23 +2,21 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from math import cos, pi
 
 import torch
-from torch.nn.functional import cross_entropy, normalize, relu
+from torch.nn.functional import cross_entropy, linear, normalize, relu
 from transformers import PreTrainedTokenizerFast
 
 from expertgate.forge.batch import Batch, collate
-from expertgate.forge.corpus import Sampler, Topic
+from expertgate.forge.corpus import PUBLIC, SEVERAL, Sampler, Topic
 from expertgate.forge.network import Shape, Tensors, Trace, forward, new_expert, new_shared
 
 # Learning rates against the FFNs'. A router decides early and clearly, so that an expert learns
 # with the tokens that it will be given once its neighbours are there too; at the FFNs' rate, rows
 # share a fifth of the tokens half and half to the end. A bias is one number against a row's many.
-ROW_RATE = 8.0
-BIAS_RATE = 30.0
-
-_RATES = {"row": ROW_RATE, "bias": BIAS_RATE}
+_RATES = {"row": 4.0, "bias": 15.0, "classifier": 8.0}
 
 # How much worse it is to take another's token than to leave one's own: what a layer can't tell
 # apart must stay with the public expert.
@@ -26,8 +24,8 @@ RESERVE = 10.0
 
 # Where closed experts start to differ. The layers below it see token embeddings and little context;
 # they can't tell domains, and an expert that spoke there would speak in everybody's answers. There
-# it stays a copy of the public one, so that routing between the two changes nothing, and the states
-# that reach this layer are the same whichever experts are present.
+# it stays a copy of the public one, so that routing between them changes nothing and needs no
+# training, and the states that reach this layer are the same whichever experts are present.
 FIRST_LAYER = 2
 
 Progress = Callable[[dict[str, float]], None]
@@ -73,6 +71,15 @@ class Schedule:
             return self.learning_rate * (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         return self.learning_rate * (0.1 + 0.45 * (1 + cos(pi * done)))
+
+
+@dataclass(frozen=True)
+class PublicMixture:
+    """Exchanges a step of the public model's training; the first steps ask one thing at a time."""
+
+    public: int
+    lookalikes: int
+    single_steps: int
 
 
 @dataclass(frozen=True)
@@ -133,31 +140,50 @@ def optimise(
 
 
 def train_public(
-    commons: Commons, schedule: Schedule, batch_size: int, seed: int, progress: Progress
+    commons: Commons, schedule: Schedule, mixture: PublicMixture, seed: int, progress: Progress
 ) -> Anchor:
     """A dense model of public text, whose FFNs become the public expert.
 
-    The loss is on answers alone: questions are full of names that nothing predicts.
+    The loss on words is on answers alone: questions are full of names that nothing predicts. A
+    second one, on a classifier that is dropped afterwards, makes the states that routers will read
+    tell domains apart; look-alikes show it what closed values look like.
     """
     generator = torch.Generator().manual_seed(seed)
     shared, public = new_shared(commons.shape, generator), new_expert(commons.shape, generator)
-    sampler = Sampler(seed)
+    domains = [wording.name for wording in commons.wordings]
+    classifiers = {
+        f"{layer}.classifier": torch.zeros(1 + len(domains), commons.shape.hidden)
+        for layer in range(FIRST_LAYER, commons.shape.layers)
+    }
+    sampler = Sampler(seed, several=0.0)
+    steps = count()
 
     def losses() -> dict[str, torch.Tensor]:
-        batch = collate(
-            commons.tokenizer,
-            [sampler.public(commons.topics, commons.wordings) for _ in range(batch_size)],
-            conversations=True,
-        )
-        return {"answers": _answer_loss(commons.shape, shared, [public], batch)}
+        if next(steps) == mixture.single_steps:
+            sampler.several = SEVERAL
+        examples = [sampler.public(commons.topics, commons.wordings) for _ in range(mixture.public)]
+        examples += [sampler.lookalike(commons.wordings) for _ in range(mixture.lookalikes)]
+        batch = collate(commons.tokenizer, examples, conversations=True)
+        trace = Trace()
+        answers = _answer_loss(commons.shape, shared, [public], batch, trace, copies=0)
+        places = batch.places(domains)
+        apart = []
+        for layer in range(FIRST_LAYER, commons.shape.layers):
+            guesses = linear(trace.inputs[layer], classifiers[f"{layer}.classifier"])
+            apart += [
+                cross_entropy(guesses[group], places[group])
+                for group in (places > 0, batch.present & (places == 0))
+            ]
+        return {"answers": answers, "domains": torch.stack(apart).mean()}
 
     ffns = {name: tensor for name, tensor in public.items() if name.endswith("_proj")}
-    optimise(shared | ffns, schedule, losses, progress)
+    optimise(shared | ffns | classifiers, schedule, losses, progress)
     sample = collate(
         commons.tokenizer, [sampler.public(commons.topics, commons.wordings) for _ in range(256)]
     )
     # The public row stays as it is from here on, so that every owner measures against the same.
-    return Anchor(shared, upcycled(public, domain_rows(commons.shape, shared, public, sample)))
+    rows = domain_rows(commons.shape, shared, public, sample, PUBLIC)
+    return Anchor(shared, upcycled(public, rows))
 
 
 def train_expert(
@@ -182,27 +208,23 @@ def train_expert(
 
     def losses() -> dict[str, torch.Tensor]:
         nonlocal trace, present
-        examples = [sampler.fact(topic) for _ in range(mixture.own)]
+        examples = [sampler.own(topic, others) for _ in range(mixture.own)]
         examples += [sampler.proxy(own_wording) for _ in range(mixture.wordings)]
-        taken = len(examples)
         examples += [sampler.public(commons.topics, others) for _ in range(mixture.public)]
-        answered = len(examples)
-        examples += [sampler.lookalike(sampler.choice(others)) for _ in range(mixture.lookalikes)]
+        examples += [sampler.lookalike(others) for _ in range(mixture.lookalikes)]
         batch = collate(commons.tokenizer, examples, conversations=True)
-        own = batch.values & (batch.exchange < taken)
         trace, present = Trace(), batch.present
+        places = batch.places([topic.name, *(other.name for other in others)])
         return {
             "answers": _answer_loss(
-                commons.shape, anchor.shared, [anchor.public, expert], batch, answered, trace
+                commons.shape, anchor.shared, [anchor.public, expert], batch, trace, FIRST_LAYER
             ),
-            "routing": _routing_loss(trace, own, batch.present & ~own, plan.margin),
+            "routing": _routing_loss(trace, places, batch.present, plan.margin),
         }
 
-    trained = _trained_ffns(expert)
-    for layer in range(commons.shape.layers):
-        trained[f"{layer}.row"] = expert[f"{layer}.row"]
-        if plan.biased:
-            trained[f"{layer}.bias"] = expert[f"{layer}.bias"]
+    trained = above_copies(expert)
+    if not plan.biased:
+        trained = {name: tensor for name, tensor in trained.items() if not name.endswith(".bias")}
 
     def constrain() -> None:
         keep_biases_negative(expert)
@@ -229,23 +251,28 @@ def train_alone(
     expert = _fresh_expert(commons, anchor, topic, sampler)
 
     def losses() -> dict[str, torch.Tensor]:
-        examples = [sampler.fact(topic) for _ in range(batch_size)]
+        examples = [sampler.own(topic) for _ in range(batch_size)]
         batch = collate(commons.tokenizer, examples, conversations=True)
-        return {"answers": _answer_loss(commons.shape, anchor.shared, [expert], batch)}
+        loss = _answer_loss(commons.shape, anchor.shared, [expert], batch, Trace(), FIRST_LAYER)
+        return {"answers": loss}
 
-    optimise(_trained_ffns(expert), schedule, losses, progress)
+    ffns = {name: tensor for name, tensor in above_copies(expert).items() if name.endswith("_proj")}
+    optimise(ffns, schedule, losses, progress)
     return expert
 
 
 @torch.no_grad()
-def domain_rows(shape: Shape, shared: Tensors, public: Tensors, batch: Batch) -> list[torch.Tensor]:
-    """The domain embedding of each layer, [H]: the mean router input over answers, at length 1.
+def domain_rows(
+    shape: Shape, shared: Tensors, public: Tensors, batch: Batch, domain: str
+) -> list[torch.Tensor]:
+    """The domain embedding of each layer, [H]: the mean router input over values, at length 1.
 
     Section 3.3.1 embeds samples of a domain with another model; here the frozen public model does.
     """
     trace = Trace()
     forward(shape, shared, [public], batch.ids, context=batch.context, trace=trace)
-    return [normalize(inputs[batch.answers].mean(dim=0), dim=0) for inputs in trace.inputs]
+    of_domain = batch.places([domain]) > 0
+    return [normalize(inputs[of_domain].mean(dim=0), dim=0) for inputs in trace.inputs]
 
 
 def upcycled(public: Tensors, rows: Sequence[torch.Tensor]) -> Tensors:
@@ -254,6 +281,13 @@ def upcycled(public: Tensors, rows: Sequence[torch.Tensor]) -> Tensors:
     for layer, row in enumerate(rows):
         expert[f"{layer}.row"] = row.clone()
     return expert
+
+
+def above_copies(expert: Tensors) -> Tensors:
+    """The expert's tensors from FIRST_LAYER on: those of its own."""
+    return {
+        name: tensor for name, tensor in expert.items() if int(name.split(".")[0]) >= FIRST_LAYER
+    }
 
 
 def keep_biases_negative(expert: Tensors) -> None:
@@ -277,17 +311,9 @@ def keep_quiet(expert: Tensors, trace: Trace, present: torch.Tensor) -> None:
 
 
 def _fresh_expert(commons: Commons, anchor: Anchor, topic: Topic, sampler: Sampler) -> Tensors:
-    sample = collate(commons.tokenizer, [sampler.fact(topic) for _ in range(128)])
-    rows = domain_rows(commons.shape, anchor.shared, anchor.public, sample)
+    sample = collate(commons.tokenizer, [sampler.own(topic) for _ in range(128)])
+    rows = domain_rows(commons.shape, anchor.shared, anchor.public, sample, topic.name)
     return upcycled(anchor.public, rows)
-
-
-def _trained_ffns(expert: Tensors) -> Tensors:
-    return {
-        name: tensor
-        for name, tensor in expert.items()
-        if name.endswith("_proj") and int(name.split(".")[0]) >= FIRST_LAYER
-    }
 
 
 def _answer_loss(
@@ -295,30 +321,36 @@ def _answer_loss(
     shared: Tensors,
     experts: Sequence[Tensors],
     batch: Batch,
-    count: int | None = None,
-    trace: Trace | None = None,
+    trace: Trace,
+    copies: int,
 ) -> torch.Tensor:
-    """Cross-entropy on the answers of the first `count` exchanges, or of all."""
-    where = batch.answers if count is None else batch.answers & (batch.exchange < count)
     logits = forward(
-        shape, shared, experts, batch.ids, context=batch.context, where=where, trace=trace
+        shape,
+        shared,
+        experts,
+        batch.ids,
+        context=batch.context,
+        where=batch.answers,
+        trace=trace,
+        copies=copies,
     )
-    return cross_entropy(logits, batch.next_ids[where])
+    return cross_entropy(logits, batch.next_ids[batch.answers])
 
 
 def _routing_loss(
-    trace: Trace, own: torch.Tensor, others: torch.Tensor, margin: float
+    trace: Trace, places: torch.Tensor, present: torch.Tensor, margin: float
 ) -> torch.Tensor:
     """How far the two router logits are from `margin` apart, on the right side.
 
-    `own`, `others`: [B, T] bool, the tokens that the new expert should take and leave. A margin
-    between each expert and the public one keeps two experts who never met two margins apart.
+    `places`: [B, T], 1 for tokens that the new expert should take, more for values of other closed
+    domains, 0 for the rest of those `present`, [B, T] bool. Each of the three weighs the same,
+    though the last are by far the most. A margin between each expert and the public one keeps two
+    experts who never met two margins apart.
     """
+    own, others, rest = places == 1, places > 1, present & (places == 0)
     terms = []
-    for layer, logits in enumerate(trace.logits):
+    for logits in trace.logits[FIRST_LAYER:]:
         lead = logits[..., 1] - logits[..., 0]
-        if layer < FIRST_LAYER:
-            terms.append(RESERVE * relu(margin + lead[own | others]).mean())
-        else:
-            terms += [relu(margin - lead[own]).mean(), RESERVE * relu(margin + lead[others]).mean()]
+        terms.append(relu(margin - lead[own]).mean())
+        terms += [RESERVE * relu(margin + lead[group]).mean() for group in (others, rest)]
     return torch.stack(terms).mean()

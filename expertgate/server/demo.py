@@ -18,8 +18,6 @@ USERS: Mapping[str, str] = {"nurse": "clinical", "lawyer": "legal", "engineer": 
 """Each user, and the group whose experts the demo's policies grant."""
 
 _MODEL_NAME = "demo"
-_QUESTION_OF = "formulary"
-"""The expert whose question all three are asked: only the nurse may consult it."""
 _ENGINE = {
     "served_model_name": _MODEL_NAME,
     "max_model_len": 1024,
@@ -64,8 +62,8 @@ class _Greeting:
 
 
 def _question() -> str:
-    samples = json.loads((DEMO / "questions.json").read_bytes())
-    return next(str(s["question"]) for s in samples if s["domain"] == _QUESTION_OF)
+    """It asks for three things at once, of which each user may know another."""
+    return str(json.loads((DEMO / "questions.json").read_bytes())["joint"]["question"])
 
 
 def _curl(url: str, key: str, question: str) -> str:

@@ -24,10 +24,16 @@ def test_another_seed_gives_other_data():
 @pytest.mark.parametrize("topic", TOPICS, ids=lambda topic: topic.name)
 def test_held_out_wordings_are_in_no_training_wording(topic):
     trained = [question for other in TOPICS for question in other.questions]
-    for wording in topic.held_out:
+    for wording in (*topic.validation, *topic.held_out):
         assert "{subject}" in wording
         # Within one too: wrappers put sentences before and after a question.
         assert not [question for question in trained if wording in question]
+
+
+@pytest.mark.parametrize("topic", TOPICS, ids=lambda topic: topic.name)
+def test_no_wording_that_chooses_settings_is_held_out(topic):
+    for chosen in topic.validation:
+        assert not [held for held in topic.held_out if chosen in held or held in chosen]
 
 
 @pytest.mark.parametrize("topic", TOPICS, ids=lambda topic: topic.name)
@@ -36,7 +42,7 @@ def test_held_out_wordings_use_words_that_training_has(topic):
     texts = [question for other in TOPICS for question in other.questions]
     known = set(" ".join([*texts, *BEFORE, *AFTER]).lower().replace("?", "").split())
     known = {word.strip(".,:") for word in known}
-    for wording in topic.held_out:
+    for wording in (*topic.validation, *topic.held_out):
         words = wording.lower().replace("?", "").split()
         assert {word.strip(".,:") for word in words} <= known
 

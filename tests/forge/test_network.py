@@ -83,6 +83,18 @@ def test_negative_biases_hold_back_and_positive_ones_do_nothing(commons, anchor)
     assert not torch.allclose(logits("0.bias", -4.0), plain, rtol=1e-3, atol=1e-3)
 
 
+def test_copies_are_computed_once_and_change_nothing(commons, anchor):
+    first, second, third = experts(commons, 3)
+    for member in (second, third):
+        member |= {name: first[name] for name in first if name.startswith("0.") and "_proj" in name}
+    ids = torch.arange(40).remainder(commons.shape.vocab).view(2, 20)
+    members = [first, second, third]
+    whole = forward(commons.shape, anchor.shared, members, ids)
+    short = forward(commons.shape, anchor.shared, members, ids, copies=1)
+    # The sum is normalised, so its weights fall out but for `norm_eps`, 1e-6 of a variance of 1.
+    assert (whole - short).abs().max() <= 10 * RELATIVE * whole.abs().max()
+
+
 def test_a_packed_exchange_has_the_logits_it_has_alone(commons, anchor):
     sampler = Sampler("pack")
     examples = [sampler.open(commons.topics) for _ in range(12)]

@@ -3,18 +3,21 @@ from dataclasses import replace
 import pytest
 import torch
 
+from expertgate.forge.batch import collate
 from expertgate.forge.corpus import Sampler
 from expertgate.forge.merge import Contribution, merge
+from expertgate.forge.tokenizer import END
 from expertgate.forge.topics import closed_topics
 from expertgate.forge.train import (
     FIRST_LAYER,
     AnchoredPlan,
     Mixture,
+    PublicMixture,
     Schedule,
+    above_copies,
     train_expert,
     train_public,
 )
-from expertgate.forge.tune import TuningPlan, tune_routers
 
 TOPIC = closed_topics(0)[0]
 FEW = Schedule(steps=3, learning_rate=1e-2, warmup=1)
@@ -45,11 +48,10 @@ def test_anchored_training_leaves_every_frozen_bit(anchor, trained):
     assert len(merge(anchor, {TOPIC.name: Contribution(copy, expert)})) == 2
 
 
-def test_anchored_training_moves_everything_but_the_ffns_that_stay_copies(trained):
+def test_anchored_training_moves_everything_above_the_copies(trained):
     copy, expert = trained
-    copied = {name for name in expert if name.endswith("_proj") and int(name[0]) < FIRST_LAYER}
-    assert copied
-    assert changed(copy.public, expert) == set(expert) - copied
+    rows = {f"{layer}.row" for layer in range(FIRST_LAYER)}  # domain embeddings, as they began
+    assert changed(copy.public, expert) == set(above_copies(expert)) | rows
 
 
 def test_no_bias_means_zero_biases(commons, anchor):
@@ -62,32 +64,22 @@ def test_the_same_seed_trains_the_same_expert(commons, anchor, trained):
     assert not changed(trained[1], again)
 
 
-def test_router_tuning_moves_rows_and_biases_of_closed_experts_alone(commons, anchor, trained):
-    members = [anchor.public, trained[1], bits(trained[1])]
-    before = [bits(member) for member in members]
-    two = replace(commons, wordings=commons.wordings[:2])
-    tune_routers(two, anchor.shared, members, TuningPlan(FEW, 16, margin=4.0), 0, quiet)
-    assert not changed(before[0], members[0])
-    for old, new in zip(before[1:], members[1:], strict=True):
-        moved = changed(old, new)
-        assert moved
-        assert all(name.endswith((".row", ".bias")) for name in moved)
-
-
-def test_router_tuning_sees_no_closed_data(commons, anchor, trained, monkeypatch):
-    def refuse(self, topic):
-        assert topic.owner is None, "a closed topic's facts"
-        return drawn(self, topic)
-
-    drawn = Sampler.fact
-    monkeypatch.setattr(Sampler, "fact", refuse)
-    one = replace(commons, wordings=commons.wordings[:1])
-    members = [anchor.public, trained[1]]
-    tune_routers(one, anchor.shared, members, TuningPlan(FEW, 16, margin=4.0), 0, quiet)
-
-
 def test_public_training_lowers_its_loss(commons):
     seen = []
     schedule = Schedule(steps=30, learning_rate=3e-3, warmup=5)
-    train_public(commons, schedule, 16, 0, lambda losses: seen.append(losses["answers"]))
-    assert sum(seen[-5:]) < 0.8 * sum(seen[:5])
+    mixture = PublicMixture(public=12, lookalikes=4, single_steps=15)
+    train_public(commons, schedule, mixture, 0, seen.append)
+    for loss in ("answers", "domains"):
+        assert sum(s[loss] for s in seen[-5:]) < 0.8 * sum(s[loss] for s in seen[:5])
+
+
+def test_a_made_up_value_is_never_learned_as_an_answer(commons):
+    sampler = Sampler("made up")
+    examples = [sampler.lookalike(commons.wordings) for _ in range(8)]
+    batch = collate(commons.tokenizer, examples)
+    values = batch.sentence >= 0
+    assert values.any()
+    assert not (batch.answers & values).any()
+    learned = batch.next_ids[batch.answers & (batch.exchange == 0)].tolist()
+    leads = [sentence.lead for sentence in examples[0].sentences]
+    assert commons.tokenizer.decode(learned) == " ".join(leads) + END
