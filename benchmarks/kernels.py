@@ -372,7 +372,8 @@ def about(scale: Scale, device: str, rounds: int) -> dict[str, Any]:
         "commit": commit or "unknown",
         "layer": f"E={E}, top_k={TOP_K}, H={scale.hidden}, I={scale.inner}, {scale.dtype}",
         "rounds": rounds,
-        "command": "python -m benchmarks.kernels",
+        "command": f"python -m benchmarks.kernels --rounds {rounds}"
+        + (f" --tokens {' '.join(map(str, scale.tokens))}" if scale not in SCALES.values() else ""),
     }
 
 
