@@ -421,6 +421,17 @@ def test_a_suspended_expert_is_nobodys_and_its_cache_never_found(site):
     assert site.told == [Withdrawn("alice", ("news",)), Suspended("news"), Resumed("news")]
 
 
+def test_a_suspension_forgets_what_is_cached_where_nobody_uses_it_now(site):
+    async def story():
+        before = salts(site, "public", "news"), salts(site, "public", "math")
+        await site.oversight.suspend("news")
+        await site.oversight.resume("news")
+        assert salts(site, "public", "news") != before[0]
+        assert salts(site, "public", "math") == before[1]
+
+    asyncio.run(story())
+
+
 def test_public_can_be_suspended_as_any_other(site):
     async def story():
         await site.oversight.suspend("public")
