@@ -21,6 +21,11 @@ class PoliciesRefused:
 
 
 @dataclass(frozen=True, slots=True)
+class CredentialsChanged:
+    """Keys were made, rotated or revoked, or an issuer has others: what held may hold no more."""
+
+
+@dataclass(frozen=True, slots=True)
 class Suspended:
     """An expert was taken from everybody."""
 
@@ -42,4 +47,4 @@ class Withdrawn:
     experts: tuple[str, ...]
 
 
-Change = PoliciesLoaded | PoliciesRefused | Suspended | Resumed | Withdrawn
+Change = PoliciesLoaded | PoliciesRefused | CredentialsChanged | Suspended | Resumed | Withdrawn

@@ -21,6 +21,7 @@ from expertgate.policies.statement import PolicyError
 from expertgate.server import suspensions
 from expertgate.server.changes import (
     Change,
+    CredentialsChanged,
     PoliciesLoaded,
     PoliciesRefused,
     Resumed,
@@ -117,6 +118,8 @@ class Oversight:
         changes, now = self._service.identity.refresh(), time.monotonic()
         if changes == self._identity_changes and now - self._credentials_at < _CREDENTIALS_EVERY_S:
             return
+        if changes != self._identity_changes:
+            self._tell(CredentialsChanged())
         self._identity_changes, self._credentials_at = changes, now
         for grant in self._service.grants:
             await self._check_credential(grant)
@@ -270,6 +273,8 @@ def _words(change: Change) -> str:
             return f"policies {version[:12]} are in force{same}"
         case PoliciesRefused(fault, version):
             return f"policies {version[:12]} stay in force: {fault}"
+        case CredentialsChanged():
+            return "credentials have changed; those of open requests are judged again"
         case Suspended(expert):
             return f"expert {expert} is suspended"
         case Resumed(expert):

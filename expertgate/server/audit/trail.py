@@ -7,6 +7,7 @@
 | `request` | a request was permitted; on disk before the engine sees it |
 | `result` | it has ended: how, and what each expert did for it |
 | `policies`, `policies_refused`, `catalogue` | other ones are in force, or could not be |
+| `credentials` | keys were made, rotated or revoked, or an issuer has others |
 | `suspended`, `resumed`, `withdrawn` | an expert, for everybody; a running request for it |
 | `refused`, `refusals` | requests that were not permitted or not understood; how many more |
 | `head` | a signature over all before (`writer.py`) |
@@ -28,6 +29,7 @@ from expertgate.server.audit.receipts import Receipts
 from expertgate.server.audit.writer import AuditLog, AuditUnavailable, Record
 from expertgate.server.changes import (
     Change,
+    CredentialsChanged,
     PoliciesLoaded,
     PoliciesRefused,
     Resumed,
@@ -175,6 +177,7 @@ class Trail:
 _KINDS: Mapping[type[Change], str] = {
     PoliciesLoaded: "policies",
     PoliciesRefused: "policies_refused",
+    CredentialsChanged: "credentials",
     Suspended: "suspended",
     Resumed: "resumed",
     Withdrawn: "withdrawn",

@@ -14,6 +14,7 @@ from expertgate.server.audit import trail, writer
 from expertgate.server.audit.entry import Entry
 from expertgate.server.audit.trail import Trail
 from expertgate.server.changes import (
+    CredentialsChanged,
     PoliciesLoaded,
     PoliciesRefused,
     Resumed,
@@ -278,6 +279,7 @@ def test_a_route_that_forgets_the_record_runs_nothing(client, engine, monkeypatc
     [
         (PoliciesLoaded("b" * 64, "a" * 64), {"kind": "policies", "previous": "a" * 64}),
         (PoliciesRefused("x:1: bad", "a" * 64), {"kind": "policies_refused", "fault": "x:1: bad"}),
+        (CredentialsChanged(), {"kind": "credentials"}),
         (Suspended("math"), {"kind": "suspended", "expert": "math"}),
         (Resumed("math"), {"kind": "resumed", "expert": "math"}),
         (Withdrawn("alice", ("math",)), {"kind": "withdrawn", "experts": ["math"]}),
