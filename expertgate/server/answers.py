@@ -18,13 +18,12 @@ from vllm.exceptions import (
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from expertgate.model.catalogue import Catalogue
-from expertgate.server.errors import ApiError, withdrawn
+from expertgate.server.errors import FULL, ApiError, overloaded, withdrawn
 from expertgate.server.grants import Grant, GrantError, WithdrawnError
 from expertgate.server.guard import UnavailableError
 
 log = logging.getLogger(__name__)
 
-_RETRY_AFTER_S = 1
 _QUEUE_FULL = HTTPStatus.SERVICE_UNAVAILABLE.phrase
 """The type that vLLM gives to a full queue, whose status is that of a dead engine."""
 _HIDDEN = ("system_fingerprint", "kv_transfer_params", "ec_transfer_params", "metrics")
@@ -33,6 +32,9 @@ _HIDDEN_IN_CHOICE = ("routed_experts",)
 DONE = "data: [DONE]\n\n"
 _DATA = "data: "
 _ERROR_EVENT = 'data: {"error"'
+# Those of responses have names.
+_NAMED_ERROR = "event: error\n"
+_NAMED_LAST = "event: response.completed\n"
 # Neither can occur inside a JSON string, where quotes are escaped.
 _FINISHED = '"finish_reason":"'
 _TOTALS = '"choices":[]'
@@ -54,14 +56,23 @@ def experts(catalogue: Catalogue, grant: Grant) -> dict[str, Any]:
 
 def body(response: Any, experts: Mapping[str, Any]) -> dict[str, Any]:
     """The JSON of a whole response."""
-    found: dict[str, Any] = response.model_dump(mode="json")
+    return told(response.model_dump(mode="json", by_alias=True), experts)
+
+
+def told(found: dict[str, Any], experts: Mapping[str, Any]) -> dict[str, Any]:
+    """A response, without what clients may not see and with what they are told."""
+    hide(found)
+    found["experts"] = dict(experts)
+    return found
+
+
+def hide(found: dict[str, Any]) -> None:
+    """Takes from a response what clients may not see."""
     for name in _HIDDEN:
         found.pop(name, None)
     for choice in found.get("choices", []):
         for name in _HIDDEN_IN_CHOICE:
             choice.pop(name, None)
-    found["experts"] = dict(experts)
-    return found
 
 
 async def events(
@@ -83,7 +94,7 @@ async def events(
                 yield chunk
 
 
-def ending(error: ApiError) -> bytes:
+def ending(error: ApiError, _: int) -> bytes:
     """How a stream ends that fails after its first event."""
     return f"{_event(error.body())}{_DATA}[DONE]\n\n".encode()
 
@@ -108,17 +119,24 @@ def receipt_event(last: str, receipt: str | None) -> str:
 
 
 def error_code(event: str) -> str | None:
-    """The code of an error that `events` has put into a stream, if it is one."""
-    if not event.startswith(_ERROR_EVENT):
-        return None
-    return str(_parsed(event)["error"]["code"])
+    """The code of an error that is an event of a stream of ours, if it is one."""
+    if event.startswith(_ERROR_EVENT):
+        return str(_parsed(event)["error"]["code"])
+    if event.startswith(_NAMED_ERROR):
+        return str(json.loads(event.partition("\ndata: ")[2])["code"])
+    return None
+
+
+def is_last(event: str) -> bool:
+    """Whether a stream has been told to its end."""
+    return event == DONE or event.startswith(_NAMED_LAST)
 
 
 def from_response(response: ErrorResponse) -> ApiError:
     """An error of vLLM's, whose code is a number, as one of ours."""
     error = response.error
     if error.type == _QUEUE_FULL:
-        return _overloaded()
+        return overloaded(FULL)
     return _of_status(error.code, error.message, error.param)
 
 
@@ -133,7 +151,7 @@ def from_exception(error: Exception) -> ApiError | None:
     if isinstance(error, EngineDeadError | UnavailableError):
         return _of_status(503, str(error) if isinstance(error, UnavailableError) else "", None)
     if isinstance(error, GracefulHTTPError):  # the engine's queue is full
-        return _overloaded()
+        return overloaded(FULL)
     if isinstance(error, GenerationError):
         return _of_status(int(error.status_code), str(error), None)
     if isinstance(error, VLLMServerError):
@@ -156,23 +174,13 @@ def _of_status(status: int, message: str, param: str | None) -> ApiError:
     if status == 404:
         return ApiError(404, "model_not_found", message, param)
     if status == 429:
-        return _overloaded()
+        return overloaded(FULL)
     if status == 503:
         return ApiError(503, "engine_unavailable", message or "the engine has stopped")
     if 400 <= status < 500:
         return ApiError(status, "invalid_request", message, param)
     log.error("the engine failed a request: %s", message)
     return internal_error()
-
-
-def _overloaded() -> ApiError:
-    return ApiError(
-        429,
-        "overloaded",
-        "the server has as many requests as it can hold; try again soon",
-        None,
-        {"Retry-After": str(_RETRY_AFTER_S)},
-    )
 
 
 def _event(found: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """The application: its routes, one by one, and what every error looks like."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -10,12 +11,25 @@ from starlette.requests import ClientDisconnect
 
 import expertgate
 from expertgate.server import answers, schemas
+from expertgate.server.counting import DetokenizeRequest, TokenizeChat, TokenizeText
+from expertgate.server.edge import Edge
 from expertgate.server.errors import ApiError
-from expertgate.server.routes import about, explain, generate
+from expertgate.server.metrics import DENIALS
+from expertgate.server.responses import ResponsesRequest
+from expertgate.server.routes import about, counting, explain, generate
+from expertgate.server.schemas import Body, ChatRequest, ExplainRequest, TextRequest
 from expertgate.server.service import Service
 
 log = logging.getLogger(__name__)
 
+_POSTS: tuple[tuple[str, Callable[..., Any], tuple[type[Body], ...]], ...] = (
+    ("/v1/chat/completions", generate.chat, (ChatRequest,)),
+    ("/v1/completions", generate.completions, (TextRequest,)),
+    ("/v1/responses", generate.respond, (ResponsesRequest,)),
+    ("/v1/experts/explain", explain.explain, (ExplainRequest,)),
+    ("/tokenize", counting.tokenize, (TokenizeText, TokenizeChat)),
+    ("/detokenize", counting.detokenize, (DetokenizeRequest,)),
+)
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -29,11 +43,7 @@ def create_app(service: Service) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.service = service
-    for path, endpoint, kind in (
-        ("/v1/chat/completions", generate.chat, schemas.ChatRequest),
-        ("/v1/completions", generate.completions, schemas.TextRequest),
-        ("/v1/experts/explain", explain.explain, schemas.ExplainRequest),
-    ):
+    for path, endpoint, kinds in _POSTS:
         app.add_api_route(
             path,
             endpoint,
@@ -42,7 +52,7 @@ def create_app(service: Service) -> FastAPI:
             openapi_extra={
                 "requestBody": {
                     "required": True,
-                    "content": {"application/json": {"schema": _reference(kind)}},
+                    "content": {"application/json": {"schema": _reference(*kinds)}},
                 }
             },
         )
@@ -57,12 +67,19 @@ def create_app(service: Service) -> FastAPI:
     ):
         app.add_api_route(path, look, methods=["GET"], response_model=None)
 
+    show_errors(app)
+    _describe_bodies(app)
+    return app
+
+
+def show_errors(app: FastAPI) -> None:
+    """Gives every error its shape and every request its line; the last thing done to an app."""
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _unexpected)
-    _describe_bodies(app)
-    return app
+    # Around Starlette's own outermost layer, which answers what nobody else has.
+    app.middleware_stack = Edge(app.build_middleware_stack())
 
 
 async def _api_error(request: Request, error: Exception) -> Response:
@@ -98,11 +115,13 @@ async def _unexpected(_: Request, __: Exception) -> Response:
 
 
 def _respond(error: ApiError) -> Response:
+    DENIALS.labels(error.code).inc()
     return JSONResponse(error.body(), error.status, headers=dict(error.headers or {}))
 
 
-def _reference(kind: type[Any]) -> dict[str, str]:
-    return {"$ref": f"#/components/schemas/{kind.__name__}"}
+def _reference(*kinds: type[Any]) -> dict[str, Any]:
+    found = [{"$ref": f"#/components/schemas/{kind.__name__}"} for kind in kinds]
+    return found[0] if len(found) == 1 else {"oneOf": found}
 
 
 def _describe_bodies(app: FastAPI) -> None:
@@ -113,7 +132,7 @@ def _describe_bodies(app: FastAPI) -> None:
         if app.openapi_schema is None:
             document = without()
             known = document.setdefault("components", {}).setdefault("schemas", {})
-            for kind in (schemas.ChatRequest, schemas.TextRequest, schemas.ExplainRequest):
+            for kind in (kind for _, _, kinds in _POSTS for kind in kinds):
                 schema = schemas.openapi(kind)
                 known.update(schema.pop("$defs", {}))
                 known[kind.__name__] = schema

@@ -15,6 +15,7 @@ from expertgate.server.audit.command import audit
 from expertgate.server.audit.receipts_command import receipts
 from expertgate.server.audit.usage_command import usage
 from expertgate.server.cases import CasesError
+from expertgate.server.chat_command import chat
 from expertgate.server.config import Config, ConfigError
 from expertgate.server.experts_command import experts
 from expertgate.server.failures import EngineError, ProofError
@@ -62,6 +63,7 @@ def cli() -> None:
 
 cli.add_command(experts)
 cli.add_command(audit)
+cli.add_command(chat)
 cli.add_command(keys)
 cli.add_command(policy)
 cli.add_command(receipts)

@@ -13,16 +13,30 @@
       signing_key: audit-key.pem   # made if it is missing
     host: 127.0.0.1
     port: 8000
+    tls:                           # none where it isn't said
+      certificate: server.pem
+      key: server.key
+      client_ca: clients.pem       # makes it mutual: others can't connect
+    limits:                        # what each principal of a group may ask; "*": of all others
+      research: {requests_per_minute: 600, tokens_per_minute: 1000000, concurrent: 32}
+      "*": {concurrent: 4}
+    admin:                         # metrics, and suspending experts; none where it isn't said
+      listen: 127.0.0.1:9100       # or unix:/run/expertgate/admin.sock
+      token: admin-token           # a file with the operators' token
+    logs: text                     # or json
+    drain_s: 30                    # what runs may go on for so long after SIGTERM
+    tool_parser: olmo3             # vLLM's name of how the model writes its calls of tools
     engine:                        # vLLM's own arguments, as they are
       max_model_len: 2048
 
 Paths are relative to the file's folder.
 """
 
+import ssl
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from expertgate.policies.context import ClaimKind
 from expertgate.server.identity_config import IdentityConfig
@@ -56,6 +70,88 @@ class AuditConfig(BaseModel):
         return self.model_copy(update=paths)
 
 
+EVERYONE = "*"
+"""Under `limits`, those principals of whom no group is named there."""
+
+_Count = Annotated[int, Field(strict=True, ge=1)]
+
+
+class Limits(BaseModel):
+    """What one principal may ask; None is no limit. Tokens are those read and those written."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    requests_per_minute: _Count | None = None
+    tokens_per_minute: _Count | None = None
+    concurrent: _Count | None = None
+
+
+class TlsConfig(BaseModel):
+    """What the public listener shows, and what it asks of clients."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+
+    def beside(self, folder: Path) -> "TlsConfig":
+        """The same with every path resolved against `folder`."""
+        return TlsConfig(
+            certificate=folder / self.certificate,
+            key=folder / self.key,
+            client_ca=self.client_ca and folder / self.client_ca,
+        )
+
+    def check(self) -> None:
+        """Raises ConfigError for files that can't be used."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            context.load_cert_chain(self.certificate, self.key)
+        except OSError as error:  # as SSLError is
+            files = f"{self.certificate} and {self.key}"
+            raise ConfigError(f"tls: {files}: {error.strerror or error}") from None
+        try:
+            if self.client_ca is not None:
+                context.load_verify_locations(self.client_ca)
+        except OSError as error:
+            why = error.strerror or error
+            raise ConfigError(f"tls: client_ca {self.client_ca}: {why}") from None
+
+
+_LEAST_TOKEN_CHARS = 32
+
+
+class AdminConfig(BaseModel):
+    """The operators' listener."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    listen: Annotated[
+        str, StringConstraints(pattern=r"^(unix:.+|\[[0-9a-fA-F:.]+\]:\d{1,5}|[^\s:/]+:\d{1,5})$")
+    ]
+    token: Path
+
+    def beside(self, folder: Path) -> "AdminConfig":
+        """The same with every path resolved against `folder`."""
+        kind, _, path = self.listen.partition(":")
+        listen = f"unix:{folder / path}" if kind == "unix" else self.listen
+        return AdminConfig(listen=listen, token=folder / self.token)
+
+    def read_token(self) -> str:
+        """Raises ConfigError."""
+        hint = f"write one with: openssl rand -hex 32 > {self.token}"
+        try:
+            token = self.token.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or "is not text"
+            raise ConfigError(f"{self.token}: {why}; {hint}") from None
+        if len(token) < _LEAST_TOKEN_CHARS or not token.isascii():
+            least = f"at least {_LEAST_TOKEN_CHARS} ASCII characters"
+            raise ConfigError(f"{self.token}: the token has {least}; {hint}")
+        return token
+
+
 class Config(BaseModel):
     """See the module's words for an example."""
 
@@ -71,7 +167,19 @@ class Config(BaseModel):
     audit: AuditConfig = AuditConfig()
     host: str = "127.0.0.1"
     port: Annotated[int, Field(strict=True, ge=0, le=65535)] = 8000
+    limits: dict[str, Limits] = Field(default_factory=dict)
+    tls: TlsConfig | None = None
+    admin: AdminConfig | None = None
+    logs: Literal["text", "json"] = "text"
+    drain_s: Annotated[int, Field(strict=True, ge=0)] = 30
+    tool_parser: str | None = "olmo3"
     engine: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _certificates(self) -> "Config":
+        if self.identity.certificates and not (self.tls and self.tls.client_ca):
+            raise ValueError("identity.certificates needs tls.client_ca, by which they are checked")
+        return self
 
     @classmethod
     def load(cls, path: Path) -> "Config":
@@ -103,5 +211,7 @@ class Config(BaseModel):
                 "suspended": folder / self.suspended,
                 "policies": folder / self.policies,
                 "audit": self.audit.beside(folder),
+                "tls": self.tls and self.tls.beside(folder),
+                "admin": self.admin and self.admin.beside(folder),
             }
         )

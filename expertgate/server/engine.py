@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil
 from pydantic import ValidationError
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
@@ -14,16 +15,21 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.executor.abstract import Executor
 
 from expertgate.model.moe_kernel import DEFAULT, OPTION
+from expertgate.server.admission import PLACES
 from expertgate.server.failures import EngineError
 from expertgate.server.grants import Grants
 from expertgate.server.guard import CacheSalts, GuardedLLM
 from expertgate.server.refusals import SettingError, refuse_arguments, refuse_config
+from expertgate.server.turns import Turns
 
 CPU_WORKER = "expertgate.model.cpu_worker.MaskedCPUWorker"
 GPU_WORKER = "expertgate.model.gpu_worker.MaskedGPUWorker"
 
-_MAX_QUEUED = 1024
-"""Choices that run or wait, where the configuration doesn't say; vLLM would take any number."""
+_MAX_QUEUED_TOKENS = 1 << 20
+"""Of the prompts that wait, where the configuration doesn't say; vLLM would take any number."""
+_AHEAD = 1.25
+"""How many choices the engine gets, of those that it runs at once: some must be at hand when others
+end. More would wait there, in order of arrival, however many are one principal's."""
 
 
 def parse_flags(flags: Sequence[str]) -> dict[str, object]:
@@ -63,7 +69,8 @@ def start(model: Path, name: str, arguments: Mapping[str, object], grants: Grant
     given: dict[str, Any] = {
         "served_model_name": name,
         "use_tqdm_on_load": False,
-        "max_num_queued_reqs": _MAX_QUEUED,
+        "max_num_queued_reqs": PLACES,
+        "max_num_queued_tokens": _MAX_QUEUED_TOKENS,
         **arguments,
         # The first request would choose it for all, and others compile what a client sends.
         "structured_outputs_config": {"backend": "xgrammar"},
@@ -79,6 +86,8 @@ def start(model: Path, name: str, arguments: Mapping[str, object], grants: Grant
     except Exception as error:  # vLLM raises a dozen kinds here; each says what doesn't fit
         raise SettingError(f"engine arguments: {_first_line(error)}") from None
     refuse_config(config, worker, str(model), str(arguments.get("tokenizer") or model))
+    if current_platform.is_cpu():
+        _check_memory(model, psutil.virtual_memory().available)
     try:
         engine = AsyncLLM(
             vllm_config=config,
@@ -87,9 +96,25 @@ def start(model: Path, name: str, arguments: Mapping[str, object], grants: Grant
             log_requests=False,
         )
     except Exception as error:
-        raise EngineError(f"the engine did not start: {_first_line(error)}") from error
+        raise EngineError(
+            f"the engine did not start: {_first_line(error)} (if it lacked memory: lower "
+            "max_model_len, max_num_seqs or kv_cache_memory_bytes under `engine:`)"
+        ) from error
     # The epoch counts changes of the weights while the process runs; nothing changes them yet.
-    return GuardedLLM(engine, grants, CacheSalts(weights=f"{model} epoch 0".encode()))
+    salts = CacheSalts(weights=f"{model} epoch 0".encode())
+    scheduler = config.scheduler_config
+    turns = Turns(int(scheduler.max_num_seqs * _AHEAD), scheduler.max_num_queued_tokens)
+    return GuardedLLM(engine, grants, salts, turns)
+
+
+def _check_memory(model: Path, available: int) -> None:
+    """The weights alone must fit, or the kernel ends a process without a word of why."""
+    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    if weights > available:
+        raise SettingError(
+            f"the weights in {model} are {weights / 1e9:.1f} GB, and {available / 1e9:.1f} GB of "
+            "memory are free: end what takes it, or serve on a larger machine"
+        )
 
 
 def _worker() -> str:

@@ -9,9 +9,10 @@
 | 403 | `expert_withdrawn` | an expert was taken from the caller while the request ran |
 | 404 | `not_found`, `model_not_found` | no such route; no such model |
 | 405 | `method_not_allowed` | the route has other methods |
+| 408 | `request_timeout` | the body did not come in time |
 | 413 | `body_too_large` | |
 | 415 | `unsupported_media_type` | the body is not JSON |
-| 429 | `overloaded` | too many requests; `Retry-After` says when to come back |
+| 429 | `overloaded` | too many requests, of all or of yours; `Retry-After` says when to come back |
 | 500 | `internal_error` | the server's own fault; the cause is in its log alone |
 | 503 | `issuer_unavailable` | the keys of a token's issuer can't be fetched |
 | 503 | `engine_unavailable` | the engine is starting, going down or dead |
@@ -25,6 +26,9 @@ _TYPES = {
     403: "permission_error",
     429: "rate_limit_error",
 }
+
+
+FULL = "the server has as many requests as it can hold"
 
 
 class ApiError(Exception):
@@ -73,3 +77,8 @@ def invalid_credential(message: str) -> ApiError:
 
 def withdrawn(error: Exception) -> ApiError:
     return ApiError(403, "expert_withdrawn", str(error), "experts")
+
+
+def overloaded(message: str, retry_after_s: int = 1) -> ApiError:
+    headers = {"Retry-After": str(retry_after_s)}
+    return ApiError(429, "overloaded", f"{message}; try again in {retry_after_s} s", None, headers)

@@ -7,7 +7,7 @@ the next request of a connection, and a stream runs on after the code that set t
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import reduce
@@ -73,6 +73,7 @@ class Grant:
     tenant: str
     handle: str
     registry: "Grants"
+    spend: Callable[[int], None] = lambda _: None
     running: set[str] = field(default_factory=set)
     calls: int = 0
     granted: int = 0

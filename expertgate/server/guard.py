@@ -11,9 +11,11 @@ import hashlib
 import hmac
 import logging
 import secrets
+import sys
 from array import array
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
 
@@ -25,10 +27,11 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from expertgate.model.ledger import ACCOUNT_ARG
 from expertgate.model.masks import EXTRA_ARG
-from expertgate.model.usage import Usage
+from expertgate.model.usage import Usage, Work
 from expertgate.policies.expert_set import ExpertSet
 from expertgate.server.grants import HANDLE_ARG, Grant, GrantError, Grants, Tally
 from expertgate.server.reports import Reports
+from expertgate.server.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -79,12 +82,22 @@ class CacheSalts:
 class GuardedLLM:
     """What vLLM's handlers see as their engine client."""
 
-    def __init__(self, engine: AsyncLLM, grants: Grants, salts: CacheSalts) -> None:
+    def __init__(
+        self, engine: AsyncLLM, grants: Grants, salts: CacheSalts, turns: Turns | None = None
+    ) -> None:
+        """Without `turns`, calls run as they come."""
         self._engine = engine
         self._grants = grants
         self._salts = salts
         self._reports = Reports(self._ask_workers)
+        self._turns = Turns(sys.maxsize) if turns is None else turns
         self._draining = False
+        self._cut = False
+        self._calls: set[str] = set()
+        self.on_work: Callable[[Work], None] = lambda _: None
+        """Told what each engine call was computed with."""
+        self.heard = 0
+        """Counts what the engine says, so that its silence shows."""
         # Read by the handlers when they are made.
         self.vllm_config = engine.vllm_config
         self.model_config = engine.model_config
@@ -105,6 +118,11 @@ class GuardedLLM:
         if self._draining:
             return UnavailableError("the server is going down")
         return UnavailableError("the engine has stopped")
+
+    @property
+    def places(self) -> int:
+        """Choices that the engine takes, running and waiting."""
+        return int(self.vllm_config.scheduler_config.max_num_queued_reqs)
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
         """Raises vLLM's QueueOverflowError where the engine's queue is full."""
@@ -172,13 +190,29 @@ class GuardedLLM:
             )
             return generator
 
-        return self._run(
+        running = self._run(
             grant,
             start,
             hashlib.sha256(array("I", granted["prompt_token_ids"])).digest(),
             constrained=params.structured_outputs is not None,
             piecemeal=params.output_kind is RequestOutputKind.DELTA,
         )
+        return self._in_turn(grant, running, params.n, len(granted["prompt_token_ids"]))
+
+    async def _in_turn(
+        self,
+        grant: Grant,
+        running: AsyncGenerator[RequestOutput, None],
+        choices: int,
+        prompt_tokens: int,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        async with self._turns.turn(grant.tenant, choices, prompt_tokens), aclosing(running):
+            grant.spend(prompt_tokens)
+            async for output in running:
+                tokens = sum(len(choice.token_ids) for choice in output.outputs)
+                self._turns.spend(grant.tenant, tokens)
+                grant.spend(tokens)
+                yield output
 
     async def _run(
         self,
@@ -191,9 +225,12 @@ class GuardedLLM:
     ) -> AsyncGenerator[RequestOutput, None]:
         # A handler may call and iterate much later; the grant can have closed in between.
         grant.check()
+        if self._cut:
+            raise self.dead_error
         call_id = grant.next_call_id()
         grant.prompts.append(prompt_digest)
         grant.running.add(call_id)
+        self._calls.add(call_id)
         outputs = start(call_id)
         finished = False
         try:
@@ -206,6 +243,9 @@ class GuardedLLM:
                     raise VLLMValidationError(
                         "the schema in response_format or tools can't be used"
                     )
+                if self._cut:  # and so aborted, which would look like an answer
+                    raise self.dead_error
+                self.heard += 1
                 _strip(output)
                 generated = grant.tallies[call_id].generated
                 for choice in output.outputs:
@@ -229,6 +269,7 @@ class GuardedLLM:
                     await self._engine.abort([call_id])
             finally:
                 grant.running.discard(call_id)
+                self._calls.discard(call_id)
 
     def forget(self, experts: ExpertSet) -> None:
         """Makes what is cached of sets with one of these experts unreachable, for good."""
@@ -259,6 +300,7 @@ class GuardedLLM:
         work = await self._reports.of(call_id)
         if not ExpertSet.of(e for e, slots in enumerate(work.slots) if slots) <= grant.experts:
             raise GrantError("experts outside of the grant were consulted")
+        self.on_work(work)
         tally = grant.tallies[call_id]
         grant.told.append(Usage(tally.prompt, sum(tally.generated.values()), work))
 
@@ -287,6 +329,12 @@ class GuardedLLM:
     def drain(self) -> None:
         """From now on nothing new is admitted: a core that drains answers 200 with no text."""
         self._draining = True
+
+    async def cut(self) -> None:
+        """Ends what still runs, each with an error that says why."""
+        self._draining = self._cut = True
+        if self._calls and not self._engine.errored:
+            await self._engine.abort(list(self._calls))
 
     def shutdown(self, timeout_s: float) -> None:
         """Stops the engine's processes. Blocks for seconds."""

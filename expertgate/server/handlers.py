@@ -12,11 +12,14 @@ from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.entrypoints.serve.utils.fingerprint import set_default_fingerprint_mode
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from expertgate.server.guard import GuardedLLM
+from expertgate.server.refusals import SettingError
 
 
 class _ClientErrors(logging.Filter):
@@ -27,7 +30,7 @@ class _ClientErrors(logging.Filter):
         return not isinstance(error, VLLMClientError | GracefulHTTPError)
 
 
-for _module in ("chat_completion", "completion"):
+for _module in ("chat_completion", "completion", "responses"):
     logging.getLogger(f"vllm.entrypoints.openai.{_module}.serving").addFilter(_ClientErrors())
 
 
@@ -35,12 +38,18 @@ for _module in ("chat_completion", "completion"):
 class Handlers:
     chat: Any
     completion: Any
+    responses: Any
+    tokens: Any
     model_name: str
     max_model_len: int
     created: int
 
     @classmethod
-    def around(cls, engine: GuardedLLM) -> "Handlers":
+    def around(cls, engine: GuardedLLM, tool_parser: str | None) -> "Handlers":
+        """`tool_parser`: vLLM's name of the way in which the model writes its calls of tools.
+
+        Raises SettingError for one that there isn't, or that doesn't fit the tokenizer.
+        """
         # A fingerprint would tell every client how the server is put together.
         set_default_fingerprint_mode("none")
         config = engine.model_config
@@ -48,13 +57,16 @@ class Handlers:
         name = served if isinstance(served, str) else served[0]
         # The path is the server's own affair.
         models = OpenAIServingModels(engine, [BaseModelPath(name=name, model_path=name)])
-        renderer = OnlineRenderer(
-            model_config=config,
-            renderer=engine.renderer,
-            request_logger=None,
-            chat_template=None,
-            chat_template_content_format="auto",
-        )
+        rendering: dict[str, Any] = {
+            "request_logger": None,
+            "chat_template": None,
+            "chat_template_content_format": "auto",
+        }
+        tools = {"tool_parser": tool_parser, "enable_auto_tools": tool_parser is not None}
+        try:
+            renderer = OnlineRenderer(config, engine.renderer, **rendering, **tools)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise SettingError(f"tool_parser {tool_parser}: {error}") from None
         renderer.warmup()
         return cls(
             chat=OpenAIServingChat(
@@ -62,10 +74,9 @@ class Handlers:
                 models,
                 "assistant",
                 online_renderer=renderer,
-                request_logger=None,
-                chat_template=None,
-                chat_template_content_format="auto",
                 enable_prompt_tokens_details=True,
+                **rendering,
+                **tools,
             ),
             completion=OpenAIServingCompletion(
                 engine,
@@ -74,6 +85,15 @@ class Handlers:
                 request_logger=None,
                 enable_prompt_tokens_details=True,
             ),
+            responses=OpenAIServingResponses(
+                engine,
+                models,
+                renderer,
+                enable_prompt_tokens_details=True,
+                **rendering,
+                **tools,
+            ),
+            tokens=ServingTokenization(models, renderer, **rendering),
             model_name=name,
             max_model_len=config.max_model_len,
             created=int(time.time()),

@@ -6,6 +6,7 @@ from starlette.requests import HTTPConnection
 
 from expertgate.policies.principal import Principal
 from expertgate.server.bearer import bearer_token
+from expertgate.server.certificates import ClientCertificates
 from expertgate.server.errors import invalid_credential
 from expertgate.server.gateway import named_user, refuse_named_user
 from expertgate.server.identity_config import IdentityConfig
@@ -70,6 +71,8 @@ class Identity:
         self._keys = ApiKeys(KeyStore(config.api_keys)) if config.api_keys else None
         others: list[CredentialSource] = []
         others += [TokenIssuer(issuer) for issuer in config.jwt]
+        if config.certificates is not None:
+            others.append(ClientCertificates(config.certificates))
         if config.anonymous:
             others.append(Anonymous())
         self._others = tuple(others)

@@ -15,6 +15,7 @@ groups:
 values: {ds-research: research}
 - {claim: teams, prefix: team-}
 claims: [department]            # for policies; the top-level claims have types
+certificates: mesh                  # of clients, by tls.client_ca; users are mesh:NAME
 anonymous: false                    # the default
 """
 
@@ -96,6 +97,10 @@ ClaimPath = Annotated[tuple[Text, ...], BeforeValidator(_one_or_more), AfterVali
 """Where a claim stands: its name, or the names on the way to it. A dot in a name is just a dot."""
 
 
+ShortName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+"""Stands before a colon and the names of users."""
+
+
 class GroupRule(_Part):
     """Which groups a claim, text or a list of texts, stands for."""
 
@@ -114,7 +119,7 @@ class GroupRule(_Part):
 class IssuerConfig(_Part):
     """An issuer of tokens, and what its tokens say."""
 
-    name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+    name: ShortName
     issuer: Text
     audience: Annotated[tuple[Text, ...], BeforeValidator(_one_or_more), AfterValidator(_not_empty)]
     jwks_url: Annotated[str, AfterValidator(checked_url)] | None = None
@@ -144,16 +149,19 @@ class IdentityConfig(_Part):
 
     api_keys: Path | None = None
     jwt: tuple[IssuerConfig, ...] = ()
+    certificates: ShortName | None = None
     anonymous: StrictBool = False
 
     @model_validator(mode="after")
     def _somebody(self) -> "IdentityConfig":
-        if self.api_keys is None and not self.jwt and not self.anonymous:
+        if not (self.api_keys or self.jwt or self.certificates or self.anonymous):
             raise ValueError("lets nobody in; name at least one of api_keys, jwt and anonymous")
         for field in ("name", "issuer"):
             values = [getattr(issuer, field) for issuer in self.jwt]
             if len(set(values)) < len(values):
                 raise ValueError(f"jwt has two issuers of the same {field}")
+        if self.certificates in [issuer.name for issuer in self.jwt]:
+            raise ValueError("an issuer and the certificates have the same name")
         return self
 
     def claims(self) -> Iterator[tuple[Place, str]]:

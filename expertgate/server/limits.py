@@ -21,7 +21,7 @@ _MAX_CHOICES = 64
 """`n` times prompts: what one HTTP request may ask of the engine at once."""
 _MAX_MESSAGES = 1024
 _MAX_PARTS = 1024
-"""Of all messages together."""
+"""Of all messages, or items, together."""
 _MAX_TOOLS = 128
 _MAX_TOOL_CALLS = 512
 """Of all messages together."""
@@ -52,7 +52,9 @@ _SCHEMA_BOUNDS = {
 
 INTEGERS = (
     "max_completion_tokens",
+    "max_output_tokens",
     "max_tokens",
+    "max_tool_calls",
     "min_tokens",
     "n",
     "prompt_logprobs",
@@ -115,8 +117,26 @@ def check_limits(body: Mapping[str, Any]) -> None:
     _check_experts(body.get("experts"))
     if "messages" in body:
         _check_messages(body["messages"])
+    if "input" in body:
+        _check_input(body["input"])
     _check_objects("tools", body.get("tools"), _MAX_TOOLS)
     _check_grammar(body)
+
+
+def count_prompts(prompt: Any) -> int:
+    """How many there are: a list is one of token ids, or several of either kind."""
+    if not isinstance(prompt, list):
+        return 1
+    if not prompt:
+        raise bad_request("prompt is an empty list", "prompt")
+    if type(prompt[0]) is int:
+        if not _are_token_ids(prompt):
+            raise bad_request("prompt must be text, token ids, or a list of either", "prompt")
+        return 1
+    texts = all(isinstance(item, str) for item in prompt)
+    if not texts and not all(isinstance(item, list) and _are_token_ids(item) for item in prompt):
+        raise bad_request("prompt must be text, token ids, or a list of either", "prompt")
+    return len(prompt)
 
 
 def _check_numbers(body: Mapping[str, Any]) -> None:
@@ -149,29 +169,13 @@ def _check_choices(body: Mapping[str, Any]) -> None:
     choices = 1 if n is None else n
     if choices < 1:
         raise bad_request("n must be at least 1", "n")
-    prompts = _prompts(body.get("prompt"))
+    prompts = count_prompts(body.get("prompt"))
     if choices * prompts > _MAX_CHOICES:
         raise bad_request(f"n times prompts is {choices * prompts}; at most {_MAX_CHOICES}", "n")
     seed = body.get("seed")
     # Each choice has a seed of its own, counted on from this one.
     if seed is not None and seed >= _INT64_END - choices:
         raise bad_request("seed, plus n, must lie within 64 bits", "seed")
-
-
-def _prompts(prompt: Any) -> int:
-    """How many there are: a list is one of token ids, or several of either kind."""
-    if not isinstance(prompt, list):
-        return 1
-    if not prompt:
-        raise bad_request("prompt is an empty list", "prompt")
-    if type(prompt[0]) is int:
-        if not _are_token_ids(prompt):
-            raise bad_request("prompt must be text, token ids, or a list of either", "prompt")
-        return 1
-    texts = all(isinstance(item, str) for item in prompt)
-    if not texts and not all(isinstance(item, list) and _are_token_ids(item) for item in prompt):
-        raise bad_request("prompt must be text, token ids, or a list of either", "prompt")
-    return len(prompt)
 
 
 def _check_words(body: Mapping[str, Any]) -> None:
@@ -220,22 +224,40 @@ def _check_messages(messages: Any) -> None:
         calls -= _check_objects(f"{place}.tool_calls", message.get("tool_calls"), calls)
 
 
+def _check_input(items: Any) -> None:
+    if isinstance(items, str):
+        return
+    if not isinstance(items, list) or not items:
+        raise bad_request("input must be text, or a list of objects", "input")
+    _check_objects("input", items, _MAX_MESSAGES)
+    parts = _MAX_PARTS
+    for index, item in enumerate(items):
+        for name in ("content", "summary"):
+            parts -= _check_objects(f"input[{index}].{name}", item.get(name), parts)
+
+
 def _check_grammar(body: Mapping[str, Any]) -> None:
     """A schema is made into a grammar, for which other requests wait."""
-    form = body.get("response_format")
-    kind = form.get("type") if isinstance(form, dict) else None
-    if kind not in (None, "text") and body.get("allowed_token_ids"):
-        name = "allowed_token_ids"
-        raise bad_request(f"{name} can't go with response_format {kind}", name)
-    if isinstance(form, dict) and "json_schema" in form:
-        _check_schema(form["json_schema"], "response_format.json_schema")
+    text = body.get("text")
+    for place, form, key in (
+        ("response_format", body.get("response_format"), "json_schema"),
+        ("text.format", text.get("format") if isinstance(text, dict) else None, "schema"),
+    ):
+        if not isinstance(form, dict):
+            continue
+        kind = form.get("type")
+        if kind not in (None, "text") and body.get("allowed_token_ids"):
+            name = "allowed_token_ids"
+            raise bad_request(f"{name} can't go with {place} {kind}", name)
+        if key in form:
+            _check_schema(form[key], f"{place}.{key}")
     if body.get("tool_choice") != "none" and isinstance(body.get("tools"), list):
         # Together, because where a tool is required all of them make one grammar.
         _check_schema([_parameters(tool) for tool in body["tools"]], "tools")
 
 
 def _parameters(tool: Mapping[str, Any]) -> Any:
-    function = tool.get("function")
+    function = tool.get("function", tool)  # in Responses, a tool is its function
     return function.get("parameters") if isinstance(function, dict) else None
 
 

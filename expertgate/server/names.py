@@ -6,6 +6,7 @@ A user's id says who vouches for it, so that nobody can be named into being some
 | --- | --- |
 | `alice` | the holder of that API key |
 | `corp:alice` | whom the issuer called `corp` in the configuration names `alice` |
+| `mesh:alice` | whom a client certificate names `alice`, where those are called `mesh` |
 | `portal/alice` | whom the gateway with the key `portal` names `alice` |
 | `anonymous` | whoever sent no credential |
 

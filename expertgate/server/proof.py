@@ -1,9 +1,11 @@
 """Before it is ready, an engine proves that its workers hold masks, and that masks matter."""
 
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
 from vllm.inputs.engine import tokens_input
+from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from expertgate.model.usage import Usage
@@ -56,13 +58,70 @@ def check_facts(rank: int, facts: Mapping[str, Any]) -> None:
             raise ProofError(f"worker {rank} runs {name} as its {part}, which knows no masks")
 
 
+async def prove_namespaces(
+    engine: GuardedLLM, grants: Grants, num_experts: int, record: Record
+) -> None:
+    """Prefixes must be found again within a namespace of the cache, and never from another.
+
+    Raises ProofError.
+    """
+    cache = engine.vllm_config.cache_config
+    length = 2 * cache.block_size
+    if not cache.enable_prefix_caching or length >= engine.model_config.max_model_len:
+        return  # nothing is kept that could be found
+    vocabulary = engine.model_config.get_vocab_size()
+    prompt = [secrets.randbelow(vocabulary) for _ in range(length)]
+    everyone = ExpertSet.first(num_experts)
+
+    async def cached(experts: ExpertSet, tenant: str, own: str | None = None) -> int:
+        found, _ = await _run(engine, grants, experts, record, tenant, prompt, own)
+        return found.num_cached_tokens or 0
+
+    own_namespace = (everyone, _TENANT, "salt")
+    if await cached(*own_namespace) or not await cached(*own_namespace):
+        raise ProofError("a prefix was not found again by the same experts, tenant and salt")
+    others = {
+        "another tenant": (everyone, f"{_TENANT}/other", "salt"),
+        "another salt": (everyone, _TENANT, "other"),
+        "no salt": (everyone, _TENANT, None),
+    }
+    if num_experts > 1:
+        others["other experts"] = (PUBLIC_ONLY, _TENANT, "salt")
+    for what, namespace in others.items():
+        if tokens := await cached(*namespace):
+            raise ProofError(f"{what} found {tokens} tokens of a prefix that isn't theirs")
+
+
+async def one_token(engine: GuardedLLM, grants: Grants, record: Record) -> None:
+    """Has the engine write a token. Raises UnavailableError where it can't."""
+    await _run(engine, grants, PUBLIC_ONLY, record, _TENANT, [0])
+
+
 async def _answer(
     engine: GuardedLLM, grants: Grants, experts: ExpertSet, record: Record
 ) -> list[tuple[int, float]]:
     """Token ids and log-probabilities of a fixed prompt under these experts."""
     vocabulary = engine.model_config.get_vocab_size()
-    prompt = tokens_input([place * vocabulary // _PROBE_TOKENS for place in range(_PROBE_TOKENS)])
-    with grants.issue(experts, _TENANT, record=record) as grant:
+    prompt = [place * vocabulary // _PROBE_TOKENS for place in range(_PROBE_TOKENS)]
+    output, usage = await _run(engine, grants, experts, record, _TENANT, prompt)
+    _check_usage(usage)
+    return [
+        (token, choice.logprob)
+        for choices in output.outputs[0].logprobs or []
+        for token, choice in choices.items()
+    ]
+
+
+async def _run(
+    engine: GuardedLLM,
+    grants: Grants,
+    experts: ExpertSet,
+    record: Record,
+    tenant: str,
+    prompt: list[int],
+    salt: str | None = None,
+) -> tuple[RequestOutput, Usage | None]:
+    with grants.issue(experts, tenant, record=record) as grant:
         params = SamplingParams(
             temperature=0.0,
             max_tokens=_PROBE_ANSWER,
@@ -71,12 +130,12 @@ async def _answer(
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args={HANDLE_ARG: grant.handle},
         )
-        found: list[tuple[int, float]] = []
-        async for output in engine.generate(prompt, params, ""):
-            for choices in output.outputs[0].logprobs or []:
-                found += [(token, choice.logprob) for token, choice in choices.items()]
-        _check_usage(grant.usage)
-    return found
+        last: RequestOutput | None = None
+        async for output in engine.generate(tokens_input(prompt, cache_salt=salt), params, ""):
+            last = output
+    if last is None:
+        raise ProofError("the engine ended a probe without an answer")
+    return last, grant.usage
 
 
 def _check_usage(usage: Usage | None) -> None:

@@ -55,6 +55,14 @@ _ENVIRONMENT: dict[str, tuple[Callable[[str], bool], str]] = {
         lambda value: value.lower() in _FALSE,
         "may not be set: ids that repeat would let one request end another",
     ),
+    "VLLM_ENABLE_RESPONSES_API_STORE": (
+        lambda value: value.strip().lower() in _FALSE,
+        "may not be set: the store asks nobody whose a response is",
+    ),
+    "VLLM_USE_EXPERIMENTAL_PARSER_CONTEXT": (
+        lambda value: value.strip().lower() in _FALSE,
+        "may not be set: it runs tools, and the engine again, within one request",
+    ),
     "VLLM_SKIP_MODEL_NAME_VALIDATION": (
         lambda value: value.lower() in _FALSE,
         "may not be set: a misspelt alias would be served as if it were right",

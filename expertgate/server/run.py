@@ -6,62 +6,103 @@ import logging
 import multiprocessing
 import signal
 import socket
+import ssl
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
-from expertgate.server.app import create_app
+from expertgate.server.audit.writer import Record
+from expertgate.server.config import TlsConfig
 from expertgate.server.errors import ApiError
 from expertgate.server.failures import ProofError
 from expertgate.server.guard import GuardedLLM, UnavailableError
 from expertgate.server.handlers import Handlers
+from expertgate.server.liveness import Liveness
+from expertgate.server.metrics import count_work
 from expertgate.server.oversight import Oversight
-from expertgate.server.proof import prove
+from expertgate.server.proof import prove, prove_namespaces
+from expertgate.server.protocol import PatientProtocol
 from expertgate.server.service import Service
 
 log = logging.getLogger(__name__)
 
-_DRAIN_S = 30
-"""How long streams may go on after the server was told to stop."""
+_CUT_S = 5
+"""In which what was cut off must have told its clients so."""
 _ENGINE_STOP_S = 10
 _MAX_HEADER_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    app: FastAPI
+    bound: socket.socket
+    tls: TlsConfig | None = None
 
 
 def run(
     service: Service,
     oversight: Oversight,
-    bound: socket.socket,
+    listeners: Sequence[Listener],
     start_engine: Callable[[], GuardedLLM],
+    make_handlers: Callable[[GuardedLLM], Handlers],
     on_ready: Callable[[], None],
+    drain_s: int,
 ) -> None:
-    """Serves until SIGTERM or SIGINT. Raises what `start_engine` does, and ProofError.
+    """Serves until SIGTERM or SIGINT. Raises what the two calls do, and ProofError.
 
-    HTTP is there before the engine is: `/health` answers at once, `/ready` when it's true.
+    HTTP is there before the engine is: `/health` answers at once, `/ready` when it's true. Told to
+    stop, it takes nothing new, and cuts off after `drain_s` what has not ended by then.
     """
-    config = uvicorn.Config(
-        create_app(service),
+    servers = [_Server(listener, drain_s) for listener in listeners]
+    with asyncio.Runner(loop_factory=servers[0].config.get_loop_factory()) as runner:
+        runner.run(
+            _run(servers, service, oversight, start_engine, make_handlers, on_ready, drain_s)
+        )
+
+
+def _config(listener: Listener, drain_s: int) -> uvicorn.Config:
+    return uvicorn.Config(
+        listener.app,
+        **_tls(listener.tls),
         log_config=None,
         access_log=False,
         lifespan="off",
         server_header=False,
         # httptools takes headers of any size, and they come before the credential is looked at.
-        http="h11",
+        http=PatientProtocol,
         h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
         # uvicorn hands context variables on to the next request of a connection. Nothing of ours
         # travels in one, and so nothing of anyone else's should.
         reset_contextvars=True,
         # Only uvicorn's own word on who the client is; policies may read it.
         proxy_headers=False,
-        timeout_graceful_shutdown=_DRAIN_S,
+        timeout_graceful_shutdown=drain_s + _CUT_S,
     )
-    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(_run(_Server(config), service, oversight, bound, start_engine, on_ready))
+
+
+def _tls(config: TlsConfig | None) -> dict[str, Any]:
+    if config is None:
+        return {}
+    found: dict[str, Any] = {"ssl_certfile": config.certificate, "ssl_keyfile": config.key}
+    if config.client_ca is not None:
+        found |= {"ssl_ca_certs": str(config.client_ca), "ssl_cert_reqs": ssl.CERT_REQUIRED}
+    return found
 
 
 class _Server(uvicorn.Server):
     """Leaves signals to us: uvicorn would raise them again, and the engine would be orphaned."""
+
+    def __init__(self, listener: Listener, drain_s: int) -> None:
+        super().__init__(_config(listener, drain_s))
+        self._bound = listener.bound
+
+    async def listen(self) -> None:
+        await self.serve(sockets=[self._bound])
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -69,26 +110,28 @@ class _Server(uvicorn.Server):
 
 
 async def _run(
-    server: uvicorn.Server,
+    servers: Sequence[_Server],
     service: Service,
     oversight: Oversight,
-    bound: socket.socket,
     start_engine: Callable[[], GuardedLLM],
+    make_handlers: Callable[[GuardedLLM], Handlers],
     on_ready: Callable[[], None],
+    drain_s: int,
 ) -> None:
     told = asyncio.Event()
 
     def stop() -> None:
-        server.force_exit = told.is_set()  # told twice: streams are cut off
+        for server in servers:
+            server.force_exit = told.is_set()  # told twice: streams are cut off
         told.set()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop)
     loop.add_signal_handler(signal.SIGHUP, oversight.reload)
-    watching = asyncio.create_task(oversight.watch())
+    watching = [asyncio.create_task(oversight.watch())]
     stopping = asyncio.create_task(told.wait())
-    serving = asyncio.create_task(server.serve(sockets=[bound]))
+    serving = asyncio.gather(*(server.listen() for server in servers))
     engine: GuardedLLM | None = None
     try:
         starting = _in_thread(start_engine)
@@ -101,35 +144,60 @@ async def _run(
                 engine = starting.result()
             return
         engine = starting.result()
-        proving = asyncio.create_task(_open(service, engine))
+        proving = asyncio.create_task(_open(service, engine, make_handlers))
         await _first_of(proving, stopping, serving)
         if not proving.done():
             proving.cancel()
             return
         proving.result()
-        on_ready()
+        if service.liveness is not None:
+            watching.append(asyncio.create_task(service.liveness.watch()))
+            on_ready()
         await _first_of(stopping, serving)
     finally:
         if engine is not None:
             engine.drain()
-        server.should_exit = True
+        for server in servers:
+            server.should_exit = True
+        await asyncio.wait([serving], timeout=drain_s)
+        if not serving.done() and engine is not None:
+            await engine.cut()
         await serving
-        watching.cancel()
+        for watch in watching:
+            watch.cancel()
         if engine is not None:
             await asyncio.to_thread(engine.shutdown, _ENGINE_STOP_S)
         _end_children()
 
 
-async def _open(service: Service, engine: GuardedLLM) -> None:
+async def _open(
+    service: Service, engine: GuardedLLM, make_handlers: Callable[[GuardedLLM], Handlers]
+) -> None:
     try:
         record = await service.audit.probe()
         await prove(engine, service.grants, len(service.catalogue), record)
+        service.fault = await _fault(engine, service, record)
     except ApiError as error:
         raise ProofError(f"the engine was not tried: {error}") from None
     except (UnavailableError, TimeoutError) as error:
         raise ProofError(f"the engine stopped while it was tried: {error}") from None
-    service.handlers = Handlers.around(engine)
+    if service.fault is not None:
+        log.error("not ready, and will not be: %s", service.fault)
+        return
+    service.admission.places = engine.places
+    names = service.catalogue.names(service.catalogue.all)
+    engine.on_work = partial(count_work, names)
+    service.handlers = make_handlers(engine)
+    service.liveness = Liveness(engine, service.grants, record)
     service.engine = engine
+
+
+async def _fault(engine: GuardedLLM, service: Service, record: Record) -> str | None:
+    try:
+        await prove_namespaces(engine, service.grants, len(service.catalogue), record)
+    except ProofError as error:
+        return f"the engine failed its self-test: {error}"
+    return None
 
 
 def _in_thread(call: Callable[[], Any]) -> asyncio.Future[Any]:

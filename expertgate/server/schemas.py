@@ -8,7 +8,7 @@ error that names it.
 import difflib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Protocol, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -17,7 +17,7 @@ from vllm.exceptions import VLLMClientError
 
 from expertgate.server.circumstances import Purpose
 from expertgate.server.errors import ApiError, bad_request
-from expertgate.server.limits import check_limits, check_values
+from expertgate.server.limits import check_limits, check_values, count_prompts
 
 RECEIPT_HEADER = "X-Receipt"
 _SHOWN_CHARS = 64
@@ -117,10 +117,12 @@ _REFUSED = {
 }
 
 # Nested objects: the path of keys to one, with [] for the items of a list → the keys it may have.
-_NESTED: dict[str, frozenset[str]] = {
+NESTED: Mapping[str, frozenset[str]] = {
     "stream_options": frozenset({"include_usage", "continuous_usage_stats"}),
     "response_format": frozenset({"type", "json_schema"}),
     "response_format.json_schema": frozenset({"name", "description", "schema", "strict"}),
+}
+MESSAGES: Mapping[str, frozenset[str]] = {
     "messages[]": frozenset(
         {
             "role",
@@ -136,11 +138,32 @@ _NESTED: dict[str, frozenset[str]] = {
     "messages[].content[]": frozenset({"type", "text"}),
     "messages[].tool_calls[]": frozenset({"id", "type", "function", "index"}),
     "messages[].tool_calls[].function": frozenset({"name", "arguments"}),
+}
+TOOLS: Mapping[str, frozenset[str]] = {
     "tool_choice": frozenset({"type", "function"}),
     "tool_choice.function": frozenset({"name"}),
     "tools[]": frozenset({"type", "function"}),
     "tools[].function": frozenset({"name", "description", "parameters", "strict"}),
 }
+
+
+class Body(Protocol):
+    """A request model of vLLM's, with what this module has to know of it."""
+
+    fields: ClassVar[frozenset[str]]
+    """Those that a client may set."""
+    required: ClassVar[str | None]
+    nested: ClassVar[Mapping[str, frozenset[str]]]
+
+    @classmethod
+    def check(cls, body: Mapping[str, Any]) -> None:
+        """What is particular to this body, of plain JSON within the limits. Raises ApiError."""
+
+    @classmethod
+    def model_validate(cls, obj: Any) -> Self: ...
+
+    @classmethod
+    def model_json_schema(cls, *, ref_template: str) -> dict[str, Any]: ...
 
 
 class ChatRequest(ChatCompletionRequest):
@@ -158,7 +181,12 @@ class ChatRequest(ChatCompletionRequest):
         "tools",
         "top_logprobs",
     }
-    required: ClassVar[str] = "messages"
+    required: ClassVar[str | None] = "messages"
+    nested: ClassVar[Mapping[str, frozenset[str]]] = {**NESTED, **MESSAGES, **TOOLS}
+
+    @classmethod
+    def check(cls, body: Mapping[str, Any]) -> None:
+        check_parts(body)
 
     experts: Experts = None
     purpose: Purpose = None
@@ -171,7 +199,12 @@ class TextRequest(CompletionRequest):
     model_config = ConfigDict(extra="forbid")
 
     fields: ClassVar[frozenset[str]] = _SHARED_FIELDS | {"prompt"}
-    required: ClassVar[str] = "prompt"
+    required: ClassVar[str | None] = "prompt"
+    nested: ClassVar[Mapping[str, frozenset[str]]] = NESTED
+
+    @classmethod
+    def check(cls, body: Mapping[str, Any]) -> None:
+        pass
 
     experts: Experts = None
     purpose: Purpose = None
@@ -185,22 +218,32 @@ class ExplainRequest(BaseModel):
 
     fields: ClassVar[frozenset[str]] = frozenset({"experts", "purpose"})
     required: ClassVar[str | None] = None
+    nested: ClassVar[Mapping[str, frozenset[str]]] = {}
     model: ClassVar[str | None] = None
     """None of it is asked, so none can be an alias."""
+
+    @classmethod
+    def check(cls, body: Mapping[str, Any]) -> None:
+        pass
 
     experts: Experts = None
     purpose: Purpose = None
 
 
-Body = TypeVar("Body", ChatRequest, TextRequest, ExplainRequest)
+Kind = TypeVar("Kind", bound=Body)
 
 
-def read(kind: type[Body], raw: bytes) -> Body:
-    """The request in a body of JSON. Raises ApiError 400, naming the first thing that's wrong."""
-    body = _json(raw)
+def read(kind: type[Kind], raw: bytes) -> Kind:
+    """The request in a body of JSON. Raises ApiError, naming the first thing that's wrong."""
+    return check(kind, parse(raw))
+
+
+def check(kind: type[Kind], body: Mapping[str, Any]) -> Kind:
+    """The request in a JSON object. Raises ApiError, naming the first thing that's wrong."""
     _check_fields(kind, body)
     check_limits(body)
-    _check_nested(body)
+    kind.check(body)
+    _check_nested(body, kind.nested)
     try:
         return kind.model_validate(body)
     except ValidationError as error:
@@ -222,7 +265,12 @@ def read(kind: type[Body], raw: bytes) -> Body:
         raise bad_request("the body is nested too deeply") from None
 
 
-def openapi(kind: type[ChatRequest | TextRequest | ExplainRequest]) -> dict[str, Any]:
+def choices(body: Any) -> int:
+    """How many choices a body asks for, over all its prompts."""
+    return (getattr(body, "n", None) or 1) * count_prompts(getattr(body, "prompt", None))
+
+
+def openapi(kind: type[Body]) -> dict[str, Any]:
     """The JSON schema of a body, with the fields that are accepted and no others."""
     schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
     schema["properties"] = {k: v for k, v in schema["properties"].items() if k in kind.fields}
@@ -230,7 +278,8 @@ def openapi(kind: type[ChatRequest | TextRequest | ExplainRequest]) -> dict[str,
     return schema
 
 
-def _json(raw: bytes) -> dict[str, Any]:
+def parse(raw: bytes) -> dict[str, Any]:
+    """The object that a body of JSON holds. Raises ApiError 400."""
     try:
         # Decoded here: given bytes, json would guess at UTF-16 and UTF-32 as well.
         text = raw.decode("utf-8")
@@ -263,9 +312,7 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _check_fields(
-    kind: type[ChatRequest | TextRequest | ExplainRequest], body: Mapping[str, Any]
-) -> None:
+def _check_fields(kind: type[Body], body: Mapping[str, Any]) -> None:
     for name in body:
         if name not in kind.fields:
             raise _unknown(name, name, kind.fields)
@@ -273,19 +320,24 @@ def _check_fields(
         raise bad_request(f"{kind.required} is missing", kind.required)
 
 
-def _check_nested(body: Mapping[str, Any]) -> None:
+def check_parts(body: Mapping[str, Any]) -> None:
+    """Messages are of text alone: anything else would be fetched. Raises ApiError 400."""
     for place, part in _at(body, "messages[].content[]"):
         if part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise bad_request(f"{place}: only parts of type 'text' can be read", place)
-    for path, allowed in _NESTED.items():
+
+
+def _check_nested(body: Mapping[str, Any], nested: Mapping[str, frozenset[str]]) -> None:
+    for path, allowed in nested.items():
         for place, found in _at(body, path):
             for name in found:
                 if name not in allowed:
                     raise _unknown(name, f"{place}.{name}", allowed)
-    form = body.get("response_format")
-    if isinstance(form, dict) and form.get("type") not in ("text", "json_object", "json_schema"):
-        place = "response_format.type"
-        raise bad_request(f"{place} must be text, json_object or json_schema", place)
+    for place in ("response_format", "text.format"):
+        for _, form in _at(body, place):
+            if form.get("type") not in ("text", "json_object", "json_schema"):
+                where = f"{place}.type"
+                raise bad_request(f"{where} must be text, json_object or json_schema", where)
 
 
 def _unknown(name: str, place: str, allowed: Iterable[str]) -> ApiError:

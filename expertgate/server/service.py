@@ -10,14 +10,19 @@ from expertgate.policies.context import Context
 from expertgate.policies.decision import Decision
 from expertgate.policies.expert_set import ExpertSet
 from expertgate.policies.principal import Principal
+from expertgate.server.admission import Admission
 from expertgate.server.audit.trail import Trail
 from expertgate.server.errors import ApiError
 from expertgate.server.grants import Basis, Grant, Grants
 from expertgate.server.guard import GuardedLLM
 from expertgate.server.handlers import Handlers
 from expertgate.server.identity import Identity
+from expertgate.server.liveness import Liveness
+from expertgate.server.metrics import DECISION_SECONDS
 from expertgate.server.namespaces import Namespaces
 from expertgate.server.selection import Selection, effective
+from expertgate.server.tracing import tracer
+from expertgate.server.turns import Turns
 
 SUSPENDED = "suspended"
 """The reason for an expert that is taken from everybody."""
@@ -29,6 +34,9 @@ class Service:
     identity: Identity
     policies: PolicySet
     audit: Trail
+    admission: Admission = field(default_factory=Admission)
+    renders: Turns = field(default_factory=lambda: Turns(1))
+    """Whose text is tokenized next."""
     suspended: ExpertSet = field(default_factory=lambda: ExpertSet(0))
     """Experts that are taken from everybody, whatever policy says."""
     grants: Grants = field(default_factory=Grants)
@@ -36,27 +44,35 @@ class Service:
     engine: GuardedLLM | None = None
     """Set once the engine has proved itself; until then nothing can be asked of it."""
     handlers: Handlers | None = None
+    fault: str | None = None
+    """What an engine failed to show, that for this takes no requests."""
+    liveness: Liveness | None = None
 
     @property
-    def ready(self) -> bool:
-        return (
-            self.engine is not None
-            and self.handlers is not None
-            and not self.engine.errored
-            and self.audit.ready
-        )
+    def unready(self) -> str | None:
+        """Why requests can't be taken, or are not likely to be answered."""
+        try:
+            self.running()
+        except ApiError as error:
+            return error.message
+        if not self.audit.ready:
+            return "requests can't be recorded"
+        if self.liveness is not None and self.liveness.late:
+            return "the engine does not answer"
+        return None
 
     def running(self) -> tuple[GuardedLLM, Handlers]:
-        """Raises ApiError 503 where the engine is starting, going down or dead."""
+        """Raises ApiError 503 where the engine is starting, going down or dead, or has a fault."""
         if self.engine is None or self.handlers is None:
-            raise ApiError(503, "engine_unavailable", "the engine is starting")
+            raise _unavailable(self.fault or "the engine is starting")
         if self.engine.errored:
-            raise ApiError(503, "engine_unavailable", str(self.engine.dead_error))
+            raise _unavailable(str(self.engine.dead_error))
         return self.engine, self.handlers
 
     def decide(self, principal: Principal, context: Context) -> Decision:
         """What this principal may consult in this context: what policy grants, less suspensions."""
-        decision = self.policies.decide(principal, context)
+        with DECISION_SECONDS.time():
+            decision = self.policies.decide(principal, context)
         if not decision.granted & self.suspended:
             return decision
         names = self.catalogue.names(self.suspended)
@@ -76,8 +92,13 @@ class Service:
         none of the three can be out of date when the grant is there to be withdrawn.
         """
         principal = await self.identity.identify(connection)
-        decision = self.decide(principal, context)
-        experts = effective(selection, decision.granted, self.catalogue)
+        with tracer.start_as_current_span("policy"):
+            decision = self.decide(principal, context)
+            experts = effective(selection, decision.granted, self.catalogue)
         self.namespaces.note(principal, context, experts)
         basis = Basis(connection, principal, context, decision)
         return self.grants.issue(experts, principal.id, basis)
+
+
+def _unavailable(message: str) -> ApiError:
+    return ApiError(503, "engine_unavailable", message)

@@ -12,13 +12,14 @@ from expertgate.model import catalogue
 from expertgate.model.catalogue import Catalogue
 from expertgate.model.checkpoint import Checkpoint, locate
 from expertgate.policies.cedar import PolicySet
-from expertgate.server import environment
+from expertgate.server import environment, logs
+from expertgate.server.admission import Admission
 from expertgate.server.audit.signing import SigningKey
 from expertgate.server.audit.trail import Trail
 from expertgate.server.audit.writer import AuditLog
-from expertgate.server.config import AuditConfig, Config
+from expertgate.server.config import AdminConfig, AuditConfig, Config
 from expertgate.server.identity import Identity
-from expertgate.server.listening import listen
+from expertgate.server.listening import listen, listen_at
 from expertgate.server.policy_files import PolicyFiles, resources
 from expertgate.server.refusals import SettingError, refuse_arguments
 
@@ -40,6 +41,7 @@ def serve_config(
     that doesn't hold, before anything slow begins.
     """
     environment.settle()
+    logs.set_up(config.logs)
     wanted = model or config.model
     if wanted is None:
         raise SettingError(
@@ -55,23 +57,31 @@ def serve_config(
     files = PolicyFiles(config.policies, described, config.claims)
     seen = files.stamp()  # before they are read: what changes from here on is seen
     policies = PolicySet.load(config.policies, resources(known), config.claims)
+    if config.tls is not None:
+        config.tls.check()
     # A folder's own name, or the Hub's id.
     name = checkpoint.folder.name if Path(wanted).is_dir() else wanted
     bound = listen(host or config.host, config.port if port is None else port)
-    url = f"http://{_authority(bound)}"
+    admin = None if config.admin is None else _admin(config.admin)
+    url = f"{'http' if config.tls is None else 'https'}://{_authority(bound)}"
     print(f"expertgate {expertgate.__version__}: starting {wanted} at {url}", flush=True)
-    print(f"experts: {', '.join(known.names(known.all))}", flush=True)
+    for line in _summary(config, known, policies, admin):
+        print(line, flush=True)
 
     with _audited(config.audit, known, name, policies.version) as trail:
         # vLLM takes seconds to import, and reads its environment while it is.
+        from expertgate.server import tracing
+        from expertgate.server.admin import create_admin
+        from expertgate.server.app import create_app
         from expertgate.server.engine import parse_flags, start
+        from expertgate.server.handlers import Handlers
         from expertgate.server.oversight import Oversight
-        from expertgate.server.run import run
+        from expertgate.server.run import Listener, run
         from expertgate.server.service import Service
 
         arguments |= parse_flags(flags)
         refuse_arguments(arguments)
-        service = Service(known, identity, policies, trail)
+        service = Service(known, identity, policies, trail, Admission(config.limits))
         oversight = Oversight(service, files, seen, config.suspended)
         oversight.listeners.append(trail.changed)
         began = time.monotonic()
@@ -80,13 +90,21 @@ def serve_config(
             print(f"ready after {time.monotonic() - began:.0f} s at {url}", flush=True)
             greet(url)
 
+        listeners = [Listener(create_app(service), bound, config.tls)]
+        if admin is not None:
+            listeners.append(Listener(create_admin(service, oversight, admin[1]), admin[0]))
+        spans = tracing.set_up()
         run(
             service,
             oversight,
-            bound,
+            listeners,
             lambda: start(checkpoint.folder, name, arguments, service.grants),
+            lambda engine: Handlers.around(engine, config.tool_parser),
             ready,
+            config.drain_s,
         )
+        if spans is not None:
+            spans.shutdown()
 
 
 @contextmanager
@@ -120,6 +138,35 @@ def _open_log(config: AuditConfig) -> AuditLog | None:
         sign_every=config.sign_every,
         fail_open=config.on_failure == "open",
     )
+
+
+def _summary(
+    config: Config,
+    known: Catalogue,
+    policies: PolicySet,
+    admin: tuple[socket.socket, str] | None,
+) -> list[str]:
+    """What is served to whom, a line each."""
+    experts = [f"{e.name} ({e.owner})" if e.owner else e.name for e in known.experts]
+    identity = ["API keys"] if config.identity.api_keys else []
+    identity += [f"tokens of {issuer.name} ({issuer.issuer})" for issuer in config.identity.jwt]
+    identity += ["client certificates"] if config.identity.certificates else []
+    identity += ["anonymous"] if config.identity.anonymous else []
+    operators = "nowhere: no `admin:` in the configuration"
+    if admin is not None:
+        unix = admin[0].family == socket.AF_UNIX
+        operators = f"unix:{admin[0].getsockname()}" if unix else f"http://{_authority(admin[0])}"
+    return [
+        f"experts: {', '.join(experts)}",
+        f"identity: {', '.join(identity)}",
+        f"policies: {config.policies}, version {policies.version[:12]}",
+        f"operators: {operators}",
+    ]
+
+
+def _admin(config: AdminConfig) -> tuple[socket.socket, str]:
+    """The operators' listener and their token. Raises ListenError or ConfigError."""
+    return listen_at(config.listen), config.read_token()
 
 
 def _authority(bound: socket.socket) -> str:

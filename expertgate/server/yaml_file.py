@@ -7,6 +7,7 @@ huge), and times stay text.
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any, TypeVar, get_args
 
 import yaml
@@ -148,5 +149,12 @@ def _words(kind: Any, fault: Any) -> str:
 def _fields(kind: Any, place: Place) -> list[str]:
     """The keys of the model that stands at `place` in a value of `kind`."""
     for part in place:
-        kind = get_args(kind)[0] if isinstance(part, int) else kind.model_fields[part].annotation
+        if isinstance(part, int):
+            kind = get_args(kind)[0]
+        elif hasattr(kind, "model_fields"):
+            kind = kind.model_fields[part].annotation
+        else:  # a mapping's values
+            kind = get_args(kind)[1]
+        if isinstance(kind, UnionType):  # with None
+            kind = get_args(kind)[0]
     return list(kind.model_fields)

@@ -45,6 +45,7 @@ forbid(principal == User::"mallory", action, resource);
 # and the issuer `corp` may say who is in research, and the issuer who is of which department.
 GROUPS = {"alice": ["research"], "dave": ["research"], "bob": [], "mallory": []}
 BLOCK_TOKENS = 128
+ADMIN_TOKEN = "operator" * 8
 
 
 @dataclass
@@ -81,6 +82,24 @@ class Server:
     ) -> Any:
         body = {"prompt": "hi", "max_tokens": 4, "temperature": 0, **body}
         return self.post("/v1/completions", body, user, **(headers or {}))
+
+    def admin(self, method: str, path: str, token: str | None = ADMIN_TOKEN) -> httpx.Response:
+        """Asks at the operators' listener."""
+        transport = httpx.HTTPTransport(uds=str(self.folder / "admin.sock"))
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        with httpx.Client(transport=transport, base_url="http://admin", timeout=60) as client:
+            return client.request(method, path, headers=headers)
+
+    def respond(
+        self, user: str = "alice", headers: dict[str, str] | None = None, **body: Any
+    ) -> Any:
+        body = {"input": "hi", "max_output_tokens": 4, **body}
+        return self.post("/v1/responses", body, user, **(headers or {}))
+
+    @property
+    def asks(self) -> tuple[Any, ...]:
+        """Every route that generates."""
+        return self.chat, self.complete, self.respond
 
     def effective(self, response: httpx.Response) -> list[str]:
         """What the response says was used, in all the places where it says so."""
@@ -121,18 +140,20 @@ def prepare(folder: Path, issuer: Issuer | None = None) -> None:
     (checkpoint / "experts.json").write_text(json.dumps({"version": 1, "experts": EXPERTS}))
     (folder / "policies").mkdir()
     (folder / "policies" / "all.cedar").write_text(POLICIES)
+    (folder / "admin-token").write_text(ADMIN_TOKEN)
     (folder / "expertgate.yaml").write_text(
         "model: toy\n"
         f"identity: {json.dumps(identity)}\n"
         "claims: {department: string}\n"
         "policies: policies\n"
         "port: 0\n"
+        "admin: {listen: 'unix:admin.sock', token: admin-token}\n"
         "engine:\n"
         "  max_model_len: 2048\n"
         "  max_num_seqs: 8\n"
         "  enforce_eager: true\n"
         f"  kv_cache_memory_bytes: {1 << 27}\n"
-        "  max_num_queued_reqs: 64\n"
+        "  max_num_queued_reqs: 128\n"
     )
 
 
@@ -174,9 +195,10 @@ def start(folder: Path, *, ready: bool = True) -> Server:
     server = Server(folder, "", process)
     if not ready:
         return server
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 500
     while "ready after" not in server.log:
-        if process.poll() is not None or time.monotonic() > deadline:
+        ended = process.poll() is not None or "will not be:" in server.log
+        if ended or time.monotonic() > deadline:
             raise AssertionError(f"the server did not come up:\n{server.log[-4000:]}")
         time.sleep(0.2)
     server.url = server.log.partition(" at http://")[2].split()[0]

@@ -64,7 +64,7 @@ def service(script):
         ),
     )
     made.engine = GuardedLLM(FakeEngine(), made.grants, CacheSalts(b"w"))
-    made.handlers = Handlers(script, script, "toy", 2048, 0)
+    made.handlers = Handlers(script, script, script, script, "toy", 2048, 0)
     script.service = made
     return made
 
@@ -194,6 +194,27 @@ def test_health_and_ready_follow_the_engine(service):
     assert statuses() == (200, 503)
     service.engine = None
     assert statuses() == (200, 503)
+
+
+def test_ready_says_why_it_is_not(service):
+    client = TestClient(create_app(service))
+
+    def why():
+        return client.get("/ready").json().get("why")
+
+    assert why() is None
+    service.liveness = SimpleNamespace(late=True)
+    assert why() == "the engine does not answer"
+    service.engine.drain()
+    assert why() == "the server is going down"
+    service.engine = None
+    assert why() == "the engine is starting"
+    service.fault = "the engine failed its self-test: it did"
+    assert why() == service.fault
+    assert error_of(client.get("/v1/models", headers={"user": "alice"})) == (
+        503,
+        "engine_unavailable",
+    )
 
 
 def test_two_purposes_are_refused(service):

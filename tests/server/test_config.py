@@ -51,7 +51,7 @@ def test_engine_arguments_pass_through_as_they_are(load):
         ("policies: p\n", ["1: identity: is missing"]),
         (
             "policies: p\nidentity:\n",
-            ["2: identity: must be a mapping of api_keys, jwt, anonymous"],
+            ["2: identity: must be a mapping of api_keys, jwt, certificates, anonymous"],
         ),
         (
             "policies: p\nidentity:\n  api_key: k\n",
@@ -70,6 +70,21 @@ def test_engine_arguments_pass_through_as_they_are(load):
         (LEAST + "port: true\n", ["3: port: Input should be a valid integer"]),
         (LEAST + "claims: {a: text}\n", ["3: claims.a: Input should be 'string', 'integer'"]),
         (LEAST + "claims: {a b: string}\n", ["3: claims.a b"]),
+        (LEAST + "limits: {a: {concurrent: 0}}\n", ["3: limits.a.concurrent: Input should be gr"]),
+        (LEAST + "limits: {a: {tokens: 5}}\n", ["3: limits.a.tokens: unknown key"]),
+        (
+            LEAST + "limits: {a: {concurent: 5}}\n",
+            ["3: limits.a.concurent: unknown key; did you mean concurrent?"],
+        ),
+        (
+            LEAST + "admin: {listn: 'unix:a', token: t}\n",
+            [
+                "3: admin.listen: is missing",
+                "3: admin.listn: unknown key; did you mean listen?",
+            ],
+        ),
+        (LEAST + "admin: {listen: nowhere, token: t}\n", ["3: admin.listen: String should"]),
+        (LEAST + "logs: xml\n", ["3: logs: Input should be 'text' or 'json'"]),
         (LEAST + "model: 7\n", ["3: model: Input should be a valid string"]),
         (LEAST + "engine: [1]\n", ["3: engine: Input should be a valid dictionary"]),
         (LEAST + "port: 1\nport: 2\n", ["4: port: is given twice"]),
@@ -83,6 +98,16 @@ def test_every_fault_has_its_place(load, tmp_path, text, faults):
     assert len(lines) == len(faults)
     for line, fault in zip(lines, faults, strict=True):
         assert line.startswith(f"{tmp_path}/expertgate.yaml:{fault}")
+
+
+def test_the_operators_part(load, tmp_path):
+    for listen in ("127.0.0.1:9100", "[::1]:9100", "localhost:0"):
+        config = load(LEAST + f"admin: {{listen: '{listen}', token: t}}\n")
+        assert config.admin.listen == listen
+        assert config.admin.token == tmp_path / "t"
+    config = load(LEAST + "admin: {listen: 'unix:a.sock', token: /etc/t}\n")
+    assert config.admin.listen == f"unix:{tmp_path}/a.sock"
+    assert str(config.admin.token) == "/etc/t"
 
 
 def test_a_missing_file(tmp_path):

@@ -62,3 +62,10 @@ def test_the_moe_kernel_is_a_flag_behind_vllms_own(flag):
 def test_another_moe_kernel_is_refused():
     with pytest.raises(SettingError, match="moe_kernel=cutlass: only expertgate or vllm"):
         refuse_arguments({"moe_kernel": "cutlass"})
+
+
+def test_weights_that_do_not_fit_are_a_line(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 3000)
+    engine._check_memory(tmp_path, 3000)
+    with pytest.raises(SettingError, match="larger machine"):
+        engine._check_memory(tmp_path, 2999)

@@ -10,6 +10,7 @@ from expertgate.model.usage import Usage, Work
 from expertgate.policies.expert_set import PUBLIC_ONLY, ExpertSet
 from expertgate.server.grants import HANDLE_ARG, GrantError, Grants
 from expertgate.server.guard import CacheSalts, GuardedLLM, UnavailableError
+from expertgate.server.turns import Turns
 from tests.server.audit.logs import RECORD
 from tests.server.fakes import FakeEngine
 
@@ -341,3 +342,27 @@ def test_fields_of_a_salt_cannot_run_into_each_other():
 
 def test_a_servers_secret_is_its_own():
     assert CacheSalts(b"w").salt(MATH, "a", None) != CacheSalts(b"w").salt(MATH, "a", None)
+
+
+def test_what_is_cut_off_ends_with_an_error_and_what_waits_does_not_begin(grants):
+    engine = FakeEngine(outputs=3)
+    guard = GuardedLLM(engine, grants, CacheSalts(b"w"), Turns(1))
+
+    async def go():
+        with grants.issue(MATH, "alice", record=RECORD) as grant:
+            runs = guard.generate(PROMPT, params(grant.handle), "a")
+            waits = guard.generate(PROMPT, params(grant.handle), "b")
+            assert await anext(runs) is not None
+            waiting = asyncio.create_task(anext(waits))
+            await asyncio.sleep(0)
+            await guard.cut()
+            assert engine.aborted == [engine.calls[0].request_id]
+            with pytest.raises(UnavailableError, match="going down"):
+                await anext(runs)
+            with pytest.raises(UnavailableError, match="going down"):
+                await waiting
+            with pytest.raises(UnavailableError, match="going down"):
+                guard.generate(PROMPT, params(grant.handle), "c")
+        assert len(engine.calls) == 1
+
+    asyncio.run(go())

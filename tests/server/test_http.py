@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,7 +82,7 @@ def test_without_a_selection_all_that_are_granted_speak(server, user):
 )
 def test_every_way_to_say_which(server, body, header, expected):
     headers = {} if header is None else {"X-Experts": header}
-    for ask in (server.chat, server.complete):
+    for ask in server.asks:
         response = ask("alice", headers=headers, **body)
         assert server.effective(response) == expected
         assert response.json()["model"] == "toy"
@@ -101,7 +102,7 @@ def test_every_way_to_say_which(server, body, header, expected):
 )
 def test_beyond_the_grant_is_forbidden_and_runs_nothing(server, body, header):
     headers = {} if header is None else {"X-Experts": header}
-    for ask in (server.chat, server.complete):
+    for ask in server.asks:
         for stream in (False, True):
             response = ask("dave", headers=headers, stream=stream, **body)
             assert code_of(response, 403) == "expert_not_permitted"
@@ -499,6 +500,31 @@ def test_after_all_that_nothing_failed_inside(server):
     assert "never retrieved" not in server.log
 
 
+def test_a_full_queue_says_when_to_come_back_and_others_still_find_a_place(server):
+    # Half of the 128 places, and six times what the engine runs at once: the answers to the two
+    # that are refused come long before it is done, on any machine.
+    crowd = {"prompt": ["hi"] * 64, "max_tokens": 200, "ignore_eos": True, "stream": True}
+    headers, url = server.headers("alice"), f"{server.url}/v1/completions"
+    with httpx.stream("POST", url, json=crowd, headers=headers, timeout=120) as running:
+        assert running.status_code == 200
+        for stream in (False, True):
+            response = server.complete("alice", stream=stream)
+            assert code_of(response, 429) == "overloaded"
+            assert int(response.headers["retry-after"]) >= 1
+        assert server.complete("bob").status_code == 200
+    deadline = time.monotonic() + 60
+    while server.complete("alice").status_code == 429:
+        assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_more_choices_than_can_ever_run_are_refused_for_good(server, stream):
+    # The engine runs 8 at once, and is given a few more.
+    response = server.complete("alice", n=11, temperature=1, stream=stream)
+    assert code_of(response, 400) == "invalid_request"
+    assert "at most 10" in response.json()["error"]["message"]
+
+
 def gone(processes):
     """Within a moment: Python's own tracker of shared memory ends just after its parent."""
     deadline = time.monotonic() + 5
@@ -509,21 +535,44 @@ def gone(processes):
     return True
 
 
-def test_sigterm_lets_streams_finish_and_leaves_no_orphans(tmp_path):
+def test_sigterm_lets_streams_finish_cuts_off_the_longest_and_leaves_no_orphans(tmp_path):
     prepare(tmp_path)
-    key = make_key(tmp_path, "alice", "research")
+    with (tmp_path / "expertgate.yaml").open("a") as config:
+        config.write("drain_s: 8\n")
+    keys = {user: make_key(tmp_path, user, "research") for user in ("alice", "dave")}
     own = start(tmp_path)
-    own.keys = {"alice": key}
+    own.keys = keys
     try:
         children = own.children()
         assert children
-        with ThreadPoolExecutor(1) as pool:
-            body = {"max_tokens": 400, "ignore_eos": True, "stream": True}
-            stream = pool.submit(own.complete, "alice", **body)
-            time.sleep(1)
+        # So much that no machine is done with it within the eight seconds.
+        long = {"max_tokens": 1900, "ignore_eos": True, "prompt": ["hi"] * 60}
+        short = {"prompt": "hi", "max_tokens": 100, "ignore_eos": True}
+        with ExitStack() as stack:
+
+            def begun(user, body):
+                """The lines of a stream that has begun."""
+                url, headers = f"{own.url}/v1/completions", own.headers(user)
+                asked = httpx.stream(
+                    "POST", url, json={**body, "stream": True}, headers=headers, timeout=120
+                )
+                lines = stack.enter_context(asked).iter_lines()
+                return [next(lines)], lines
+
+            streams = [begun("dave", short), begun("alice", long)]
             own.process.send_signal(signal.SIGTERM)
-            found = events(stream.result())
+            found, ended = ([*first, *rest] for first, rest in streams)
+        found, ended = (
+            [
+                json.loads(line.removeprefix("data: "))
+                for line in lines
+                if line.startswith("data: {")
+            ]
+            for lines in (found, ended)
+        )
         assert found[-1]["choices"][0]["finish_reason"] == "length"
+        assert ended[-1]["error"]["code"] == "engine_unavailable"
+        assert "going down" in ended[-1]["error"]["message"]
         assert own.process.wait(60) == 0
         assert gone(children)
         assert "Traceback" not in own.log
@@ -540,7 +589,7 @@ def test_a_dead_engine_is_told_and_the_server_still_ends_cleanly(tmp_path):
         children = own.children()
         with ThreadPoolExecutor(2) as pool:
             # So much that it can't end before the engine does, however slow this machine is.
-            body = {"max_tokens": 1900, "ignore_eos": True, "n": 32, "temperature": 1}
+            body = {"max_tokens": 1900, "ignore_eos": True, "prompt": ["hi"] * 32}
             whole = pool.submit(own.complete, "alice", **body)
             stream = pool.submit(own.complete, "alice", stream=True, **body)
             time.sleep(1)
@@ -561,6 +610,14 @@ def test_a_dead_engine_is_told_and_the_server_still_ends_cleanly(tmp_path):
         stop(own)
 
 
+def is_engines(pid):
+    """Not what libraries run while they are imported, before there is anybody to hear a signal."""
+    try:
+        return b"multiprocessing" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
 def test_sigterm_while_it_starts_leaves_no_orphans(tmp_path):
     prepare(tmp_path)
     make_key(tmp_path, "alice")
@@ -576,7 +633,7 @@ def test_sigterm_while_it_starts_leaves_no_orphans(tmp_path):
     own = Server(tmp_path, "", process)
     try:
         deadline = time.monotonic() + 60
-        while not own.children() and time.monotonic() < deadline:
+        while not any(map(is_engines, own.children())) and time.monotonic() < deadline:
             time.sleep(0.1)
         time.sleep(3)
         children = own.children()

@@ -84,7 +84,7 @@ class Handler:
 def site(tmp_path_factory):
     made = Site(tmp_path_factory.mktemp("fuzz"), RULES)
     made.handler = Handler(made.service)
-    made.service.handlers = Handlers(made.handler, made.handler, "toy", 2048, 0)
+    made.service.handlers = Handlers(*[made.handler] * 4, "toy", 2048, 0)
     app = create_app(made.service)
     made.client = TestClient(app, raise_server_exceptions=False, client=(ADDRESS, 1))
     return made

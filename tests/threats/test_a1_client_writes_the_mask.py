@@ -30,7 +30,7 @@ SPELLINGS = [
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=str)
 def test_no_spelling_gets_in(server, spelling):
-    for ask in (server.chat, server.complete):
+    for ask in server.asks:
         for stream in (False, True):
             response = ask("bob", stream=stream, **spelling)
             assert response.status_code == 400

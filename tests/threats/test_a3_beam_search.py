@@ -13,7 +13,7 @@ from tests.server.fakes import FakeEngine
 
 @pytest.mark.parametrize("value", [True, False])
 def test_a_request_for_it_is_refused(server, value):
-    for ask in (server.chat, server.complete):
+    for ask in server.asks:
         response = ask("alice", use_beam_search=value, n=2)
         assert response.status_code == 400
         assert "use_beam_search" in response.json()["error"]["message"]

@@ -39,7 +39,24 @@ def test_parts_with_urls_are_refused_unfetched(server, listener):
         {"type": "file", "file": {"file_id": url}},
         {"image_url": {"url": url}},
     ):
-        response = server.chat("alice", messages=[{"role": "user", "content": [part]}])
+        content = [{"role": "user", "content": [part]}]
+        response = server.chat("alice", messages=content)
         assert response.status_code == 400
         assert "type 'text'" in response.json()["error"]["message"]
+        assert server.post("/tokenize", {"messages": content}).status_code == 400
+        response = server.respond("alice", input=content)
+        assert response.status_code == 400
+        assert "input[0].content[0]" in response.json()["error"]["param"]
+    assert met == []
+
+
+def test_tools_that_would_fetch_are_refused(server, listener):
+    url, met = listener
+    for tool in (
+        {"type": "mcp", "server_label": "x", "server_url": url},
+        {"type": "web_search_preview"},
+        {"type": "code_interpreter", "container": {"type": "auto"}},
+        {"type": "file_search", "vector_store_ids": ["x"]},
+    ):
+        assert server.respond("alice", tools=[tool]).status_code == 400
     assert met == []

@@ -14,7 +14,7 @@ import pytest
     ids=str,
 )
 def test_they_are_refused(server, fields):
-    for ask in (server.chat, server.complete):
+    for ask in server.asks:
         response = ask("alice", **fields)
         assert response.status_code == 400
         assert response.json()["error"]["param"] in fields

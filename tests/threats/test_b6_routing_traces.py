@@ -13,12 +13,17 @@ def keys_of(value):
 
 def test_no_answer_carries_one(server):
     hidden = {"routed_experts", "kv_transfer_params", "ec_transfer_params", "system_fingerprint"}
-    for ask in (server.chat, server.complete):
-        assert not hidden & keys_of(ask("alice", n=2).json())
-        stream = ask("alice", stream=True, stream_options={"include_usage": True}).text
-        for line in stream.splitlines():
-            if line.startswith("data: {"):
-                assert not hidden & keys_of(json.loads(line.removeprefix("data: ")))
+    for ask, more, of_stream in (
+        (server.chat, {"n": 2}, {"stream_options": {"include_usage": True}}),
+        (server.complete, {"n": 2, "temperature": 1}, {"stream_options": {"include_usage": True}}),
+        (server.respond, {}, {}),
+    ):
+        assert not hidden & keys_of(ask("alice", **more).json())
+        lines = ask("alice", stream=True, **of_stream).text.splitlines()
+        found = [line.removeprefix("data: ") for line in lines if line.startswith("data: {")]
+        assert found
+        for line in found:
+            assert not hidden & keys_of(json.loads(line))
 
 
 def test_usage_is_totals_of_the_whole_request(server):

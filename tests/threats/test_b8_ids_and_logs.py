@@ -7,14 +7,23 @@ import pytest
 FORGED = "INFO admin logged in"
 
 
-def test_a_header_is_not_taken_for_an_id(server):
+def test_a_header_is_given_back_and_never_taken_for_the_answers_id(server):
     mine = f"x{uuid.uuid4().hex}"
-    response = server.chat("alice", headers={"X-Request-Id": mine})
-    assert response.status_code == 200
-    assert mine not in response.text
-    assert response.headers["x-request-id"] != mine
-    assert response.headers["x-request-id"] in response.json()["id"]
-    assert mine not in server.log
+    for ask in server.asks:
+        response = ask("alice", headers={"X-Request-Id": mine})
+        assert response.status_code == 200
+        assert mine not in response.text
+        assert response.headers["x-request-id"] == mine
+    assert f"[{mine}]" in server.log
+
+
+@pytest.mark.parametrize("header", ["a b", "a;b", "x" * 129, "a\tb"])
+def test_a_header_that_is_no_id_is_refused(server, header):
+    for ask in server.asks:
+        response = ask("alice", headers={"X-Request-Id": header})
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "X-Request-Id"
+    assert header not in server.log
 
 
 @pytest.mark.parametrize("text", [f"a\n{FORGED}", f"a\r\n{FORGED}"])
@@ -31,8 +40,8 @@ def test_a_newline_writes_no_line_of_its_own(server, text):
 
 def test_two_requests_of_one_id_have_two(server):
     same = {"X-Request-Id": "same"}
-    ids = {server.chat("alice", headers=same).json()["id"] for _ in range(2)}
-    assert len(ids) == 2
+    ids = {ask("alice", headers=same).json()["id"] for ask in server.asks for _ in range(2)}
+    assert len(ids) == 2 * len(server.asks)
 
 
 def test_headers_that_steer_vllm_are_not_read(server):

@@ -1,5 +1,7 @@
 """What every client is told must say nothing of paths, of other experts or of the build."""
 
+from tests.server.running import ADMIN_TOKEN
+
 
 def test_models_has_the_served_name_and_no_path(server):
     response = server.get("/v1/models", "bob")
@@ -23,7 +25,21 @@ def test_the_api_description_names_no_expert(server):
 
 
 def test_metrics_are_not_for_clients(server):
-    assert server.get("/metrics", "alice").status_code == 404
+    for path in ("/metrics", "/admin/experts/math/suspend", "/admin"):
+        for user in ("alice", None):
+            assert server.get(path, user).status_code == 404
+            assert server.post(path, {}, user).status_code == 404
+    token = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
+    assert server.get("/metrics", **token).status_code == 404
+    assert server.get("/v1/models", **token).status_code == 401
+    assert server.admin("GET", "/metrics", server.keys["alice"]).status_code == 401
+
+
+def test_metrics_name_nobody(server):
+    server.complete("alice")
+    text = server.admin("GET", "/metrics").text
+    for name in ("alice", "dave", str(server.folder)):
+        assert name not in text
 
 
 def test_unknown_and_forbidden_experts_look_alike(server):

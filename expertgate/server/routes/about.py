@@ -18,9 +18,11 @@ async def health(request: Request) -> JSONResponse:
 
 
 async def ready(request: Request) -> JSONResponse:
-    """200 once the engine has proved itself, and while it can take requests."""
-    is_ready = _service(request).ready
-    return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
+    """200 once the engine has proved itself, and while it answers; else 503, and why."""
+    why = _service(request).unready
+    if why is None:
+        return JSONResponse({"ready": True})
+    return JSONResponse({"ready": False, "why": why}, 503)
 
 
 async def version() -> JSONResponse:

@@ -1,35 +1,37 @@
-"""The two routes that generate: chat and plain completions.
+"""The routes that generate: chat, plain completions and responses.
 
-The order is the same for both: who asks, what is asked, which experts, may they; and only then is
-there a grant, without which the engine runs nothing.
+The order is the same for all: who asks, is there room, what is asked, which experts, may they; and
+only then is there a grant, without which the engine runs nothing.
 """
 
 import asyncio
-import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from opentelemetry.trace import Span
 from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-from expertgate.server import answers, schemas
+from expertgate.server import answers, responses, schemas
+from expertgate.server.admission import Visit
 from expertgate.server.audit.entry import CLIENT_GONE, Entry
 from expertgate.server.circumstances import context_of
-from expertgate.server.errors import bad_request, withdrawn
+from expertgate.server.errors import ApiError, bad_request, withdrawn
 from expertgate.server.grants import HANDLE_ARG, Grant, WithdrawnError
 from expertgate.server.guard import GuardedLLM
 from expertgate.server.handlers import Handlers
+from expertgate.server.metrics import REQUESTS
 from expertgate.server.reading import read_body
-from expertgate.server.schemas import RECEIPT_HEADER, ChatRequest, TextRequest
+from expertgate.server.responses import ResponsesRequest
+from expertgate.server.schemas import RECEIPT_HEADER, Body, ChatRequest, TextRequest
 from expertgate.server.selection import select
 from expertgate.server.service import Service
-
-Body = TypeVar("Body", ChatRequest, TextRequest)
+from expertgate.server.tracing import EXPERTS, tracer
 
 
 async def chat(request: Request) -> Response:
@@ -40,33 +42,67 @@ async def completions(request: Request) -> Response:
     return await _generate(request, TextRequest, lambda h: h.completion.create_completion)
 
 
+async def respond(request: Request) -> Response:
+    return await _generate(
+        request, ResponsesRequest, lambda h: partial(responses.create, h.responses)
+    )
+
+
 async def _generate(
     request: Request, kind: type[Body], handler: Callable[[Handlers], Callable[..., Any]]
 ) -> Response:
     service: Service = request.app.state.service
-    # Before the body is read, which costs; a refusal's record will name them.
-    request.state.principal = await service.identity.identify(request)
-    body = schemas.read(kind, await read_body(request))
+    with tracer.start_as_current_span("identity"):
+        # A refusal's record will name them.
+        request.state.principal = await service.identity.identify(request)
+    service.running()
+    visit = service.admission.enter(request.state.principal)  # before a body is read, which costs
+    response: Response | None = None
+    try:
+        response = await _answer(request, service, visit, kind, handler)
+        return response
+    finally:
+        if not isinstance(response, _GrantedStream):  # which leaves when it has ended
+            visit.leave()
+
+
+async def _answer(
+    request: Request,
+    service: Service,
+    visit: Visit,
+    kind: type[Body],
+    handler: Callable[[Handlers], Callable[..., Any]],
+) -> Response:
+    body: Any = schemas.read(kind, await read_body(request))
+    visit.take(schemas.choices(body))
     engine, handlers = service.running()
     selection = select(body, request.headers, handlers.model_name)
     wants_receipt = _wants_receipt(body, request, service)
     grant = await service.permit(request, context_of(request, body.purpose), selection)
+    grant.spend = visit.spend
     told = partial(answers.experts, service.catalogue, grant)
     body.model = handlers.model_name
-    body.request_id = uuid.uuid4().hex
-    entry = service.audit.entry(body.request_id, request.url.path, grant, service.catalogue)
+    request_id = request.state.request_id
+    body.request_id = f"resp_{request_id}" if kind is ResponsesRequest else request_id
+    entry = service.audit.entry(request_id, request.url.path, grant, service.catalogue)
     request.state.entry = entry
     # The client's own is refused by the schema, so this is the only way in for a handle.
     body.vllm_xargs = {HANDLE_ARG: grant.handle}
-    headers = {
-        "X-Experts-Effective": ",".join(service.catalogue.names(grant.experts)),
-        "X-Request-Id": body.request_id,
-    }
+    names = service.catalogue.names(grant.experts)
+    shown_names = ",".join(names)
+    request.state.facts.update(
+        principal=grant.tenant, experts=shown_names, response=body.request_id
+    )
+    REQUESTS.labels(len(names)).inc()
+    headers = {"X-Experts-Effective": shown_names}
+    span = tracer.start_span("engine", attributes={EXPERTS: names})
     try:
         async with grant.while_given():
-            await entry.begin()
+            with tracer.start_as_current_span("audit"):
+                await entry.begin()
             result = await _unless_gone(_first(handler(handlers)(body)), request)
     except BaseException as error:
+        span.end()
         await engine.end(grant)
         shown = answers.from_exception(error) if isinstance(error, Exception) else None
         if isinstance(error, Exception):
@@ -77,11 +113,11 @@ async def _generate(
             raise
         raise shown from None
     if isinstance(result, _Stream):
-        options = body.stream_options
-        totals = bool(options and options.include_usage)
-        events = answers.events(result.chunks(), told, totals=totals)
         closed = partial(_close, engine, grant, entry) if wants_receipt else None
-        return _GrantedStream(_told_to(entry, events, closed), engine, grant, entry, headers)
+        events = _until_ended(_told_to(entry, _events(body, result, told), closed), span)
+        ending = responses.ending if kind is ResponsesRequest else answers.ending
+        return _GrantedStream(events, ending, engine, grant, entry, visit, headers)
+    span.end()
     await engine.end(grant)
     if result is not None:
         entry.ended(200, None)
@@ -92,6 +128,24 @@ async def _generate(
     if wants_receipt:
         answer["receipt"] = await entry.receipt()
     return JSONResponse(answer, headers=headers)
+
+
+def _events(
+    body: Any, stream: "_Stream", told: Callable[[], Mapping[str, Any]]
+) -> AsyncGenerator[str, None]:
+    if isinstance(body, ResponsesRequest):
+        return responses.events(stream.chunks(), told)
+    options = body.stream_options
+    return answers.events(stream.chunks(), told, totals=bool(options and options.include_usage))
+
+
+async def _until_ended(events: AsyncGenerator[str, None], span: Span) -> AsyncGenerator[str, None]:
+    try:
+        async with aclosing(events):
+            async for event in events:
+                yield event
+    finally:
+        span.end()
 
 
 @dataclass(slots=True)
@@ -164,11 +218,15 @@ async def _told_to(
         async with aclosing(events):
             async for event in events:
                 code = answers.error_code(event) or code
-                if code is not None or event == answers.DONE:
+                if code is not None or answers.is_last(event):
                     entry.ended(200, code)
-                if close is not None and event == answers.DONE:
+                if close is not None and answers.is_last(event):
                     await close()
-                    yield answers.receipt_event(last, await entry.receipt())
+                    receipt = await entry.receipt()
+                    if event == answers.DONE:
+                        yield answers.receipt_event(last, receipt)
+                    else:
+                        event = responses.with_receipt(event, receipt)
                 last = event
                 yield event
     except Exception:
@@ -181,7 +239,7 @@ async def _close(engine: GuardedLLM, grant: Grant, entry: Entry) -> None:
     entry.close()
 
 
-def _wants_receipt(body: ChatRequest | TextRequest, request: Request, service: Service) -> bool:
+def _wants_receipt(body: Any, request: Request, service: Service) -> bool:
     """Raises ApiError 400 for a header that says something else, or where there are none."""
     said = request.headers.getlist(RECEIPT_HEADER)
     if said not in ([], ["1"]):
@@ -198,21 +256,26 @@ class _GrantedStream(StreamingResponse):
     def __init__(
         self,
         events: AsyncGenerator[str, None],
+        ending: Callable[[ApiError, int], bytes],
         engine: GuardedLLM,
         grant: Grant,
         entry: Entry,
+        visit: Visit,
         headers: dict[str, str],
     ) -> None:
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._events = events
+        self._ending = ending
         self._engine = engine
         self._grant = grant
         self._entry = entry
+        self._visit = visit
 
     async def stream_response(self, send: Send) -> None:
         start = {"status": self.status_code, "headers": self.raw_headers}
         await send({"type": "http.response.start", **start})
         last = b""
+        sent = 0
         try:
             async with self._grant.while_given():
                 async for event in self._events:
@@ -220,16 +283,20 @@ class _GrantedStream(StreamingResponse):
                         break
                     part = {"body": event.encode(), "more_body": True}
                     await send({"type": "http.response.body", **part})
+                    sent += event.count("\n\n")  # an event has no other line breaks in a row
         except WithdrawnError as error:
             shown = withdrawn(error)
             self._entry.ended(200, shown.code)
-            last = answers.ending(shown)
+            last = self._ending(shown, sent)
         await send({"type": "http.response.body", "body": last})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self._events.aclose()
-            await self._engine.end(self._grant)
-            self._entry.close()
+            try:
+                await self._events.aclose()
+                await self._engine.end(self._grant)
+                self._entry.close()
+            finally:
+                self._visit.leave()

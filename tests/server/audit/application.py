@@ -29,7 +29,7 @@ BODY = {"messages": [{"role": "user", "content": "a secret question"}]}
 class Answer:
     """What vLLM's handlers give back for a whole answer."""
 
-    def model_dump(self, mode):
+    def model_dump(self, mode, by_alias):
         return {"id": "chatcmpl-x", "choices": []}
 
 
@@ -80,5 +80,5 @@ def service_of(audit_log, engine) -> Service:
         audit=Trail(audit_log, CATALOGUE),
     )
     service.engine = handler.engine = GuardedLLM(engine, service.grants, CacheSalts(b"w"))
-    service.handlers = Handlers(handler, handler, "toy", 2048, 0)
+    service.handlers = Handlers(handler, handler, handler, handler, "toy", 2048, 0)
     return service

@@ -1,0 +1,84 @@
+"""`expertgate chat`: a conversation in the terminal, for trying things."""
+
+import sys
+from typing import Any
+
+import click
+import httpx
+import openai
+
+_TURNS = "An empty line ends it; /experts NAMES asks others from here on."
+
+
+@click.command()
+@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The server.")
+@click.option(
+    "--key",
+    envvar="EXPERTGATE_KEY",
+    prompt="key",
+    hide_input=True,
+    help="Your credential. Default: the variable EXPERTGATE_KEY, else it is asked for.",
+)
+@click.option("--experts", help="Who may speak: public,math or -news. Default: all you may ask.")
+@click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(1))
+def chat(url: str, key: str, experts: str | None, max_tokens: int) -> None:
+    """Talk to the model of a running server."""
+    api = openai.OpenAI(base_url=f"{url.rstrip('/')}/v1", api_key=key, max_retries=0)
+    try:
+        model = api.models.list().data[0].id
+    except openai.APIConnectionError:
+        raise click.ClickException(f"nothing answers at {url}; is the server running?") from None
+    except openai.APIStatusError as error:
+        raise click.ClickException(_words(error)) from None
+    click.echo(f"{model} at {url}. {_TURNS}")
+    messages: list[Any] = []
+    while said := _ask():
+        if said.startswith("/experts"):
+            experts = said.removeprefix("/experts").strip() or None
+            continue
+        messages.append({"role": "user", "content": said})
+        try:
+            answer = _answer(api, model, messages, experts, max_tokens)
+        except openai.APIError as error:
+            click.echo(_words(error), err=True)
+            messages.pop()
+        except httpx.HTTPError as error:
+            click.echo(f"the connection broke: {error}", err=True)
+            messages.pop()
+        else:
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        return ""
+
+
+def _answer(
+    api: openai.OpenAI, model: str, messages: list[Any], experts: str | None, max_tokens: int
+) -> str:
+    """Prints the answer as it comes, and who spoke. Raises openai.APIError."""
+    text = ""
+    told: dict[str, Any] = {}
+    with api.chat.completions.create(
+        model=model,
+        messages=messages,
+        max_tokens=max_tokens,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_headers={} if experts is None else {"X-Experts": experts},
+    ) as stream:
+        for chunk in stream:
+            part = chunk.choices[0].delta.content or "" if chunk.choices else ""
+            text += part
+            print(part, end="", flush=True)
+            told = (chunk.model_extra or {}).get("experts", told)
+    print(f"\n[{', '.join(told.get('effective', []))}]", file=sys.stderr)
+    return text
+
+
+def _words(error: openai.APIError) -> str:
+    body = error.body
+    return str(body["message"]) if isinstance(body, dict) and "message" in body else str(error)

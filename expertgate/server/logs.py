@@ -1,0 +1,53 @@
+"""Log lines, as text or JSON, each with the id of the request that it speaks of.
+
+No line of ours holds a prompt, an answer or a credential.
+"""
+
+import logging
+import sys
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any, Literal
+
+from pythonjsonlogger.json import JsonFormatter
+
+Form = Literal["text", "json"]
+
+FACTS = "facts"
+"""The attribute of a record that holds what is known of its request."""
+
+request_id: ContextVar[str] = ContextVar("request_id", default="-")
+"""For log lines alone. It is set anew for each request, so that none speaks of another's."""
+
+
+def set_up(form: Form) -> None:
+    """Ours from INFO on, those of libraries from WARNING on, to stderr."""
+    make = logging.getLogRecordFactory()
+
+    def record(*arguments: Any, **named: Any) -> logging.LogRecord:
+        made = make(*arguments, **named)
+        made.request_id = request_id.get()
+        return made
+
+    logging.setLogRecordFactory(record)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JSON if form == "json" else _TEXT)
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("expertgate").setLevel(logging.INFO)
+
+
+class _Text(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        facts: Mapping[str, Any] = getattr(record, FACTS, {})
+        told = "".join(f" {name}={value}" for name, value in facts.items())
+        line, *trace = super().format(record).split("\n")
+        return "\n".join([line + told, *trace])
+
+
+_TEXT = _Text("%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s")
+_JSON = JsonFormatter(
+    "%(asctime)s %(levelname)s %(name)s %(message)s",
+    rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
+)

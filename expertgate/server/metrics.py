@@ -1,0 +1,72 @@
+"""What this server counts, beside what vLLM does; docs/metrics.md has the table.
+
+No label names a principal, and an expert's name only stands where there are few: at most 64.
+"""
+
+import time
+from collections.abc import Sequence
+
+from prometheus_client import Counter, Gauge, Histogram, Info
+
+from expertgate.model.usage import Work
+from expertgate.server.changes import Change, PoliciesLoaded, PoliciesRefused, Withdrawn
+
+_FAST = (0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.2, 1.0)
+"""Upper bounds in seconds of what takes microseconds where all is well."""
+
+REQUESTS = Counter(
+    "expertgate_requests",
+    "Requests that were let through to the engine, by how many experts may speak.",
+    ["experts"],
+)
+EXPERT_TOKENS = Counter(
+    "expertgate_expert_tokens",
+    "Tokens that the router sent to an expert, over its layers' mean.",
+    ["expert"],
+)
+DENIALS = Counter(
+    "expertgate_denials", "Requests that were refused or failed, by their error code.", ["code"]
+)
+DECISION_SECONDS = Histogram(
+    "expertgate_policy_decision_seconds",
+    "Time to decide what a principal may consult.",
+    buckets=_FAST,
+)
+HELD = Gauge("expertgate_places_held", "Choices that are running or waiting.")
+WAITING = Gauge(
+    "expertgate_calls_waiting", "Calls of the engine or the tokenizer that wait for their turn."
+)
+
+POLICIES = Info("expertgate_policies", "The policies in force.")
+RELOADED = Gauge(
+    "expertgate_policy_reload_success", "Whether the policies that were read last are in force."
+)
+LOADED_AT = Gauge(
+    "expertgate_policy_loaded_timestamp_seconds", "When the policies in force were read."
+)
+WITHDRAWALS = Counter(
+    "expertgate_withdrawals", "Requests that were ended because an expert was taken from them."
+)
+
+
+def tell_policies(version: str, loaded_at: float) -> None:
+    POLICIES.info({"version": version})
+    LOADED_AT.set(loaded_at)
+    RELOADED.set(1)
+
+
+def count_work(names: Sequence[str], work: Work) -> None:
+    """`names`: of the experts by index."""
+    for expert, name in enumerate(names):
+        if expert < len(work.slots) and work.slots[expert]:
+            EXPERT_TOKENS.labels(name).inc(work.tokens(expert))
+
+
+def count_change(change: Change) -> None:
+    match change:
+        case PoliciesLoaded(version, _):
+            tell_policies(version, time.time())
+        case PoliciesRefused():
+            RELOADED.set(0)
+        case Withdrawn():
+            WITHDRAWALS.inc()

@@ -1,0 +1,250 @@
+"""OpenAI's Responses: the body of a request, and the events of a stream.
+
+Nothing is stored: a conversation is sent whole each time. vLLM's store asks no owner, and what it
+keeps was written by experts that whoever comes back for it may not consult.
+"""
+
+import json
+import logging
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest as _ResponsesRequest
+from vllm.exceptions import GenerationError
+
+from expertgate.server import answers
+from expertgate.server.circumstances import Purpose
+from expertgate.server.errors import ApiError, bad_request
+from expertgate.server.schemas import Experts, Receipt
+
+log = logging.getLogger(__name__)
+
+_PREAMBLE = ("response.created", "response.in_progress")
+_COMPLETED = "response.completed"
+
+
+class ResponsesRequest(_ResponsesRequest):
+    """Body of POST /v1/responses."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    fields: ClassVar[frozenset[str]] = frozenset(
+        {
+            "background",
+            "cache_salt",
+            "experts",
+            "frequency_penalty",
+            "ignore_eos",
+            "include",
+            "include_reasoning",
+            "include_stop_str_in_output",
+            "input",
+            "instructions",
+            "logit_bias",
+            "max_output_tokens",
+            "max_tool_calls",
+            "metadata",
+            "min_p",
+            "model",
+            "parallel_tool_calls",
+            "presence_penalty",
+            "previous_response_id",
+            "purpose",
+            "receipt",
+            "reasoning",
+            "repetition_penalty",
+            "seed",
+            "service_tier",
+            "skip_special_tokens",
+            "stop",
+            "stop_token_ids",
+            "store",
+            "stream",
+            "temperature",
+            "text",
+            "tool_choice",
+            "tools",
+            "top_k",
+            "top_logprobs",
+            "top_p",
+            "truncation",
+            "user",
+        }
+    )
+    required: ClassVar[str | None] = "input"
+    nested: ClassVar[Mapping[str, frozenset[str]]] = {
+        "input[]": frozenset(
+            {
+                "arguments",
+                "call_id",
+                "content",
+                "encrypted_content",
+                "id",
+                "name",
+                "output",
+                "role",
+                "status",
+                "summary",
+                "type",
+            }
+        ),
+        "input[].content[]": frozenset({"annotations", "logprobs", "text", "type"}),
+        "input[].summary[]": frozenset({"text", "type"}),
+        "reasoning": frozenset({"effort", "summary"}),
+        "text": frozenset({"format", "verbosity"}),
+        "text.format": frozenset({"description", "name", "schema", "strict", "type"}),
+        "tool_choice": frozenset({"name", "type"}),
+        "tools[]": frozenset({"description", "name", "parameters", "strict", "type"}),
+    }
+
+    experts: Experts = None
+    purpose: Purpose = None
+    receipt: Receipt = None
+
+    @classmethod
+    def check(cls, body: Mapping[str, Any]) -> None:
+        """What is particular to this body. Raises ApiError."""
+        if body.get("background"):
+            raise bad_request("background can't be set: no response is stored here", "background")
+        if body.get("previous_response_id") is not None:
+            message = "no response is stored here; send the whole conversation as input"
+            raise ApiError(404, "not_found", message, "previous_response_id")
+        for index, tool in enumerate(body.get("tools") or []):
+            if isinstance(tool, dict) and tool.get("type") != "function":
+                place = f"tools[{index}].type"
+                raise bad_request(f"{place}: only tools of type 'function' can be used", place)
+        if isinstance(body["input"], list):
+            for index, item in enumerate(body["input"]):
+                _check_item(item, f"input[{index}]")
+
+
+def _check_item(item: Mapping[str, Any], place: str) -> None:
+    """VLLM reads an item by its keys, and trips where one of them is not there."""
+    kind = item.get("type", "message")
+    if kind not in _TEXTS:
+        raise bad_request(f"{place}.type must be {', '.join(_TEXTS)}", f"{place}.type")
+    for name in _TEXTS[kind]:
+        if not isinstance(item.get(name), str):
+            raise bad_request(f"{place}.{name} must be text", f"{place}.{name}")
+    if kind == "reasoning" and not isinstance(item.get("summary"), list):
+        raise bad_request(f"{place}.summary must be a list", f"{place}.summary")
+    if kind != "message":
+        return
+    content = item.get("content")
+    if isinstance(content, str):
+        return
+    where = f"{place}.content"
+    if not isinstance(content, list) or not content:
+        raise bad_request(f"{where} must be text, or a list of parts of text", where)
+    own = item["role"] == "assistant"
+    wanted = "output_text" if own else "input_text"
+    for index, part in enumerate(content):
+        if part.get("type") != wanted or not isinstance(part.get("text"), str):
+            part_place = f"{where}[{index}]"
+            message = f"{part_place}: only parts of type {wanted!r} can be read here"
+            raise bad_request(message, part_place)
+    if own and len(content) > 1:
+        # vLLM would read the first, and silently leave out the others.
+        raise bad_request(f"{where}: a message of the assistant may have one part", where)
+
+
+_TEXTS: Mapping[str, tuple[str, ...]] = {
+    "message": ("role",),
+    "function_call": ("call_id", "name", "arguments"),
+    "function_call_output": ("call_id", "output"),
+    "reasoning": (),
+}
+"""The types of item that can be read, and what of each must be text."""
+
+
+async def create(handler: Any, body: ResponsesRequest) -> Any:
+    """What vLLM's handler gives back, a stream of objects as a stream of texts."""
+    body.store = False  # what its default is, and what no client may change
+    result = await handler.create_responses(body)
+    return _texts(result) if isinstance(result, AsyncGenerator) else result
+
+
+async def _texts(found: AsyncGenerator[BaseModel, None]) -> AsyncGenerator[str, None]:
+    """Server-sent events. What fails before the first token raises; later, it is an event.
+
+    The events that say no more than that there is a response wait for one that says more, so that
+    an error that shows at once still has its status.
+    """
+    held = ""
+    sent = 0
+    async with aclosing(found):
+        try:
+            async for event in found:
+                kind = str(getattr(event, "type", ""))
+                sent += 1
+                if kind in _PREAMBLE:
+                    held += _text(kind, event)
+                    continue
+                if held:
+                    before, held = held, ""
+                    yield before
+                yield _text(kind, event)
+        except Exception as error:
+            if held:
+                raise _told(error) from None
+            shown = answers.from_exception(_told(error))
+            if shown is None:
+                log.exception("a stream of a response failed")
+                shown = answers.internal_error()
+            yield _error_event(shown, sent)
+
+
+def _text(kind: str, event: BaseModel) -> str:
+    if kind not in (*_PREAMBLE, _COMPLETED):
+        return f"event: {kind}\ndata: {event.model_dump_json(by_alias=True)}\n\n"
+    found = event.model_dump(mode="json", by_alias=True)
+    answers.hide(found["response"])
+    return f"event: {kind}\ndata: {json.dumps(found, ensure_ascii=False)}\n\n"
+
+
+def _told(error: Exception) -> Exception:
+    """VLLM turns an error of the engine into an event that its own model refuses."""
+    cause = error.__context__
+    if isinstance(error, ValidationError) and isinstance(cause, GenerationError):
+        return cause
+    return error
+
+
+def _error_event(error: ApiError, number: int) -> str:
+    found = {
+        "type": "error",
+        "sequence_number": number,
+        "code": error.code,
+        "message": error.message,
+        "param": error.param,
+    }
+    return f"event: error\ndata: {json.dumps(found, ensure_ascii=False)}\n\n"
+
+
+def ending(error: ApiError, sent: int) -> bytes:
+    """How a stream ends that fails after so many events."""
+    return _error_event(error, sent).encode()
+
+
+async def events(
+    texts: AsyncGenerator[str, None], experts: Callable[[], Mapping[str, Any]]
+) -> AsyncGenerator[str, None]:
+    """The events of a stream, with `experts` in the response that the last one carries."""
+    mark = f"event: {_COMPLETED}\n"
+    async with aclosing(texts):
+        async for text in texts:
+            if not text.startswith(mark):
+                yield text
+                continue
+            event = json.loads(text.partition("\ndata: ")[2])
+            event["response"] = answers.told(event["response"], experts())
+            yield f"{mark}data: {json.dumps(event, ensure_ascii=False)}\n\n"
+
+
+def with_receipt(last: str, receipt: str | None) -> str:
+    """The last event of a stream, with a receipt in the response that it carries."""
+    event = json.loads(last.partition("\ndata: ")[2])
+    event["response"]["receipt"] = receipt
+    return f"event: {_COMPLETED}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n"

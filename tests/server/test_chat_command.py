@@ -1,0 +1,36 @@
+"""A conversation in the terminal, with a running server."""
+
+import subprocess
+import sys
+
+from tests.server.running import environment
+
+
+def talk(server, said, *options, key=None):
+    return subprocess.run(
+        [sys.executable, "-m", "expertgate.server.cli", "chat", "--url", server.url, *options],
+        env={**environment(), "EXPERTGATE_KEY": key or server.keys["dave"]},
+        input=said,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_it_answers_and_says_who_spoke(server):
+    said = "hi\n/experts public\ngo on\n/experts news\nand now?\n\n"
+    done = talk(server, said, "--experts", "-code", "--max-tokens", "4")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"toy at {server.url}")
+    told = [line for line in done.stderr.splitlines() if line]
+    assert told == ["[public, math]", "[public]", 'not granted to you: "news"']
+
+
+def test_a_wrong_key_or_no_server_is_one_line(server):
+    done = talk(server, "", key="eg-wrong")
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    done = talk(server, "", "--url", "http://127.0.0.1:1")
+    assert done.returncode == 1
+    assert "is the server running?" in done.stderr
