@@ -62,7 +62,7 @@ class _Greeting:
 
 
 def _question() -> str:
-    """It asks for three things at once, of which each user may know another."""
+    """It asks for three things at once; each user may know one of them, and each another one."""
     return str(json.loads((DEMO / "questions.json").read_bytes())["joint"]["question"])
 
 
