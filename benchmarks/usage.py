@@ -1,8 +1,9 @@
-"""What counting usage by expert costs: output tokens per second with it and without, in turn.
+"""What counting usage by expert costs: output tokens by second and CPU second, with and without.
 
 `python -m benchmarks.usage` runs one engine and switches its counting off and on between runs, so
 that whatever else the machine does meets both. With it, every call that ends is asked for at once,
-by a question of its own; the server lets calls that end together share one.
+by a question of its own; the server lets calls that end together share one. Seconds of the engine's
+processes on a CPU tell more than seconds on the clock where other programs share the machine.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 from vllm import LLM, SamplingParams
 from vllm.platforms import current_platform
 
@@ -58,8 +60,15 @@ def _nothing(self: Any, *_step: Any) -> None:
     del self
 
 
-def measure(llm: LLM, experts: ExpertSet, counting: bool) -> float:
-    """Output tokens per second of one run of all requests."""
+def cpu_s() -> float:
+    """Seconds that this process and all of the engine's have been on a CPU."""
+    here = psutil.Process()
+    times = [process.cpu_times() for process in (here, *here.children(recursive=True))]
+    return float(sum(time.user + time.system for time in times))
+
+
+def measure(llm: LLM, experts: ExpertSet, counting: bool) -> dict[str, float]:
+    """Output tokens of one run of all requests, by second and by CPU second."""
     llm.collective_rpc("switch_counting", args=(counting,))
     core = llm.llm_engine
     vocabulary = llm.model_config.get_vocab_size()
@@ -76,12 +85,15 @@ def measure(llm: LLM, experts: ExpertSet, counting: bool) -> float:
         )
         prompt = {"prompt_token_ids": [(7 * i + 13 * j) % vocabulary for j in range(PROMPT_TOKENS)]}
         core.add_request(str(i), prompt, params)
-    began = time.perf_counter()
+    began, used = time.perf_counter(), cpu_s()
     while core.has_unfinished_requests():
         for output in core.step():
             if output.finished and counting:
                 llm.collective_rpc("expertgate_usage", args=([output.request_id],))
-    return total / (time.perf_counter() - began)
+    return {
+        "tokens_per_s": total / (time.perf_counter() - began),
+        "tokens_per_cpu_s": total / (cpu_s() - used),
+    }
 
 
 def main() -> None:
@@ -104,7 +116,7 @@ def main() -> None:
     )
     about = hardware() | {
         "command": f"python -m benchmarks.usage --rounds {options.rounds}",
-        "model": Path(options.model).name if options.model != default else "the demo model",
+        "model": "the demo model" if options.model == str(default) else Path(options.model).name,
         "workload": f"{REQUESTS} requests, {RUNNING} at once, {PROMPT_TOKENS} tokens in,"
         f" {OUTPUT_TOKENS[0]} to {OUTPUT_TOKENS[-1]} out, greedy, eager",
     }
@@ -122,15 +134,16 @@ def main() -> None:
             order = (False, True) if turn % 2 else (True, False)
             rates = {counting: measure(llm, experts, counting) for counting in order}
             pairs.append((rates[True], rates[False]))
-        ratios = sorted(on / off for on, off in pairs)
-        figures[name] = {
-            "tokens_per_s_counting": [on for on, _ in pairs],
-            "tokens_per_s_not_counting": [off for _, off in pairs],
-            "ratio_median": statistics.median(ratios),
-            "ratio_quartiles": statistics.quantiles(ratios, n=4),
-        }
-        low, middle, high = figures[name]["ratio_quartiles"]
-        print(f"{name}: {middle:.3f} of the rate without ({low:.3f} to {high:.3f}: quartiles)")
+        figures[name] = {}
+        for unit in pairs[0][0]:
+            ratios = [on[unit] / off[unit] for on, off in pairs]
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            figures[name][unit] = {
+                "counting": [on[unit] for on, _ in pairs],
+                "not_counting": [off[unit] for _, off in pairs],
+                "ratio_quartiles": [low, middle, high],
+            }
+            print(f"{name}, {unit}: {middle:.3f} of that without ({low:.3f} to {high:.3f})")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps({"about": about, "figures": figures}, indent=2) + "\n")
