@@ -31,8 +31,8 @@ check: install  ## edits nothing
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_imports.py
 
-bench: install  ## beside stock vLLM, on this machine
-	$(BIN)/python -m benchmarks.stock $(ARGS)
+bench: install  ## beside what people have today, on this machine; ARGS="--help" says what
+	$(BIN)/python -m benchmarks.throughput $(ARGS)
 
 demo-model: install  ## trains the demo model anew, as its card tells; under 30 minutes, into build/demo
 	$(BIN)/python -m expertgate.forge.demo --out build/demo $(ARGS)

@@ -1,0 +1,133 @@
+"""The figures of a run as a table, as JSON and as a plot."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.figures import Figures, Ratio, ratio
+from benchmarks.workloads import ABOUT
+
+Runs = Mapping[str, Mapping[str, Sequence[Figures]]]
+"""Contender → workload → a figure for each round."""
+
+_BELOW = (
+    "Medians over the rounds. The last column: our tokens/s as a ratio to that contender's of the"
+    " same round, median (lowest to highest); the best peer in bold."
+)
+_HEAD = (
+    "| workload | contender | tokens/s | requests/s | TTFT ms p50/p90/p99 |"
+    " between tokens ms p50/p90/p99 | peak memory GB | tokens/s per GB of weights |"
+    " ours to it |"
+)
+
+
+def write(
+    out: Path | None, facts: Mapping[str, str], size: Mapping[str, int], runs: Runs, ours: str
+) -> None:
+    """Prints the table; with a folder, also writes README.md, figures.json and figures.png."""
+    text = markdown(facts, size, runs, ours)
+    print(f"\n{text}")
+    if out is None:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "README.md").write_text(text)
+    whole = {
+        "about": facts,
+        "size": size,
+        "runs": {
+            name: {workload: [f.as_json() for f in found] for workload, found in each.items()}
+            for name, each in runs.items()
+        },
+    }
+    (out / "figures.json").write_text(json.dumps(whole, indent=2) + "\n")
+    plot(out / "figures.png", facts, runs)
+
+
+def markdown(facts: Mapping[str, str], size: Mapping[str, int], runs: Runs, ours: str) -> str:
+    lines = ["# Throughput", ""]
+    lines += [f"- {key}: {value}" for key, value in facts.items()]
+    lines += [f"- lengths: {', '.join(f'{key} {value}' for key, value in size.items())}", ""]
+    lines += [f"- {name}: {words}" for name, words in ABOUT.items()]
+    lines += [
+        "",
+        _BELOW,
+        "",
+        _HEAD,
+        "| " + " --- |" * (_HEAD.count("|") - 1),
+    ]
+    for workload in ABOUT:
+        peers = {
+            name: [f.tokens_per_s for f in each[workload]]
+            for name, each in runs.items()
+            if name != ours and workload in each
+        }
+        mine = [f.tokens_per_s for f in runs.get(ours, {}).get(workload, ())]
+        best = ratio(mine, peers) if mine else None
+        for name, each in runs.items():
+            if workload not in each:
+                continue
+            theirs = ratio(mine, {name: peers[name]}) if mine and name != ours else None
+            lines.append(_row(workload, name, each[workload], theirs, best))
+    return "\n".join(lines) + "\n"
+
+
+def _row(
+    workload: str, name: str, found: Sequence[Figures], theirs: Ratio | None, best: Ratio | None
+) -> str:
+    def median(values: Sequence[float]) -> float:
+        return statistics.median(values)
+
+    def three(key: str) -> str:
+        parts = [getattr(f, key) for f in found]
+        return " / ".join(f"{median([p[name] for p in parts]):.0f}" for name in parts[0])
+
+    compared = "" if theirs is None else str(theirs)
+    if best is not None and best.peer == name:
+        compared = f"**{compared}**"
+    cells = [
+        workload,
+        name,
+        f"{median([f.tokens_per_s for f in found]):.0f}",
+        f"{median([f.requests_per_s for f in found]):.1f}",
+        three("ttft_ms"),
+        three("inter_token_ms"),
+        f"{median([f.peak_memory_gb for f in found]):.2f}",
+        f"{median([f.tokens_per_s_per_gb for f in found]):.0f}",
+        compared,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def plot(path: Path, facts: Mapping[str, str], runs: Runs) -> None:
+    """Tokens/s by workload, and what memory each contender took, with the spread over rounds."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (speed, memory) = pyplot.subplots(
+        1, 2, figsize=(12, 5), width_ratios=(4, 1), layout="constrained"
+    )
+    width = 0.8 / len(runs)
+    for place, (name, each) in enumerate(runs.items()):
+        at = [row + place * width for row, workload in enumerate(ABOUT) if workload in each]
+        rates = [[f.tokens_per_s for f in each[w]] for w in ABOUT if w in each]
+        middle = [statistics.median(each_round) for each_round in rates]
+        spread = [
+            [m - min(each_round) for m, each_round in zip(middle, rates, strict=True)],
+            [max(each_round) - m for m, each_round in zip(middle, rates, strict=True)],
+        ]
+        speed.bar(at, middle, width=width, yerr=spread, label=name, capsize=2)
+        peaks = [max(f.peak_memory_gb for found in each.values() for f in found)]
+        memory.bar([place], peaks, width=0.8)
+    speed.set_xticks([row + 0.4 - width / 2 for row in range(len(ABOUT))], list(ABOUT))
+    speed.set_ylabel("output tokens/s")
+    speed.set_title("more is better; lines: lowest and highest round", fontsize="medium")
+    speed.legend(frameon=False)
+    memory.set_xticks(range(len(runs)), list(runs), rotation=30, ha="right")
+    memory.set_ylabel("peak memory, GB")
+    memory.set_title("less is better", fontsize="medium")
+    figure.suptitle(f"{facts['model']}; {facts.get('gpu', facts['cpu'])}", fontsize="medium")
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    pyplot.close(figure)
