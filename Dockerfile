@@ -33,7 +33,8 @@ LABEL org.opencontainers.image.title="expertgate" \
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends g++ libnuma1 \
  && rm -rf /var/lib/apt/lists/* \
- && useradd --uid 10001 --user-group --create-home expertgate
+ && useradd --uid 10001 --user-group --create-home expertgate \
+ && chmod 755 /home/expertgate
 COPY --from=build /opt/expertgate /opt/expertgate
 # All caches lie under HOME. It, /tmp and /dev/shm are all that must be writable.
 # USER, because some libraries ask for a name, which an arbitrary user id doesn't have.

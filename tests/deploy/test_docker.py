@@ -11,17 +11,20 @@ import sysconfig
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 
 import expertgate
+from expertgate.server.demo import USERS
 from tests.deploy.dockerfile import ROOT, read
 from tests.server.running import Server, stop
 
 DOCKERFILE = ROOT / "Dockerfile"
 BUILD, FINAL = read(DOCKERFILE)
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
-SERVICE = COMPOSE["services"]["expertgate"]
+SERVICES = COMPOSE["services"]
+CONFIG = yaml.safe_load(COMPOSE["configs"]["expertgate"]["content"])
 
 
 def test_hadolint_finds_nothing():
@@ -83,10 +86,34 @@ def test_it_installs_as_make_does():
 
 def test_compose_gives_the_folders_that_must_be_writable():
     home = FINAL.pairs("ENV")["HOME"]
-    assert SERVICE["read_only"] is True
-    assert {entry.split(":")[0] for entry in SERVICE["tmpfs"]} == {"/tmp", home}
-    assert SERVICE["cap_drop"] == ["ALL"]
-    assert all(port.startswith("127.0.0.1:") for port in SERVICE["ports"])
+    for service in (SERVICES["keys"], SERVICES["expertgate"]):
+        assert service["read_only"] is True
+        assert service["tmpfs"] == ["/tmp"]
+        assert [volume.split(":")[1] for volume in service["volumes"]] == [home]
+        assert service["cap_drop"] == ["ALL"]
+
+
+def test_compose_shows_nothing_outside_of_this_machine():
+    ports = [port for service in SERVICES.values() for port in service.get("ports", ())]
+    assert ports
+    assert all(port.startswith("127.0.0.1:") for port in ports)
+    # The operators' listener is for Prometheus, inside.
+    assert not [port for port in ports if port.endswith(":9100")]
+
+
+def test_compose_makes_the_keys_of_the_demo():
+    [script] = SERVICES["keys"]["command"]
+    made = dict(re.findall(r"(\w+):(\w+)(?=[ ;])", script.partition("for user in ")[2]))
+    assert made == dict(USERS)
+
+
+def test_prometheus_asks_where_and_as_whom_it_may():
+    [job] = yaml.safe_load((ROOT / "deploy" / "prometheus.yml").read_text())["scrape_configs"]
+    admin = CONFIG["admin"]
+    assert job["static_configs"][0]["targets"] == ["expertgate:" + admin["listen"].split(":")[1]]
+    state = dict(v.split(":")[:2] for v in SERVICES["prometheus"]["volumes"])["state"]
+    home = FINAL.pairs("ENV")["HOME"]
+    assert job["authorization"]["credentials_file"] == admin["token"].replace(home, state)
 
 
 def in_source(command, source, venv):
@@ -161,43 +188,72 @@ def may_unshare():
 
 
 @pytest.mark.skipif(not may_unshare(), reason="needs unprivileged mount namespaces")
-def test_the_start_command_serves_from_a_read_only_root(venv, tmp_path):
-    """ENTRYPOINT with compose's command becomes healthy by HEALTHCHECK's own command."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-    start = [
-        part.replace("8000", str(port)).replace("0.0.0.0", "127.0.0.1")
-        for part in FINAL.command("ENTRYPOINT") + SERVICE["command"]
-    ]
-    home = tmp_path / "home"
+def test_compose_serves_from_a_read_only_root(venv, tmp_path):
+    """Its commands, with the image's own, make keys, get healthy and answer with them."""
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        port, admin = one.getsockname()[1], two.getsockname()[1]
+    home, etc = tmp_path / "home", tmp_path / "etc"
     home.mkdir()
+    etc.mkdir()
+    [packages] = venv.glob("lib/python*/site-packages")
+
+    def here(text):
+        """With this machine's paths and ports."""
+        for there, mine in {
+            "/opt/expertgate/lib/python3.11/site-packages": packages,
+            "/home/expertgate": home,
+            "0.0.0.0": "127.0.0.1",
+            "8000": port,
+            "9100": admin,
+        }.items():
+            text = text.replace(there, str(mine))
+        return text
+
     environment = FINAL.pairs("ENV") | {"HOME": str(home), "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{venv}/bin:/usr/bin:/bin"
+    keys = SERVICES["keys"]
+    printed = subprocess.run(
+        keys["entrypoint"] + [part.replace("$$", "$") for part in keys["command"]],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    made = dict(line.split(": ") for line in printed.splitlines())
+    assert set(made) == set(USERS)
+
+    (etc / "expertgate.yaml").write_text(here(COMPOSE["configs"]["expertgate"]["content"]))
+    start = [here(part) for part in FINAL.command("ENTRYPOINT") + FINAL.command("CMD")]
     log = tmp_path / "log"
     with log.open("wb") as out:
         process = subprocess.Popen(
             ["unshare", "-rm", "sh", "-c", READ_ONLY, "sh", *start],
-            cwd="/",
+            cwd=etc,
             env=environment,
             stdout=out,
             stderr=out,
             start_new_session=True,
         )
-    server = Server(tmp_path, f"http://127.0.0.1:{port}", process)
+    server = Server(tmp_path, f"http://127.0.0.1:{port}", process, made)
     check = json.loads(FINAL.all("HEALTHCHECK")[0].partition("CMD ")[2])
-    healthy = [part.replace("8000", str(port)) for part in check]
+    healthy = [here(part) for part in check]
     try:
         assert subprocess.run(healthy, env=environment, stderr=subprocess.DEVNULL).returncode
-        deadline = time.monotonic() + 180
-        while "Stop with" not in server.log:
+        deadline = time.monotonic() + 300
+        while "ready after" not in server.log:
             assert process.poll() is None, server.log
             assert time.monotonic() < deadline, server.log
             time.sleep(0.2)
         subprocess.run(healthy, env=environment, check=True)
-        key = re.findall(r"eg-[\w-]{43}", server.log)[0]
-        server.keys["nurse"] = key
-        assert server.get("/v1/models", "nurse").status_code == 200
+        granted = server.get("/v1/experts", "nurse").json()["data"]
+        assert "formulary" in [expert["name"] for expert in granted]
+        token = (home / "admin-token").read_text().strip()
+        scraped = httpx.get(
+            f"http://127.0.0.1:{admin}/metrics", headers={"Authorization": f"Bearer {token}"}
+        )
+        assert "vllm:num_requests_running" in scraped.text
     finally:
         stop(server)
     assert process.wait(60) == 0

@@ -54,6 +54,11 @@ def kind(objects, name):
     return [item for item in objects if item["kind"] == name]
 
 
+def services(objects):
+    """The API's, and then the operators', where there is one."""
+    return sorted(kind(objects, "Service"), key=lambda item: "clusterIP" in item["spec"])
+
+
 def pods(objects):
     """The pod templates, workers of a multi-node server among them."""
     found = [item["spec"]["template"] for item in kind(objects, "StatefulSet")]
@@ -99,7 +104,8 @@ def test_every_object_fits_the_schema_of_kubernetes(objects):
                 assert pod["metadata"]["labels"]
                 whole = {"apiVersion": "v1", "kind": "PodTemplate", "template": pod}
                 kubernetes_validate.validate(whole, KUBERNETES, strict=True)
-        elif item["kind"] != "HTTPRoute":  # a resource of the Gateway API's, not of Kubernetes'
+        elif item["kind"] not in ("HTTPRoute", "ServiceMonitor", "ScaledObject"):
+            # Those are of the Gateway API, the Prometheus operator and KEDA, not of Kubernetes.
             kubernetes_validate.validate(item, KUBERNETES, strict=True)
 
 
@@ -156,11 +162,14 @@ def test_ranks_are_as_many_as_gpus(name):
 
 
 def test_one_listener_is_exposed(objects):
-    [service] = kind(objects, "Service")
+    service, *others = services(objects)
     [port] = service["spec"]["ports"]
     assert port["targetPort"] == "http"
+    # The operators' listener has no address of its own, and is led to by nothing else.
+    assert all(other["spec"]["clusterIP"] == "None" for other in others)
     for pod in servers(objects):
-        assert container(pod)["ports"] == [{"name": "http", "containerPort": 8000}]
+        ports = [(port["name"], port["containerPort"]) for port in container(pod)["ports"]]
+        assert ports == [("http", 8000), ("admin", 9100)][: 1 + len(others)]
         selector, labels = service["spec"]["selector"], pod["metadata"]["labels"]
         assert selector.items() <= labels.items()
     workers = [pod for pod in pods(objects) if pod not in servers(objects)]
@@ -172,11 +181,34 @@ def test_the_network_lets_nobody_reach_the_engine(objects):
     assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
     mine = policy["spec"]["podSelector"]["matchLabels"]
     assert all(mine.items() <= pod["metadata"]["labels"].items() for pod in pods(objects))
-    api, *ranks = policy["spec"]["ingress"]
+    rules = policy["spec"]["ingress"]
+    [api] = [rule for rule in rules if rule.get("ports", [{}])[0].get("port") == "http"]
     assert api["ports"] == [{"port": "http", "protocol": "TCP"}]
+    for admin in [rule for rule in rules if rule.get("ports", [{}])[0].get("port") == "admin"]:
+        assert admin["ports"] == [{"port": "admin", "protocol": "TCP"}]
+        assert admin["from"]  # without peers it would be everybody
+    ranks = [rule for rule in rules if "ports" not in rule]
     # The sockets of a server over several nodes: for its own release's pods alone.
     many = bool(kind(objects, "LeaderWorkerSet"))
     assert ranks == [{"from": [{"podSelector": {"matchLabels": mine}}]}] * many
+
+
+def test_the_operators_listener_is_there_where_its_token_is(objects):
+    admin = config(objects).get("admin")
+    assert bool(admin) == (len(kind(objects, "Service")) == 2)
+    for monitor in kind(objects, "ServiceMonitor"):
+        [endpoint] = monitor["spec"]["endpoints"]
+        [_, service] = services(objects)
+        assert monitor["spec"]["selector"]["matchLabels"].items() <= (
+            service["metadata"]["labels"].items()
+        )
+        assert endpoint["port"] == service["spec"]["ports"][0]["name"]
+        assert endpoint["authorization"]["credentials"]["key"] == Path(admin["token"]).name
+
+
+def test_an_operators_listener_alone_opens_to_nobody():
+    [policy] = kind(render({"admin": {"existingSecret": "operators"}}), "NetworkPolicy")
+    assert len(policy["spec"]["ingress"]) == 1
 
 
 def test_an_audit_log_outlives_its_pod_and_is_nobody_elses(objects):
@@ -192,6 +224,25 @@ def test_an_audit_log_outlives_its_pod_and_is_nobody_elses(objects):
         assert claim["spec"]["accessModes"] == ["ReadWriteOnce"]
         kept = item["spec"]["persistentVolumeClaimRetentionPolicy"]
         assert set(kept.values()) == {"Retain"}
+
+
+def test_replicas_follow_what_waits(objects):
+    scalers = kind(objects, "HorizontalPodAutoscaler") + kind(objects, "ScaledObject")
+    [workload] = kind(objects, "StatefulSet") + kind(objects, "LeaderWorkerSet")
+    assert ("replicas" in workload["spec"]) == (not scalers)
+    for scaler in scalers:
+        target = scaler["spec"]["scaleTargetRef"]
+        assert target == {
+            "apiVersion": workload["apiVersion"],
+            "kind": workload["kind"],
+            "name": workload["metadata"]["name"],
+        }
+        said = json.dumps(scaler)
+        assert "num_requests_waiting" in said
+    for scaler in kind(objects, "ScaledObject"):
+        [trigger] = scaler["spec"]["triggers"]
+        [_, service] = services(objects)
+        assert f'service="{service["metadata"]["name"]}"' in trigger["metadata"]["query"]
 
 
 def test_routes_lead_to_the_api_alone(objects):
@@ -344,6 +395,9 @@ def test_several_nodes_form_one_server():
         {"multiNode": {"enabled": True}, "gpus": 0},
         {"service": {"type": "NodePort"}},
         {"audit": {"existingClaim": "shared"}},
+        {"serviceMonitor": {"enabled": True}},
+        {"autoscaling": {"enabled": True}, "admin": {"existingSecret": "operators"}},
+        {"config": {"admin": {"listen": "0.0.0.0:1"}}},
     ],
     ids=json.dumps,
 )
@@ -353,9 +407,9 @@ def test_values_that_make_no_sense_are_refused(wrong):
 
 
 def test_names_follow_the_release():
-    assert kind(render({}), "Service")[0]["metadata"]["name"] == "gate-expertgate"
+    assert services(render({}))[0]["metadata"]["name"] == "gate-expertgate"
     named = render({}, release="expertgate-eu")
-    assert kind(named, "Service")[0]["metadata"]["name"] == "expertgate-eu"
+    assert services(named)[0]["metadata"]["name"] == "expertgate-eu"
 
 
 def test_the_chart_and_the_package_have_one_version():

@@ -52,6 +52,17 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if or .Values.catalogue.content .Values.catalogue.existingConfigMap -}}
 {{- $_ := set $own "catalogue" "/etc/expertgate/catalogue/experts.json" -}}
 {{- end -}}
+{{- if .Values.admin.existingSecret -}}
+{{- $_ := set $own "admin" (dict "listen" "0.0.0.0:9100" "token" "/etc/expertgate/admin/token") -}}
+{{- end -}}
 {{- $_ := set $own "engine" (mergeOverwrite $engine (deepCopy .Values.engine)) -}}
 {{- toYaml (mergeOverwrite (deepCopy .Values.config) $own) -}}
+{{- end -}}
+
+{{- define "expertgate.target" -}}
+{{- if .Values.multiNode.enabled -}}
+{apiVersion: leaderworkerset.x-k8s.io/v1, kind: LeaderWorkerSet, name: {{ include "expertgate.name" . }}}
+{{- else -}}
+{apiVersion: apps/v1, kind: StatefulSet, name: {{ include "expertgate.name" . }}}
+{{- end -}}
 {{- end -}}

@@ -74,6 +74,9 @@ spec:
       {{- if not $worker }}
       ports:
         - {name: http, containerPort: 8000}
+        {{- if .admin.existingSecret }}
+        - {name: admin, containerPort: 9100}
+        {{- end }}
       startupProbe:
         httpGet: {path: /health, port: http}
         periodSeconds: 5
@@ -124,6 +127,9 @@ spec:
         - {name: keys, mountPath: /etc/expertgate/keys, readOnly: true}
         - {name: policies, mountPath: /etc/expertgate/policies, readOnly: true}
         - {name: suspended, mountPath: /etc/expertgate/suspended, readOnly: true}
+        {{- if .admin.existingSecret }}
+        - {name: admin, mountPath: /etc/expertgate/admin, readOnly: true}
+        {{- end }}
         {{- if or .catalogue.content .catalogue.existingConfigMap }}
         - {name: catalogue, mountPath: /etc/expertgate/catalogue, readOnly: true}
         {{- end }}
@@ -156,6 +162,10 @@ spec:
       configMap: {name: {{ include "expertgate.name" $root }}-config}
     - name: keys
       secret: {secretName: {{ .apiKeys.existingSecret }}, defaultMode: 0440}
+    {{- with .admin.existingSecret }}
+    - name: admin
+      secret: {secretName: {{ . }}, defaultMode: 0440}
+    {{- end }}
     - name: policies
       configMap: {name: {{ .policies.existingConfigMap | default (printf "%s-policies" (include "expertgate.name" $root)) }}}
     - name: suspended

@@ -1,0 +1,90 @@
+"""The dashboard asks for what a running server really says."""
+
+import json
+import re
+
+import pytest
+import yaml
+
+from tests.deploy.dockerfile import ROOT
+from tests.server.running import running
+
+GRAFANA = ROOT / "deploy" / "grafana"
+DASHBOARD = json.loads((GRAFANA / "expertgate.json").read_text())
+PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+QUERIES = [
+    pytest.param(target["expr"], id=f"{panel['title']}/{target['refId']}")
+    for panel in PANELS
+    for target in panel["targets"]
+]
+METRIC = re.compile(r"\b(?:vllm:|expertgate_)\w+")
+
+
+@pytest.fixture(scope="module")
+def samples():
+    """Name of a sample → the labels that it has, of a server that was asked a few things."""
+    server = running()
+    assert server.complete("alice", experts=["public"]).status_code == 200
+    assert server.complete("bob", experts=["math"]).status_code == 403
+    found = {}
+    for line in server.admin("GET", "/metrics").text.splitlines():
+        if line and not line.startswith("#"):
+            name, _, rest = line.partition("{")
+            name = name.split(" ")[0]
+            found.setdefault(name, set()).update(re.findall(r'(\w+)="', rest))
+    return found
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_a_query_names_what_the_server_exports(query, samples):
+    names = METRIC.findall(query)
+    assert names
+    assert [name for name in names if name not in samples] == []
+    for label in re.findall(r"by \((\w+)\)", query):
+        assert all(label in samples[name] for name in names)
+
+
+def test_a_query_of_nothing_would_be_found(samples):
+    assert "vllm:no_such_metric" not in samples
+    assert METRIC.findall("rate(vllm:no_such_metric[5m])") == ["vllm:no_such_metric"]
+
+
+def test_the_job_can_be_chosen(samples):
+    [variable] = DASHBOARD["templating"]["list"]
+    assert METRIC.findall(variable["query"])[0] in samples
+    assert all('{job=~"$job"}' in query.values[0] for query in QUERIES)
+
+
+def test_panels_do_not_overlap():
+    taken = set()
+    for panel in DASHBOARD["panels"]:
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert not cells & taken
+        taken |= cells
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+
+
+def test_grafana_finds_dashboard_and_source():
+    folder = GRAFANA / "provisioning"
+    [source] = yaml.safe_load((folder / "datasources" / "prometheus.yaml").read_text())[
+        "datasources"
+    ]
+    assert {panel["datasource"]["uid"] for panel in PANELS} == {source["uid"]}
+    [provider] = yaml.safe_load((folder / "dashboards" / "expertgate.yaml").read_text())[
+        "providers"
+    ]
+    compose = yaml.safe_load((ROOT / "compose.yaml").read_text())
+    targets = {
+        entry.split(":")[1]: ROOT / entry.split(":")[0]
+        for entry in compose["services"]["grafana"]["volumes"]
+    }
+    assert f"{provider['options']['path']}/expertgate.json" in targets
+    assert targets["/etc/grafana/provisioning"].is_dir()
+    assert source["url"] == "http://prometheus:9090"
+    assert "prometheus" in compose["services"]
