@@ -267,11 +267,19 @@ def test_probes_ask_what_each_is_for(objects):
         }
 
 
-def test_a_pod_has_time_to_drain(objects):
+def has_time_to_drain(objects, drain_s):
     for pod in servers(objects):
         hook = container(pod)["lifecycle"]["preStop"]["sleep"]["seconds"]
-        takes = CONSTANTS["_DRAIN_S"] + 2 * CONSTANTS["_ENGINE_STOP_S"]
+        takes = drain_s + CONSTANTS["_CUT_S"] + 2 * CONSTANTS["_ENGINE_STOP_S"]
         assert pod["spec"]["terminationGracePeriodSeconds"] >= hook + takes
+
+
+def test_a_pod_has_time_to_drain(objects):
+    has_time_to_drain(objects, Config.model_fields["drain_s"].default)
+
+
+def test_a_pod_has_time_for_another_drain():
+    has_time_to_drain(render({"config": {"drain_s": 300}}), 300)
 
 
 def test_a_pod_that_goes_leaves_others(objects):
