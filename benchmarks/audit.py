@@ -22,7 +22,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.stock import hardware
+from benchmarks.machine import about
 
 CLIENTS = 16
 REQUESTS = 96
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--log-only", action="store_true", help="without servers")
     parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
     options = parser.parse_args()
-    figures: dict[str, Any] = {"about": hardware(), "log": {}}
+    figures: dict[str, Any] = {"about": about(), "log": {}}
     with tempfile.TemporaryDirectory(dir=".", prefix=".audit-bench-") as name:
         for waiting in WAITING:
             found = figures["log"][waiting] = log_alone(Path(name), waiting)

@@ -17,7 +17,7 @@ import psutil
 from vllm import LLM, SamplingParams
 from vllm.platforms import current_platform
 
-from benchmarks.stock import hardware
+from benchmarks.machine import about
 from expertgate.kernels.routing import mask_logits
 from expertgate.model.flex_olmo import FlexOlmoMoE
 from expertgate.model.ledger import ACCOUNT_ARG, Ledger
@@ -114,13 +114,13 @@ def main() -> None:
         enable_prefix_caching=False,
         kv_cache_memory_bytes=1 << 28,
     )
-    about = hardware() | {
+    setting = about() | {
         "command": f"python -m benchmarks.usage --rounds {options.rounds}",
         "model": "the demo model" if options.model == str(default) else Path(options.model).name,
         "workload": f"{REQUESTS} requests, {RUNNING} at once, {PROMPT_TOKENS} tokens in,"
         f" {OUTPUT_TOKENS[0]} to {OUTPUT_TOKENS[-1]} out, greedy, eager",
     }
-    for key, value in about.items():
+    for key, value in setting.items():
         print(f"{key}: {value}")
     figures: dict[str, Any] = {}
     for name, experts in {
@@ -146,7 +146,7 @@ def main() -> None:
             print(f"{name}, {unit}: {middle:.3f} of that without ({low:.3f} to {high:.3f})")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"about": about, "figures": figures}, indent=2) + "\n")
+        options.out.write_text(json.dumps({"about": setting, "figures": figures}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
