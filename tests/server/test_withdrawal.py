@@ -188,6 +188,8 @@ def test_a_suspension_outlasts_the_server(server):
 def start_until_it_answers(server: Server) -> Server:
     """Another process of the same folder; who may consult what it knows before its engine is up."""
     before = len(server.log)
+    with (server.folder / "expertgate.yaml").open("a") as config:
+        config.write("audit: {path: another-audit}\n")  # the first writes the one of the default
     second = start(server.folder, ready=False)
     second.keys = server.keys
 
