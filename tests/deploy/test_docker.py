@@ -16,8 +16,10 @@ import pytest
 import yaml
 
 import expertgate
+from expertgate.server.config import Config
 from expertgate.server.demo import USERS
 from tests.deploy.dockerfile import ROOT, read
+from tests.deploy.stopping import takes_s
 from tests.server.running import Server, stop
 
 DOCKERFILE = ROOT / "Dockerfile"
@@ -125,6 +127,19 @@ def test_compose_gives_the_folders_that_must_be_writable():
         assert service["tmpfs"] == ["/tmp"]
         assert [volume.split(":")[1] for volume in service["volumes"]] == [home]
         assert service["cap_drop"] == ["ALL"]
+
+
+def test_compose_waits_for_the_drain():
+    grace_s = int(SERVICES["expertgate"]["stop_grace_period"].removesuffix("s"))
+    assert grace_s >= takes_s(Config.model_fields["drain_s"].default)
+
+
+@pytest.mark.parametrize("lock", ["cpu", "cuda", "dev"])
+def test_every_package_is_pinned_to_one_version(lock):
+    first, *pins = (ROOT / "requirements" / f"{lock}.txt").read_text().splitlines()
+    assert first.startswith("#")
+    names = [re.fullmatch(r"([\w.-]+)==[\w.+!]+", pin)[1] for pin in pins]
+    assert names == sorted(set(names))
 
 
 def test_compose_shows_nothing_outside_of_this_machine():
