@@ -38,6 +38,7 @@ class Vllm:
             "enable_prefix_caching": True,
             "kv_cache_memory_bytes": options.kv_mib << 20,
             "load_format": "dummy" if options.dummy else "auto",
+            "use_tqdm_on_load": False,
         }
         if masked and current_platform.is_cpu():
             arguments["worker_cls"] = "expertgate.model.cpu_worker.MaskedCPUWorker"
@@ -74,6 +75,7 @@ class Vllm:
 
     def close(self) -> None:
         self._engine.shutdown()
+        del self._engine  # while the modules that its end needs are still there
 
 
 class HuggingFace:

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +23,11 @@ class Figures:
     @property
     def tokens_per_s_per_gb(self) -> float:
         return self.tokens_per_s / self.weights_gb
+
+    @classmethod
+    def of(cls, read: Mapping[str, Any]) -> "Figures":
+        """What `as_json` made."""
+        return cls(**{field.name: read[field.name] for field in fields(cls)})
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"tokens_per_s_per_gb": self.tokens_per_s_per_gb}

@@ -44,6 +44,32 @@ def write(
     plot(out / "figures.png", facts, runs)
 
 
+def earlier(
+    out: Path, facts: Mapping[str, str], size: Mapping[str, int], names: Sequence[str]
+) -> tuple[dict[str, str], dict[str, dict[str, list[Figures]]]]:
+    """What `out` has, to add rounds to. A fact that differs, such as the load, says both.
+
+    Raises SystemExit where the new rounds could not be compared with the old.
+    """
+    whole = json.loads((out / "figures.json").read_text())
+    for what, new, old in (
+        ("lengths", dict(size), whole["size"]),
+        ("contenders", list(names), list(whole["runs"])),
+        *((key, facts[key], whole["about"][key]) for key in ("model", "cpu", "engine", "torch")),
+    ):
+        if new != old:
+            raise SystemExit(f"{out}: its {what} are {old}, not {new}; give another --out")
+    known = {
+        key: old if old == facts[key] else f"{old}; then {facts[key]}"
+        for key, old in whole["about"].items()
+    }
+    runs = {
+        name: {workload: [Figures.of(f) for f in found] for workload, found in each.items()}
+        for name, each in whole["runs"].items()
+    }
+    return known, runs
+
+
 def markdown(facts: Mapping[str, str], size: Mapping[str, int], runs: Runs, ours: str) -> str:
     lines = ["# Throughput", ""]
     lines += [f"- {key}: {value}" for key, value in facts.items()]
@@ -88,15 +114,20 @@ def _row(
     cells = [
         workload,
         name,
-        f"{median([f.tokens_per_s for f in found]):.0f}",
-        f"{median([f.requests_per_s for f in found]):.1f}",
+        _number(median([f.tokens_per_s for f in found])),
+        _number(median([f.requests_per_s for f in found])),
         three("ttft_ms"),
         three("inter_token_ms"),
         f"{median([f.peak_memory_gb for f in found]):.2f}",
-        f"{median([f.tokens_per_s_per_gb for f in found]):.0f}",
+        _number(median([f.tokens_per_s_per_gb for f in found])),
         compared,
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float) -> str:
+    """To three digits, or whole."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def plot(path: Path, facts: Mapping[str, str], runs: Runs) -> None:

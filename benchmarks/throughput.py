@@ -33,7 +33,7 @@ from benchmarks.checkpoints import (
 )
 from benchmarks.figures import Figures, figures
 from benchmarks.machine import PeakMemory, about
-from benchmarks.report import write
+from benchmarks.report import earlier, write
 from benchmarks.workloads import Size, tenant_sets, workloads
 
 OURS = "expertgate"
@@ -75,6 +75,8 @@ def running(name: str, lines: list[Command]) -> Iterator[list[subprocess.Popen[s
     environment.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     # A name that is no plug-in: stock vLLM must not see ours.
     environment["VLLM_PLUGINS"] = "expertgate" if name == OURS else "none"
+    # Several processes that each want every core would wait for one another, spinning.
+    environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // len(lines)))
     with ExitStack() as stack:
         processes = [
             stack.enter_context(
@@ -146,26 +148,34 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="figures.json, README.md and figures.png go there")
     parser.add_argument("--rounds", type=int, default=3, help="each contender runs in each")
+    parser.add_argument(
+        "--add", action="store_true", help="rounds to those that the folder of --out has already"
+    )
     parser.add_argument("--contender", action="append", choices=CONTENDERS, dest="names")
     parser.add_argument("--eager", action="store_true", help="without vLLM's compiler, in all")
     parser.add_argument("--kv-mib", type=int, default=512, help="KV cache of each engine")
     for name, default in vars(Size()).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
+    if options.add and options.out is None:
+        parser.error("--add needs --out, the folder whose rounds are added to")
     folder, options.dummy = locate(options.model)
     names = options.names or [n for n in CONTENDERS if not (options.dummy and n == HUGGING_FACE)]
 
     facts = about() | {"command": " ".join(["python -m benchmarks.throughput", *sys.argv[1:]])}
+    facts["model"] = f"{folder.name}, {weight_bytes(folder) / 1e9:.3g} GB of weights"
+    size = {key: getattr(options, key) for key in vars(Size())}
+    runs: dict[str, dict[str, list[Figures]]] = {name: {} for name in names}
+    if options.add:
+        facts, runs = earlier(options.out, facts, size, names)
     for key, value in facts.items():
         print(f"{key}: {value}")
-    runs: dict[str, dict[str, list[Figures]]] = {name: {} for name in names}
-    for turn in range(options.rounds):
+    before = max(len(rounds) for rounds in runs[names[0]].values()) if options.add else 0
+    for turn in range(before, before + options.rounds):
         for name in names:
-            print(f"round {turn + 1} of {options.rounds}: {name}", flush=True)
+            print(f"round {turn + 1} of {before + options.rounds}: {name}", flush=True)
             for workload, found in measure(name, options, folder, seed=turn).items():
                 runs[name].setdefault(workload, []).append(found)
-    size = {key: getattr(options, key) for key in vars(Size())}
-    facts["model"] = f"{folder.name}, {weight_bytes(folder) / 1e9:.3f} GB of weights"
     write(options.out, facts, size, runs, OURS)
 
 

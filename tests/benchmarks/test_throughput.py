@@ -143,3 +143,16 @@ def test_the_report_says_all_of_it(tmp_path):
     assert saved["about"] == facts
     assert len(saved["runs"][OURS]["tenant mix"]) == 2
     assert (tmp_path / "figures.png").stat().st_size > 10_000
+
+
+def test_rounds_are_added_to_what_was_measured_on_the_same_machine(tmp_path):
+    facts = dict.fromkeys(("model", "cpu", "engine", "torch", "load"), "as before")
+    one = figures([[0.0, 0.1, 0.2]], 10**9, 10**9)
+    report.write(tmp_path, facts, vars(SIZE), {OURS: {"tenant mix": [one]}}, OURS)
+    known, runs = report.earlier(tmp_path, facts | {"load": "more"}, vars(SIZE), [OURS])
+    assert known == facts | {"load": "as before; then more"}
+    assert runs == {OURS: {"tenant mix": [one]}}
+    with pytest.raises(SystemExit, match="cpu"):
+        report.earlier(tmp_path, facts | {"cpu": "another"}, vars(SIZE), [OURS])
+    with pytest.raises(SystemExit, match="contenders"):
+        report.earlier(tmp_path, facts, vars(SIZE), list(CONTENDERS))
