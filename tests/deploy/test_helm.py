@@ -258,7 +258,7 @@ def test_an_audit_log_outlives_its_pod_and_is_nobody_elses(objects):
     folder = config(objects)["audit"]
     for pod in servers(objects):
         [mount] = [m for m in container(pod)["volumeMounts"] if m["name"] == "audit"]
-        assert all(Path(path).is_relative_to(mount["mountPath"]) for path in folder.values())
+        assert Path(folder["path"]).is_relative_to(mount["mountPath"])
         if kind(objects, "LeaderWorkerSet"):
             assert mount["subPathExpr"] == "$(POD_NAME)"
     for item in kind(objects, "StatefulSet"):
@@ -278,6 +278,18 @@ WAITING = 'sum({__name__=~"vllm:num_requests_waiting|expertgate_calls_waiting", 
     )
     if "seriesQuery" in text
 ]
+
+
+def test_the_signing_key_is_of_a_secret_or_beside_the_log(objects):
+    key = Path(config(objects)["audit"]["signing_key"])
+    for pod in servers(objects):
+        [mount] = [m for m in container(pod)["volumeMounts"] if m["mountPath"] == str(key.parent)]
+        [secret] = [v for v in pod["spec"]["volumes"] if v["name"] == "signing"] or [None]
+        if secret is None:
+            assert mount["name"] == "audit"
+        else:
+            assert secret["secret"] == {"secretName": "signing", "defaultMode": 0o440}
+            assert mount == {"name": "signing", "mountPath": str(key.parent), "readOnly": True}
 
 
 def test_replicas_follow_what_waits(objects):

@@ -44,7 +44,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- $_ := set $own "port" 8000 -}}
 {{- $_ := set $own "identity" (dict "api_keys" "/etc/expertgate/keys/keys.yaml") -}}
 {{- $audit := dict "path" "/var/lib/expertgate/audit" -}}
-{{- $_ := set $audit "signing_key" "/var/lib/expertgate/audit-key.pem" -}}
+{{- $signing := empty .Values.audit.signingKeySecret | not | ternary "/etc/expertgate/signing" "/var/lib/expertgate" -}}
+{{- $_ := set $audit "signing_key" (printf "%s/audit-key.pem" $signing) -}}
 {{- $_ := set $own "audit" $audit -}}
 {{- with .Values.model.revision -}}
 {{- $_ := set $own "revision" . -}}

@@ -127,6 +127,9 @@ spec:
         - {name: keys, mountPath: /etc/expertgate/keys, readOnly: true}
         - {name: policies, mountPath: /etc/expertgate/policies, readOnly: true}
         - {name: suspended, mountPath: /etc/expertgate/suspended, readOnly: true}
+        {{- if .audit.signingKeySecret }}
+        - {name: signing, mountPath: /etc/expertgate/signing, readOnly: true}
+        {{- end }}
         {{- if .admin.existingSecret }}
         - {name: admin, mountPath: /etc/expertgate/admin, readOnly: true}
         {{- end }}
@@ -162,6 +165,10 @@ spec:
       configMap: {name: {{ include "expertgate.name" $root }}-config}
     - name: keys
       secret: {secretName: {{ .apiKeys.existingSecret }}, defaultMode: 0440}
+    {{- with .audit.signingKeySecret }}
+    - name: signing
+      secret: {secretName: {{ . }}, defaultMode: 0440}
+    {{- end }}
     {{- with .admin.existingSecret }}
     - name: admin
       secret: {secretName: {{ . }}, defaultMode: 0440}
