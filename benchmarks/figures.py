@@ -56,7 +56,7 @@ def _percentiles(seconds: Iterable[float]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Ours to a peer's of the same round; above 1 we are faster."""
+    """Ours to a peer's of the same round."""
 
     peer: str
     median: float
@@ -67,13 +67,16 @@ class Ratio:
         return f"{self.median:.2f} ({self.lowest:.2f} to {self.highest:.2f})"
 
 
-def ratio(ours: Sequence[float], peers: Mapping[str, Sequence[float]]) -> Ratio | None:
-    """To the best peer: the one with the highest median. None where no peer ran.
+def ratio(
+    ours: Sequence[float], peers: Mapping[str, Sequence[float]], *, least: bool = False
+) -> Ratio | None:
+    """To the best peer: the one with the highest median, or the `least`. None where no peer ran.
 
     Each list has a figure for each round; rounds are compared with themselves.
     """
     if not peers:
         return None
-    best = max(peers, key=lambda name: statistics.median(peers[name]))
+    choose = min if least else max
+    best = choose(peers, key=lambda name: statistics.median(peers[name]))
     ratios = [mine / theirs for mine, theirs in zip(ours, peers[best], strict=True)]
     return Ratio(best, statistics.median(ratios), min(ratios), max(ratios))

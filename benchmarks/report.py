@@ -2,10 +2,11 @@
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.figures import Figures, Ratio, ratio
+from benchmarks.figures import PERCENTILES, Figures, Ratio, ratio
 from benchmarks.workloads import ABOUT
 
 Runs = Mapping[str, Mapping[str, Sequence[Figures]]]
@@ -20,6 +21,21 @@ _HEAD = (
     " between tokens ms p50/p90/p99 | peak memory GB | tokens/s per GB of weights |"
     " ours to it |"
 )
+
+
+def _percentile(figure: str, p: int) -> Callable[[Figures], float]:
+    return lambda f: float(getattr(f, figure)[f"p{p}"])
+
+
+_COMPARED: dict[str, tuple[Callable[[Figures], float], bool]] = {
+    "tokens/s": (lambda f: f.tokens_per_s, False),
+    "requests/s": (lambda f: f.requests_per_s, False),
+    **{f"TTFT p{p}": (_percentile("ttft_ms", p), True) for p in PERCENTILES},
+    **{f"between tokens p{p}": (_percentile("inter_token_ms", p), True) for p in PERCENTILES},
+    "peak memory": (lambda f: f.peak_memory_gb, True),
+    "tokens/s per GB of weights": (lambda f: f.tokens_per_s_per_gb, False),
+}
+"""Figure → how to read it, and whether less is better."""
 
 
 def write(
@@ -75,13 +91,7 @@ def markdown(facts: Mapping[str, str], size: Mapping[str, int], runs: Runs, ours
     lines += [f"- {key}: {value}" for key, value in facts.items()]
     lines += [f"- lengths: {', '.join(f'{key} {value}' for key, value in size.items())}", ""]
     lines += [f"- {name}: {words}" for name, words in ABOUT.items()]
-    lines += [
-        "",
-        _BELOW,
-        "",
-        _HEAD,
-        "| " + " --- |" * (_HEAD.count("|") - 1),
-    ]
+    lines += ["", _BELOW, "", _HEAD, "|" + " --- |" * (_HEAD.count("|") - 1)]
     for workload in ABOUT:
         peers = {
             name: [f.tokens_per_s for f in each[workload]]
@@ -95,7 +105,30 @@ def markdown(facts: Mapping[str, str], size: Mapping[str, int], runs: Runs, ours
                 continue
             theirs = ratio(mine, {name: peers[name]}) if mine and name != ours else None
             lines.append(_row(workload, name, each[workload], theirs, best))
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_compared(runs, ours)]) + "\n"
+
+
+def _compared(runs: Runs, ours: str) -> list[str]:
+    """A table of every figure of ours as a ratio to that of the best peer."""
+    lines = [
+        "",
+        "Ours to the best peer's of the same round, median (lowest to highest). Of times and",
+    ]
+    lines += ["memory less is better, so below 1 is ours.", "", f"| | {' | '.join(ABOUT)} |"]
+    lines.append("|" + " --- |" * (len(ABOUT) + 1))
+    for figure, (value, least) in _COMPARED.items():
+        cells = [figure]
+        for workload in ABOUT:
+            rounds = {
+                name: [value(f) for f in each[workload]]
+                for name, each in runs.items()
+                if workload in each
+            }
+            mine = rounds.pop(ours, [])
+            found = ratio(mine, rounds, least=least) if mine else None
+            cells.append(f"{found}, {found.peer}" if found else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def _row(
@@ -130,6 +163,10 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
+_WITH = ("engine", "torch", "transformers", "python", "commit", "command")
+"""Facts that stand at the foot of the plot."""
+
+
 def plot(path: Path, facts: Mapping[str, str], runs: Runs) -> None:
     """Tokens/s by workload, and what memory each contender took, with the spread over rounds."""
     import matplotlib as mpl
@@ -154,11 +191,14 @@ def plot(path: Path, facts: Mapping[str, str], runs: Runs) -> None:
         memory.bar([place], peaks, width=0.8)
     speed.set_xticks([row + 0.4 - width / 2 for row in range(len(ABOUT))], list(ABOUT))
     speed.set_ylabel("output tokens/s")
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.08)}
+    speed.legend(**below, ncols=len(runs), frameon=False)
     speed.set_title("more is better; lines: lowest and highest round", fontsize="medium")
-    speed.legend(frameon=False)
     memory.set_xticks(range(len(runs)), list(runs), rotation=30, ha="right")
     memory.set_ylabel("peak memory, GB")
     memory.set_title("less is better", fontsize="medium")
     figure.suptitle(f"{facts['model']}; {facts.get('gpu', facts['cpu'])}", fontsize="medium")
+    said = "; ".join(f"{key} {facts[key]}" for key in _WITH if key in facts)
+    figure.supxlabel("\n".join(textwrap.wrap(said, 190)), fontsize=7)
     figure.savefig(path, dpi=120, metadata={"Software": None})
     pyplot.close(figure)

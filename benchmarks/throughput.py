@@ -163,7 +163,8 @@ def main() -> None:
     names = options.names or [n for n in CONTENDERS if not (options.dummy and n == HUGGING_FACE)]
 
     facts = about() | {"command": " ".join(["python -m benchmarks.throughput", *sys.argv[1:]])}
-    facts["model"] = f"{folder.name}, {weight_bytes(folder) / 1e9:.3g} GB of weights"
+    model = "demo model" if options.model == str(DEMO) else folder.name
+    facts["model"] = f"{model}, {weight_bytes(folder) / 1e9:.3g} GB of weights"
     size = {key: getattr(options, key) for key in vars(Size())}
     runs: dict[str, dict[str, list[Figures]]] = {name: {} for name in names}
     if options.add:

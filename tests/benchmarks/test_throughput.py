@@ -108,6 +108,9 @@ def test_the_ratio_is_to_the_best_peer_round_by_round():
     assert found is not None
     assert (found.peer, found.median, found.lowest, found.highest) == ("fast", 2.0, 1.0, 3.0)
     assert ratio([1.0], {}) is None
+    least = ratio([10.0], {"slow": [40.0], "fast": [20.0]}, least=True)
+    assert least is not None
+    assert (least.peer, least.median) == ("fast", 0.5)
 
 
 def test_memory_is_that_of_the_whole_tree():
@@ -137,8 +140,11 @@ def test_the_report_says_all_of_it(tmp_path):
     facts = {"cpu": "a cpu", "model": "a model", "command": "python -m benchmarks.throughput"}
     report.write(tmp_path, facts, vars(SIZE), runs, OURS)
     text = (tmp_path / "README.md").read_text()
-    assert text.count("\n| ") == 1 + len(ABOUT) * len(CONTENDERS) + 1
-    assert text.count("**1.00") == len(ABOUT)
+    table, compared = text.split("\n\nOurs to the best")
+    assert table.count("\n| ") == 2 + len(ABOUT) * len(CONTENDERS)
+    assert table.count("**1.00") == len(ABOUT)
+    figures_of_each = 2 + 3 + 3 + 2  # rates, two times at three percentiles, memory, by weights
+    assert compared.count("1.00 (1.00 to 1.00)") == figures_of_each * len(ABOUT)
     saved = json.loads((tmp_path / "figures.json").read_text())
     assert saved["about"] == facts
     assert len(saved["runs"][OURS]["tenant mix"]) == 2
