@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from starlette.requests import HTTPConnection
 
 from expertgate.policies.principal import Principal
+from expertgate.server.changes import CredentialsChanged
 from expertgate.server.errors import invalid_credential
 from expertgate.server.names import Name
 
@@ -43,8 +44,8 @@ class ClientCertificates:
             raise invalid_credential(message) from None
         return Principal(user, groups, via="certificate")
 
-    def refresh(self) -> int:
-        return 0
+    async def refresh(self) -> CredentialsChanged | None:
+        return None
 
 
 def _values(certificate: Mapping[str, Any], attribute: str) -> list[str]:

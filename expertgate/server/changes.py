@@ -1,5 +1,6 @@
 """What is told of permissions that change, to whoever listens: the log, the audit, metrics."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -21,8 +22,29 @@ class PoliciesRefused:
 
 
 @dataclass(frozen=True, slots=True)
+class CredentialChange:
+    """One API key, or one key of an issuer, and what is known of it; None where there is none."""
+
+    id: str
+    before: Mapping[str, object] | None
+    after: Mapping[str, object] | None
+    secret: bool
+    """Whether it is verified by something else now: a new secret, or another public key."""
+
+
+@dataclass(frozen=True, slots=True)
 class CredentialsChanged:
-    """Keys were made, rotated or revoked, or an issuer has others: what held may hold no more."""
+    """API keys were made, changed or revoked, or an issuer has others."""
+
+    issuer: str | None
+    """Its name; None for API keys."""
+    changed: tuple[CredentialChange, ...]
+
+    @property
+    def vouchers(self) -> frozenset[str]:
+        """Those whose word was good before, and may not be now."""
+        known = [change.id for change in self.changed if change.before is not None]
+        return frozenset([self.issuer] if known and self.issuer is not None else known)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import secrets
 import sys
 from array import array
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
@@ -30,6 +30,7 @@ from expertgate.model.masks import EXTRA_ARG
 from expertgate.model.usage import Usage, Work
 from expertgate.policies.expert_set import ExpertSet
 from expertgate.server.grants import HANDLE_ARG, Grant, GrantError, Grants, Tally
+from expertgate.server.names import voucher
 from expertgate.server.reports import Reports
 from expertgate.server.turns import Turns
 
@@ -59,13 +60,15 @@ class CacheSalts:
     def __init__(self, weights: bytes, secret: bytes | None = None) -> None:
         self._weights = weights
         self._epochs: Counter[int] = Counter()
+        self._vouched: Counter[str] = Counter()
         self._secret = secret if secret is not None else secrets.token_bytes(32)
 
     def salt(self, experts: ExpertSet, tenant: str, own: str | None) -> str:
         """`own` is the caller's salt; it can part its requests from others, never join them."""
         mac = hmac.new(self._secret, _SALT_DOMAIN, hashlib.sha256)
         epochs = ",".join(str(self._epochs[index]) for index in experts)
-        fields = [experts.digest, tenant.encode(), self._weights, epochs.encode()]
+        vouched = str(self._vouched[voucher(tenant)])
+        fields = [experts.digest, tenant.encode(), self._weights, epochs.encode(), vouched.encode()]
         if own is not None:
             fields.append(own.encode())
         # Each field behind its length, so that no two lists of fields read the same.
@@ -77,6 +80,10 @@ class CacheSalts:
     def renew(self, experts: ExpertSet) -> None:
         """From now on no set with one of these finds what was cached before; others do."""
         self._epochs.update(experts)
+
+    def renew_of(self, vouchers: Collection[str]) -> None:
+        """The same for the tenants that one of these vouches for, whatever their set."""
+        self._vouched.update(vouchers)
 
 
 class GuardedLLM:
@@ -274,6 +281,10 @@ class GuardedLLM:
     def forget(self, experts: ExpertSet) -> None:
         """Makes what is cached of sets with one of these experts unreachable, for good."""
         self._salts.renew(experts)
+
+    def forget_of(self, vouchers: Collection[str]) -> None:
+        """The same of the tenants that one of these keys and issuers vouches for."""
+        self._salts.renew_of(vouchers)
 
     async def end(self, grant: Grant) -> None:
         """Closes a grant, aborts what still runs on it, and waits until its usage is told."""

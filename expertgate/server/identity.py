@@ -1,5 +1,7 @@
 """Who asks: from a request's credential to its principal."""
 
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Protocol
 
 from starlette.requests import HTTPConnection
@@ -7,6 +9,7 @@ from starlette.requests import HTTPConnection
 from expertgate.policies.principal import Principal
 from expertgate.server.bearer import bearer_token
 from expertgate.server.certificates import ClientCertificates
+from expertgate.server.changes import CredentialsChanged
 from expertgate.server.errors import invalid_credential
 from expertgate.server.gateway import named_user, refuse_named_user
 from expertgate.server.identity_config import IdentityConfig
@@ -24,8 +27,11 @@ class CredentialSource(Protocol):
         Raises ApiError 401 for one that has it, and where it doesn't hold.
         """
 
-    def refresh(self) -> int:
-        """Looks now at what credentials are judged by; how often that has changed."""
+    async def refresh(self) -> CredentialsChanged | None:
+        """Looks at what credentials are judged by; what is another from now on.
+
+        Between that and the return nothing is awaited.
+        """
 
 
 class ApiKeys:
@@ -39,16 +45,17 @@ class ApiKeys:
         if not secret.startswith(PREFIX):
             return None
         try:
-            key = self._keys.key_for(secret)
+            found = self._keys.find(secret)
         except BadCredential:
             raise invalid_credential("this API key is not valid") from None
-        if key.may_assert:
-            return named_user(key, connection.headers)
+        if found.key.may_assert:
+            return replace(named_user(found.key, connection.headers), expires=found.ends)
         refuse_named_user(connection.headers)
-        return Principal(key.id, key.groups, via="key")
+        return Principal(found.key.id, found.key.groups, via="key", expires=found.ends)
 
-    def refresh(self) -> int:
-        return self._keys.refresh()
+    async def refresh(self) -> CredentialsChanged | None:
+        changed = await self._keys.refresh()
+        return CredentialsChanged(None, changed) if changed else None
 
 
 class Anonymous:
@@ -59,8 +66,8 @@ class Anonymous:
             return None
         return Principal(ANONYMOUS, via=ANONYMOUS)
 
-    def refresh(self) -> int:
-        return 0
+    async def refresh(self) -> CredentialsChanged | None:
+        return None
 
 
 class Identity:
@@ -99,7 +106,12 @@ class Identity:
             raise invalid_credential("this credential is of no kind or issuer that is known here")
         raise invalid_credential("send a credential: 'Authorization: Bearer ...'")
 
-    def refresh(self) -> int:
-        """A number that grows where a credential that held may not hold now, or be another's."""
-        keys = self._keys.refresh() if self._keys else 0
-        return keys + sum(source.refresh() for source in self._others)
+    async def refresh(self) -> AsyncIterator[CredentialsChanged]:
+        """Looks at what credentials are judged by, and tells of each change as it comes into force.
+
+        Whoever iterates gets to act before anybody is identified by what has changed.
+        """
+        for source in (*([self._keys] if self._keys else []), *self._others):
+            changed = await source.refresh()
+            if changed is not None:
+                yield changed

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import httpx
 from jwt import PyJWK, PyJWTError
 
+from expertgate.server.changes import CredentialChange
 from expertgate.server.identity_config import IssuerConfig, checked_url
 from expertgate.server.watched import WatchedFile
 
@@ -51,8 +52,8 @@ class KeySource(Protocol):
     async def key(self, kid: str, algorithm: str) -> PyJWK | None:
         """None for one that the issuer doesn't have. Raises NoKeys."""
 
-    def refresh(self) -> int:
-        """How often other keys have come into force since the start."""
+    async def refresh(self) -> tuple[CredentialChange, ...]:
+        """The keys that are other ones than when this was last asked, by `kid`."""
 
 
 def key_source(config: IssuerConfig) -> KeySource:
@@ -77,10 +78,13 @@ class JwksFile:
             raise JwksError(f"{path}: {error.strerror or error}") from None
 
     async def key(self, kid: str, algorithm: str) -> PyJWK | None:
-        return self._file.get().get((kid, algorithm))
+        return self._file.value.get((kid, algorithm))
 
-    def refresh(self) -> int:
-        return self._file.refresh()
+    async def refresh(self) -> tuple[CredentialChange, ...]:
+        before = self._file.value
+        if not await self._file.refresh():
+            return ()
+        return _changes(before, self._file.value)
 
 
 class JwksUrl:
@@ -93,12 +97,11 @@ class JwksUrl:
         _trusted()
         self._config = config
         self._keys: Keys | None = None
-        self._raw = b""
+        self._told: Keys = {}
         self._fetched = -MAX_AGE_S
         self._tried = -MAX_AGE_S
         self._fetching: asyncio.Task[None] | None = None
         self._fault = ""
-        self._changes = 0
 
     async def key(self, kid: str, algorithm: str) -> PyJWK | None:
         fresh = time.monotonic() - self._fetched < TTL_S
@@ -108,8 +111,10 @@ class JwksUrl:
             raise NoKeys
         return self._keys.get((kid, algorithm))
 
-    def refresh(self) -> int:
-        return self._changes
+    async def refresh(self) -> tuple[CredentialChange, ...]:
+        now = self._keys or {}
+        before, self._told = self._told, now
+        return _changes(before, now) if now is not before else ()
 
     async def _fetch(self) -> None:
         """All who wait for keys wait for the same fetch, and none of them ends it by leaving."""
@@ -138,8 +143,7 @@ class JwksUrl:
             self._fault = fault
             return
         self._fault = ""
-        self._changes += raw != self._raw
-        self._keys, self._raw, self._fetched = keys, raw, began
+        self._keys, self._fetched = keys, began
 
 
 def parse_jwks(raw: bytes, algorithms: Sequence[str], place: str) -> Keys:
@@ -170,6 +174,20 @@ def parse_jwks(raw: bytes, algorithms: Sequence[str], place: str) -> Keys:
         wanted = ", ".join(algorithms)
         raise JwksError(f"{place}: has no key with a `kid` that verifies one of {wanted}")
     return found
+
+
+def _changes(before: Keys, after: Keys) -> tuple[CredentialChange, ...]:
+    found = []
+    for kid, algorithm in sorted(before.keys() | after.keys()):
+        old, new = before.get((kid, algorithm)), after.get((kid, algorithm))
+        if old is None or new is None or old.key != new.key:
+            terms = {"algorithm": algorithm}
+            found.append(
+                CredentialChange(
+                    kid, None if old is None else terms, None if new is None else terms, secret=True
+                )
+            )
+    return tuple(found)
 
 
 def _verifies(jwk: Any) -> bool:

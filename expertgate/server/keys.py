@@ -16,8 +16,8 @@ when it is made, and is in no file, log, error or repr of ours.
 import hashlib
 import hmac
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -31,6 +31,7 @@ from pydantic import (
     StringConstraints,
 )
 
+from expertgate.server.changes import CredentialChange
 from expertgate.server.names import Name, key_id
 from expertgate.server.watched import WatchedFile
 from expertgate.server.yaml_file import Place, YamlError, YamlFile
@@ -98,16 +99,25 @@ class Key(_Entry):
             return "revoked"
         return "active" if self.expires is None or now < self.expires else "expired"
 
+    def terms(self) -> dict[str, object]:
+        """All that is known of it but its secrets, in plain values."""
+        return self.model_dump(mode="json", exclude={"id", "sha256", "previous"}) | {
+            "groups": sorted(self.groups)
+        }
+
     def secrets(self) -> Iterator[tuple[Place, str, datetime | None]]:
         """Of each of its secrets: the hash's place in the entry, the hash, and when it ends."""
         yield ("sha256",), self.sha256, self.expires
         for index, replaced in enumerate(self.previous):
-            yield ("previous", index, "sha256"), replaced.sha256, replaced.expires
+            ends = min(replaced.expires, self.expires or replaced.expires)
+            yield ("previous", index, "sha256"), replaced.sha256, ends
 
 
 @dataclass(frozen=True, slots=True)
-class _Secret:
-    sha256: str
+class Secret:
+    """One that opens: whose it is, and when it ends."""
+
+    sha256: str = field(repr=False)
     key: Key
     ends: datetime | None
 
@@ -115,7 +125,7 @@ class _Secret:
 class KeyStore:
     """The keys of a file, read again when it changes; a broken file leaves the old ones in force.
 
-    A key whose entry is gone is revoked, as one that is marked so, within a fifth of a second.
+    A key whose entry is gone is revoked, as one that is marked so.
     """
 
     def __init__(self, path: Path) -> None:
@@ -125,13 +135,16 @@ class KeyStore:
         except OSError as error:
             raise KeysError(f"{path}: {error.strerror or error}") from None
 
-    def refresh(self) -> int:
-        """Looks at the file now; how often other keys have come into force since the start."""
-        return self._file.refresh()
+    async def refresh(self) -> tuple[CredentialChange, ...]:
+        """Looks at the file; the keys that are other ones from now on, by id."""
+        before = self._file.value
+        if not await self._file.refresh():
+            return ()
+        return tuple(_changes(_by_id(before), _by_id(self._file.value)))
 
-    def key_for(self, secret: str) -> Key:
+    def find(self, secret: str) -> Secret:
         """Raises BadCredential, for a wrong key and an expired one alike."""
-        known = self._file.get()
+        known = self._file.value
         try:
             digest = hash_of(secret)
         except UnicodeEncodeError:
@@ -151,7 +164,7 @@ class KeyStore:
         if found.ends is not None and found.ends <= now:
             log.info("refused key %s: this secret of it was replaced", key.id)
             raise BadCredential
-        return key
+        return found
 
 
 def hash_of(secret: str) -> str:
@@ -181,9 +194,29 @@ def parse_keys(raw: bytes, path: Path) -> list[Key]:
     return keys
 
 
-def _by_hash(raw: bytes, path: Path) -> dict[str, _Secret]:
+def _by_hash(raw: bytes, path: Path) -> dict[str, Secret]:
     return {
-        sha256: _Secret(sha256, key, ends)
+        sha256: Secret(sha256, key, ends)
         for key in parse_keys(raw, path)
         for _, sha256, ends in key.secrets()
     }
+
+
+def _by_id(known: Mapping[str, Secret]) -> dict[str, Key]:
+    return {secret.key.id: secret.key for secret in known.values()}
+
+
+def _changes(before: Mapping[str, Key], after: Mapping[str, Key]) -> Iterator[CredentialChange]:
+    for user in sorted(before.keys() | after.keys()):
+        old, new = before.get(user), after.get(user)
+        if old != new:
+            yield CredentialChange(
+                user,
+                None if old is None else old.terms(),
+                None if new is None else new.terms(),
+                # A set: which of a key's secrets stands first is all the same.
+                old is None
+                or new is None
+                or {hash_ for _, hash_, _ in old.secrets()}
+                != {hash_ for _, hash_, _ in new.secrets()},
+            )

@@ -14,12 +14,18 @@ Keys' ids and issuers' names have neither `:` nor `/`, so the first of the two t
 whatever stands behind it.
 """
 
+import re
 from typing import Annotated
 
 from pydantic import AfterValidator, StringConstraints
 
 ANONYMOUS = "anonymous"
 MAX_CHARS = 256
+
+
+def voucher(user: str) -> str:
+    """Who says that it is this user: the key, the issuer, the certificates or the gateway."""
+    return re.split("[:/]", user, maxsplit=1)[0]
 
 
 def printable(text: str) -> str:

@@ -2,14 +2,13 @@
 
 Policies, catalogue, suspensions and credentials are looked at forty times a second. What changed
 is put in force, and every open grant asked for again with what it was first asked with, in one step
-of the event loop: at no moment is there a grant that the policies in force would not give. Only a
-credential may take longer than that to judge.
+of the event loop: at no moment is there a grant that the policies in force would not give. Where
+credentials change, those of open grants are judged again one by one, because signatures take time.
 """
 
 import asyncio
 import logging
-import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +29,7 @@ from expertgate.server.changes import (
 )
 from expertgate.server.errors import ApiError
 from expertgate.server.grants import Basis, Grant
+from expertgate.server.names import voucher
 from expertgate.server.policy_files import PolicyFiles, Stamp
 from expertgate.server.service import Service
 from expertgate.server.suspensions import SuspensionError
@@ -38,8 +38,10 @@ from expertgate.server.watched import stamp
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.025
-_CREDENTIALS_EVERY_S = 1.0
-"""So long may a request outlive a credential that ends by itself."""
+_TOKENS_EVERY_S = 1.0
+"""So often those of open requests are shown to their issuers' keys, which are then fetched."""
+_SHOWN = 10
+"""Credentials that a line of the log names; the audit log names all."""
 
 
 @dataclass(slots=True)
@@ -94,8 +96,6 @@ class Oversight:
         self._path = suspended
         self._policy_watch = _Watch(files.stamp, seen)
         self._suspended_watch = _Watch(lambda: stamp(suspended), stamp(suspended))
-        self._identity_changes = service.identity.refresh()
-        self._credentials_at = time.monotonic()
         names = suspensions.read(suspended) or frozenset()
         for name in sorted(names):
             self._index(name)
@@ -103,8 +103,12 @@ class Oversight:
 
     async def watch(self) -> None:
         """Looks until it is cancelled."""
-        # Apart, because whoever vouches for a credential may take long to answer.
-        await asyncio.gather(_again(self.look_at_files), _again(self.look_at_credentials))
+        # Apart, because a large file takes long to read, and an issuer long to answer.
+        await asyncio.gather(
+            _again(self.look_at_files, LOOK_EVERY_S),
+            _again(self.look_at_credentials, LOOK_EVERY_S),
+            _again(self.look_at_tokens, _TOKENS_EVERY_S),
+        )
 
     async def look_at_files(self) -> None:
         """Puts in force what has changed since the look before."""
@@ -114,16 +118,28 @@ class Oversight:
             await self._reload()
 
     async def look_at_credentials(self) -> None:
-        """Identifies the principal of each open grant again, where the answer may be another."""
-        changes, now = self._service.identity.refresh(), time.monotonic()
-        if changes == self._identity_changes and now - self._credentials_at < _CREDENTIALS_EVERY_S:
-            return
-        if changes != self._identity_changes:
-            self._tell(CredentialsChanged())
-        self._identity_changes, self._credentials_at = changes, now
+        """Puts in force what they are judged by, and ends what lives longer than its own."""
+        async for change in self._service.identity.refresh():
+            # Before anybody who is told from now on who they are finds what was cached before; and
+            # once more for what open grants cache until they have been judged.
+            self._forget_of(change.vouchers)
+            self._tell(change)
+            for grant in self._service.grants:
+                if voucher(grant.tenant) in change.vouchers:
+                    await self._judge(grant)
+            self._forget_of(change.vouchers)
+        now = datetime.now(UTC)
         for grant in self._service.grants:
-            await self._check_credential(grant)
-            await asyncio.sleep(0)  # signatures take time, and streams wait
+            expires = None if grant.basis is None else grant.basis.principal.expires
+            if expires is not None and expires <= now:
+                self._withdraw(grant, grant.experts)
+
+    async def look_at_tokens(self) -> None:
+        """Judges those of open grants again: nobody tells that an issuer took a key back."""
+        for grant in self._service.grants:
+            if grant.basis is not None and grant.basis.principal.via.startswith("jwt:"):
+                await self._judge(grant)
+                await asyncio.sleep(0)  # signatures take time, and streams wait
 
     def reload(self) -> None:
         """Has the policies read at the next look, changed or not."""
@@ -210,7 +226,8 @@ class Oversight:
             policies.decide(basis.principal, basis.context)
         return catalogue, policies
 
-    async def _check_credential(self, grant: Grant) -> None:
+    async def _judge(self, grant: Grant) -> None:
+        """Withdraws it where its credential doesn't hold, or isn't worth as much as it was."""
         if grant.basis is None:
             return
         try:
@@ -220,29 +237,37 @@ class Oversight:
             if error.status < 500:
                 self._withdraw(grant, grant.experts)
             return
-        if principal != grant.basis.principal:
-            grant.basis = replace(grant.basis, principal=principal)
-            self._withdraw_if_lost(grant)
+        if principal.id != grant.tenant:  # the credential is somebody else's now
+            self._withdraw(grant, grant.experts)
+            return
+        grant.basis = replace(grant.basis, principal=principal)
+        self._withdraw(grant, self._lost(grant))
 
     def _withdraw_lost(self) -> None:
         for grant in self._service.grants:
-            self._withdraw_if_lost(grant)
+            lost = self._lost(grant)
+            self._withdraw(grant, lost)
+            self._forget(lost)
 
-    def _withdraw_if_lost(self, grant: Grant) -> None:
-        if grant.basis is not None:
-            decision = self._service.decide(grant.basis.principal, grant.basis.context)
-            self._withdraw(grant, grant.experts - decision.granted)
+    def _lost(self, grant: Grant) -> ExpertSet:
+        """What of it would not be granted now."""
+        if grant.basis is None:
+            return ExpertSet(0)
+        decision = self._service.decide(grant.basis.principal, grant.basis.context)
+        return grant.experts - decision.granted
 
     def _withdraw(self, grant: Grant, experts: ExpertSet) -> None:
-        if not experts or not grant.open:
-            return
-        grant.withdraw()
-        self._forget(experts)
-        self._tell(Withdrawn(grant.tenant, tuple(self._running.names(experts))))
+        if experts and grant.open:
+            grant.withdraw()
+            self._tell(Withdrawn(grant.tenant, tuple(self._running.names(experts))))
 
     def _forget(self, experts: ExpertSet) -> None:
         if experts and self._service.engine is not None:
             self._service.engine.forget(experts)
+
+    def _forget_of(self, vouchers: Collection[str]) -> None:
+        if self._service.engine is not None:
+            self._service.engine.forget_of(vouchers)
 
     def _tell(self, change: Change) -> None:
         level = logging.ERROR if isinstance(change, PoliciesRefused) else logging.WARNING
@@ -254,10 +279,10 @@ class Oversight:
                 log.exception("%s could not be told", change)
 
 
-async def _again(look: Callable[[], Awaitable[None]]) -> None:
+async def _again(look: Callable[[], Awaitable[None]], every_s: float) -> None:
     fault = ""
     while True:
-        await asyncio.sleep(LOOK_EVERY_S)
+        await asyncio.sleep(every_s)
         try:
             await look()
         except Exception as error:  # whatever it was, the next change must still be seen
@@ -273,8 +298,11 @@ def _words(change: Change) -> str:
             return f"policies {version[:12]} are in force{same}"
         case PoliciesRefused(fault, version):
             return f"policies {version[:12]} stay in force: {fault}"
-        case CredentialsChanged():
-            return "credentials have changed; those of open requests are judged again"
+        case CredentialsChanged(issuer, changed):
+            whose = "API keys" if issuer is None else f"keys of {issuer}"
+            ids = ", ".join(sorted({repr(change.id) for change in changed[:_SHOWN]}))
+            more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+            return f"{whose} have changed: {ids}{more}"
         case Suspended(expert):
             return f"expert {expert} is suspended"
         case Resumed(expert):

@@ -4,9 +4,11 @@ A token is judged by RFC 8725's advice: the configuration, never the token, says
 and keys may verify it; `iss`, `aud` and `exp` must be there and be right; and it must name its key.
 """
 
+import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any
 
@@ -15,6 +17,7 @@ from starlette.requests import HTTPConnection
 
 from expertgate.policies.principal import Principal
 from expertgate.server.bearer import bearer_token
+from expertgate.server.changes import CredentialsChanged
 from expertgate.server.errors import ApiError, invalid_credential
 from expertgate.server.identity_config import GroupRule, IssuerConfig
 from expertgate.server.jwks import COOLDOWN_S, NoKeys, key_source
@@ -23,6 +26,11 @@ from expertgate.server.names import MAX_CHARS
 log = logging.getLogger(__name__)
 
 MAX_TOKEN_CHARS = 1 << 14
+_REMEMBERED = 1024
+"""Tokens whose signature was found good, and needn't be looked at again while its key is there."""
+
+_FAR = 1 << 37
+"""Seconds since 1970, in some four thousand years; what is later is no date to Python."""
 
 _OPTIONS: Any = {"require": ["exp", "iss", "aud"], "enforce_minimum_key_length": True}
 # What is told of a token whose signature holds; of one without there is nothing to tell.
@@ -41,6 +49,7 @@ class TokenIssuer:
         """Raises JwksError."""
         self._config = config
         self._keys = key_source(config)
+        self._decoded = functools.lru_cache(_REMEMBERED)(self._decode)
 
     async def identify(self, connection: HTTPConnection) -> Principal | None:
         token = bearer_token(connection.headers)
@@ -60,8 +69,9 @@ class TokenIssuer:
                 headers={"Retry-After": f"{COOLDOWN_S:.0f}"},
             ) from None
 
-    def refresh(self) -> int:
-        return self._keys.refresh()
+    async def refresh(self) -> CredentialsChanged | None:
+        changed = await self._keys.refresh()
+        return CredentialsChanged(self._config.name, changed) if changed else None
 
     async def _verified(self, token: str, header: Mapping[str, Any]) -> Mapping[str, Any]:
         """The claims of a token that holds. Raises _BadToken and NoKeys."""
@@ -75,19 +85,29 @@ class TokenIssuer:
         if key is None:
             raise _BadToken("names a key that its issuer doesn't have")
         try:
-            return jwt.decode(
-                token,
-                key,
-                algorithms=[algorithm],
-                issuer=config.issuer,
-                audience=config.audience,
-                leeway=config.leeway_s,
-                options=_OPTIONS,
-            )
+            claims = self._decoded(token, key)
+            if self._expires(claims) <= datetime.now(UTC):
+                raise jwt.ExpiredSignatureError
+            return claims
         except jwt.PyJWTError as error:
             # PyJWT's own words may quote the token.
             words = next((w for kind, w in _WORDS if isinstance(error, kind)), "can't be verified")
             raise _BadToken(words) from None
+
+    def _decode(self, token: str, key: jwt.PyJWK) -> Mapping[str, Any]:
+        """Raises PyJWTError, which isn't remembered."""
+        return jwt.decode(
+            token,
+            key,
+            algorithms=[key.algorithm_name],
+            issuer=self._config.issuer,
+            audience=self._config.audience,
+            leeway=self._config.leeway_s,
+            options=_OPTIONS,
+        )
+
+    def _expires(self, claims: Mapping[str, Any]) -> datetime:
+        return datetime.fromtimestamp(min(int(claims["exp"]), _FAR) + self._config.leeway_s, UTC)
 
     def _principal(self, claims: Mapping[str, Any]) -> Principal:
         config = self._config
@@ -102,6 +122,7 @@ class TokenIssuer:
             # null is how some issuers say that there is none
             MappingProxyType({name: value for name, value in read.items() if value is not None}),
             via=f"jwt:{config.name}",
+            expires=self._expires(claims),
         )
 
 

@@ -1,63 +1,58 @@
 """A file of the operator's that is read again when it changes."""
 
+import asyncio
 import logging
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY_S = 0.2
-
 T = TypeVar("T")
 
 
 class WatchedFile(Generic[T]):
-    """What a file says. A broken one, or one that is gone, leaves in force what it said before.
-
-    It is looked at whenever it is asked for, but at most every fifth of a second.
-    """
+    """What a file says. A broken one, or one that is gone, leaves in force what it said before."""
 
     def __init__(self, path: Path, parse: Callable[[bytes, Path], T]) -> None:
         """`parse` raises ValueError. Raises what it does, and OSError."""
         self.path = path
         self._parse = parse
-        self._looked = time.monotonic()
-        self._stamp = stamp(path)
+        self._stamp = self._seen = stamp(path)
         self._fault = ""
-        self._changes = 0
-        self._value = parse(path.read_bytes(), path)
+        self.value = self._read()
 
-    def get(self) -> T:
-        if time.monotonic() - self._looked >= LOOK_EVERY_S:
-            self.refresh()
-        return self._value
+    async def refresh(self) -> bool:
+        """Looks at the file; True where something else has come into force by that.
 
-    def refresh(self) -> int:
-        """Looks at the file now; how often something else has come into force since the start."""
-        self._looked = time.monotonic()
+        What is still being written waits for another look. Between the change of `value` and the
+        return nothing is awaited. Only one may look at a time.
+        """
         # Before it is read: what is written meanwhile changes the stamp once more.
         found = stamp(self.path)
+        settled, self._seen = found == self._seen, found
         if found == self._stamp:
             self._fault = ""
-            return self._changes
+            return False
+        if not settled:
+            return False
         try:
-            raw = self.path.read_bytes()
+            # Thousands of keys take a second to read, and streams would wait.
+            value = await asyncio.to_thread(self._read)
         except OSError as error:
             # The stamp stays the old one: what can't be read now is tried at the next look.
             self._failed(f"{self.path}: {error.strerror or error}")
-            return self._changes
-        self._stamp = found
-        try:
-            self._value = self._parse(raw, self.path)
+            return False
         except ValueError as error:
+            self._stamp = found
             self._failed(str(error).replace("\n", "; "))
-            return self._changes
-        self._fault = ""
-        self._changes += 1
+            return False
+        self._stamp, self._fault, self.value = found, "", value
         log.info("%s: changed, read again and in force", self.path)
-        return self._changes
+        return True
+
+    def _read(self) -> T:
+        return self._parse(self.path.read_bytes(), self.path)
 
     def _failed(self, fault: str) -> None:
         """Says it once for each change of the fault, not at every look."""

@@ -1,9 +1,10 @@
+import asyncio
 import base64
 import hashlib
 import logging
 import os
 import stat
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
@@ -12,7 +13,6 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from expertgate.server import watched
 from expertgate.server.key_edits import create_key, expire_key, revoke_key, rotate_key
 from expertgate.server.keys import BadCredential, KeysError, KeyStore
 
@@ -34,8 +34,9 @@ def fault(path, text: str) -> str:
     return str(error.value).removeprefix(f"{path}")
 
 
-def wait_for_a_look() -> None:
-    time.sleep(watched.LOOK_EVERY_S)
+def look(store):
+    """What has changed by the second look: the first only sees that something does."""
+    return asyncio.run(store.refresh()) + asyncio.run(store.refresh())
 
 
 def test_a_key_is_256_random_bits_and_only_its_hash_is_kept(path):
@@ -47,7 +48,7 @@ def test_a_key_is_256_random_bits_and_only_its_hash_is_kept(path):
     assert entry["sha256"] == hashlib.sha256(secret.encode()).hexdigest()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert os.listdir(path.parent) == ["keys.yaml"]
-    key = KeyStore(path).key_for(secret)
+    key = KeyStore(path).find(secret).key
     assert (key.id, key.groups) == ("alice", {"research", "staff"})
 
 
@@ -65,7 +66,7 @@ def test_what_is_in_the_file_stays_as_it_is(path, old):
     path.write_text(old)
     secret = create_key(path, "alice", ["g"], None)
     assert path.read_text().startswith(old)
-    assert KeyStore(path).key_for(secret).id == "alice"
+    assert KeyStore(path).find(secret).key.id == "alice"
 
 
 @pytest.mark.parametrize("old", ["[]\n", f"[{{id: b, sha256: {HASH}}}]\n", "- id: b\n", "a: 1\n",
@@ -93,7 +94,7 @@ def test_two_creators_lose_no_key(path):
     with ThreadPoolExecutor(8) as pool:
         secrets = list(pool.map(lambda n: create_key(path, f"user-{n}", [], None), range(24)))
     store = KeyStore(path)
-    assert [store.key_for(secret).id for secret in secrets] == [f"user-{n}" for n in range(24)]
+    assert [store.find(secret).key.id for secret in secrets] == [f"user-{n}" for n in range(24)]
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(path, monkeypatch):
@@ -122,7 +123,7 @@ def test_a_linked_file_is_written_where_it_lies(path):
 def test_wrong_keys(path, secret):
     create_key(path, "alice", [], None)
     with pytest.raises(BadCredential) as error:
-        KeyStore(path).key_for(secret)
+        KeyStore(path).find(secret)
     assert str(error.value) == ""
 
 
@@ -130,13 +131,13 @@ def test_the_hash_is_not_the_key(path):
     create_key(path, "alice", [], None)
     (entry,) = yaml.safe_load(path.read_text())
     with pytest.raises(BadCredential):
-        KeyStore(path).key_for(entry["sha256"])
+        KeyStore(path).find(entry["sha256"])
 
 
 def test_an_expired_key_is_as_bad_as_a_wrong_one_and_the_log_knows_why(path, caplog):
     secret = create_key(path, "alice", [], PAST)
     with caplog.at_level(logging.INFO), pytest.raises(BadCredential) as error:
-        KeyStore(path).key_for(secret)
+        KeyStore(path).find(secret)
     assert str(error.value) == ""
     assert "key alice, which is expired" in caplog.text
     assert secret not in caplog.text
@@ -146,35 +147,81 @@ def test_an_expired_key_is_as_bad_as_a_wrong_one_and_the_log_knows_why(path, cap
 def test_a_key_made_removed_or_changed_while_the_server_runs(path):
     alice = create_key(path, "alice", [], None)
     store = KeyStore(path)
-    assert store.key_for(alice).groups == frozenset()
+    assert store.find(alice).key.groups == frozenset()
 
     bob = create_key(path, "bob", [], None)
-    wait_for_a_look()
-    assert store.key_for(bob).id == "bob"
+    look(store)
+    assert store.find(bob).key.id == "bob"
 
     entries = yaml.safe_load(path.read_text())
     entries[1]["groups"] = ["staff"]
     path.write_text(yaml.safe_dump(entries[1:]))
-    wait_for_a_look()
-    assert store.key_for(bob).groups == {"staff"}
+    look(store)
+    assert store.find(bob).key.groups == {"staff"}
     with pytest.raises(BadCredential):
-        store.key_for(alice)
+        store.find(alice)
 
 
-def test_changes_are_counted_whoever_looks_first(path):
-    secret = create_key(path, "a", [], None)
+def test_a_change_is_told_by_id_and_without_secrets(path):
+    for user in ("alice", "bob", "carol"):
+        create_key(path, user, ["staff"], None)
     store = KeyStore(path)
-    assert store.refresh() == store.refresh()
-    seen = store.refresh()
-    path.write_text("[]")
-    # A request may be the first to look; whoever watches must not miss the change.
-    wait_for_a_look()
-    with pytest.raises(BadCredential):
-        store.key_for(secret)
-    assert store.refresh() > seen
-    seen = store.refresh()
+    assert look(store) == ()
+    path.write_text(path.read_text() + "# nothing\n")
+    assert look(store) == ()
+
+    secret = rotate_key(path, "alice", timedelta(hours=1), None)
+    entries = yaml.safe_load(path.read_text())
+    entries[1]["groups"] = []
+    path.write_text(yaml.safe_dump(entries[:2]))
+    create_key(path, "dave", [], SOON)
+    told = look(store)
+    assert [(change.id, change.secret) for change in told] == [
+        ("alice", True),
+        ("bob", False),
+        ("carol", True),
+        ("dave", True),
+    ]
+    alice, bob, carol, dave = told
+    assert alice.before == alice.after
+    assert (bob.before["groups"], bob.after["groups"]) == (["staff"], [])
+    assert carol.before["groups"] == ["staff"]
+    assert (carol.after, dave.before) == (None, None)
+    assert datetime.fromisoformat(dave.after["expires"]) == SOON
+    shown = str(told)
+    assert secret not in shown
+    assert not any(entry["sha256"] in shown for entry in entries)
     path.write_text("broken: [")
-    assert store.refresh() == seen
+    assert look(store) == ()
+
+
+def test_what_is_being_written_is_not_read(path):
+    """An empty file has no keys, and would end every request."""
+    secret = create_key(path, "alice", [], None)
+    store = KeyStore(path)
+    text = path.read_text()
+    for part in ("", text[:20], text):
+        path.write_text(part)
+        assert asyncio.run(store.refresh()) == ()
+    assert asyncio.run(store.refresh()) == ()
+    assert store.find(secret).key.id == "alice"
+
+
+def test_a_large_file_stops_nobody_while_it_is_read(path):
+    create_key(path, "alice", [], None)
+    store = KeyStore(path)
+    here, readers = threading.get_ident(), []
+    parse = store._file._parse
+
+    def noting(raw, at):
+        readers.append(threading.get_ident())
+        return parse(raw, at)
+
+    store._file._parse = noting
+    path.write_text("[]")
+    assert [change.id for change in look(store)] == ["alice"]
+    assert readers
+    assert here not in readers
 
 
 @pytest.mark.parametrize("broken", ["- id: [\n", "- id: alice\n", None])
@@ -186,15 +233,15 @@ def test_a_broken_or_missing_file_leaves_the_old_keys_in_force(path, caplog, bro
     if broken is not None:
         path.write_text(broken)
     for _ in range(2):
-        wait_for_a_look()
-        assert store.key_for(secret).id == "alice"
+        look(store)
+        assert store.find(secret).key.id == "alice"
     errors = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert len(errors) == 1  # once, not at every look
     assert "\n" not in errors[0].getMessage()
 
     path.write_text(good.replace("alice", "carol"))
-    wait_for_a_look()
-    assert store.key_for(secret).id == "carol"
+    look(store)
+    assert store.find(secret).key.id == "carol"
 
 
 def test_what_could_not_be_read_is_read_as_soon_as_it_can(path, monkeypatch, caplog):
@@ -209,13 +256,13 @@ def test_what_could_not_be_read_is_read_as_soon_as_it_can(path, monkeypatch, cap
 
         unreadable.setattr(type(path), "read_bytes", refuse)
         for _ in range(3):
-            wait_for_a_look()
-            assert store.key_for(alice).id == "alice"
+            look(store)
+            assert store.find(alice).key.id == "alice"
     errors = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert len(errors) == 1
-    wait_for_a_look()
+    look(store)
     with pytest.raises(BadCredential):
-        store.key_for(alice)
+        store.find(alice)
 
 
 def test_a_change_that_sets_time_and_size_back_is_seen(path):
@@ -225,9 +272,9 @@ def test_a_change_that_sets_time_and_size_back_is_seen(path):
     path.write_text("#" * (before.st_size - 1) + "\n")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert path.stat().st_ino == before.st_ino
-    wait_for_a_look()
+    look(store)
     with pytest.raises(BadCredential):
-        store.key_for(alice)
+        store.find(alice)
 
 
 # --- changed by command -----------------------------------------------------------------------
@@ -277,7 +324,7 @@ def test_a_rotated_key_has_two_secrets_until_the_grace_ends(path, spelt):
     new = rotate_key(path, "alice", timedelta(hours=24), None)
     store = KeyStore(path)
     for secret in (spelt, new):
-        assert (store.key_for(secret).id, store.key_for(secret).groups) == ("alice", {"staff"})
+        assert (store.find(secret).key.id, store.find(secret).key.groups) == ("alice", {"staff"})
     assert new not in path.read_text()
     said, kept = comments(path), others(path)
     assert kept == before[1]
@@ -296,7 +343,7 @@ def test_a_revoked_key_ends_with_all_its_secrets(path, spelt):
     store = KeyStore(path)
     for secret in (spelt, new):
         with pytest.raises(BadCredential):
-            store.key_for(secret)
+            store.find(secret)
     # Its id is nobody else's, and it does not come back.
     for edit in (
         lambda: create_key(path, "alice", [], None),
@@ -311,31 +358,31 @@ def test_a_revoked_key_ends_with_all_its_secrets(path, spelt):
 def test_an_expiry_is_set_and_set_again(path, spelt):
     for when in (SOON, SOON + timedelta(days=1)):
         expire_key(path, "alice", when)
-        assert KeyStore(path).key_for(spelt).expires == when
+        assert KeyStore(path).find(spelt).key.expires == when
     expire_key(path, "alice", PAST)
     with pytest.raises(BadCredential):
-        KeyStore(path).key_for(spelt)
+        KeyStore(path).find(spelt)
 
 
 def test_the_old_secret_ends_with_the_grace(path):
     old = create_key(path, "alice", [], None)
     new = rotate_key(path, "alice", timedelta(), None)
     with pytest.raises(BadCredential):
-        KeyStore(path).key_for(old)
-    assert KeyStore(path).key_for(new).id == "alice"
+        KeyStore(path).find(old)
+    assert KeyStore(path).find(new).key.id == "alice"
     # One that is at its end is no longer in the file; one that isn't goes on for as long as it had.
     newer = rotate_key(path, "alice", timedelta(hours=1), None)
     newest = rotate_key(path, "alice", timedelta(hours=2), None)
     store = KeyStore(path)
-    assert {store.key_for(secret).id for secret in (new, newer, newest)} == {"alice"}
+    assert {store.find(secret).key.id for secret in (new, newer, newest)} == {"alice"}
     (entry,) = yaml.safe_load(path.read_text())
     assert len(entry["previous"]) == 2
     ended = path.read_text().replace(str(entry["previous"][0]["expires"]), "2020-01-01T00:00:00Z")
     path.write_text(ended)
     store = KeyStore(path)
     with pytest.raises(BadCredential):
-        store.key_for(new)
-    assert {store.key_for(secret).id for secret in (newer, newest)} == {"alice"}
+        store.find(new)
+    assert {store.find(secret).key.id for secret in (newer, newest)} == {"alice"}
 
 
 def test_a_grace_is_not_longer_than_the_key_had_anyway(path):
@@ -344,7 +391,7 @@ def test_a_grace_is_not_longer_than_the_key_had_anyway(path):
     rotate_key(path, "alice", timedelta(days=7), SOON)
     (entry,) = yaml.safe_load(path.read_text())
     assert datetime.fromisoformat(str(entry["previous"][0]["expires"])) == soon
-    assert KeyStore(path).key_for(old).expires == SOON
+    assert KeyStore(path).find(old).key.expires == SOON
 
 
 def test_an_expired_key_is_rotated_only_to_a_new_end(path):
@@ -352,9 +399,9 @@ def test_an_expired_key_is_rotated_only_to_a_new_end(path):
     with pytest.raises(KeysError, match="is expired"):
         rotate_key(path, "alice", timedelta(hours=24), None)
     new = rotate_key(path, "alice", timedelta(hours=24), SOON)
-    assert KeyStore(path).key_for(new).id == "alice"
+    assert KeyStore(path).find(new).key.id == "alice"
     with pytest.raises(BadCredential):  # an expired secret is not woken by the grace
-        KeyStore(path).key_for(old)
+        KeyStore(path).find(old)
 
 
 @pytest.mark.parametrize(
@@ -390,7 +437,7 @@ def test_two_who_change_a_file_undo_nothing(path):
         create_key(path, user, [], None)
     with ThreadPoolExecutor(8) as pool:
         secrets = list(pool.map(lambda u: rotate_key(path, u, timedelta(), None), users))
-    assert [KeyStore(path).key_for(secret).id for secret in secrets] == users
+    assert [KeyStore(path).find(secret).key.id for secret in secrets] == users
 
 
 ENTRY = f"- id: a\n  sha256: {HASH}\n"
@@ -451,7 +498,7 @@ def test_only_the_secret_opens(path, user, guess):
     path.unlink(missing_ok=True)
     secret = create_key(path, user, [user], None)
     store = KeyStore(path)
-    assert (store.key_for(secret).id, store.key_for(secret).groups) == (user, {user})
+    assert (store.find(secret).key.id, store.find(secret).key.groups) == (user, {user})
     for wrong in (guess, secret + guess[:1] + "A", secret[:-1], secret.swapcase(), secret + " "):
         with pytest.raises(BadCredential):
-            store.key_for(wrong)
+            store.find(wrong)

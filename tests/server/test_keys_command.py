@@ -23,7 +23,7 @@ def test_the_secret_is_all_there_is_on_stdout(run, tmp_path):
     result = run("--id", "alice", "--group", "research", "--group", "staff")
     assert result.exit_code == 0
     secret = result.stdout.removesuffix("\n")
-    principal = KeyStore(tmp_path / "keys.yaml").key_for(secret)
+    principal = KeyStore(tmp_path / "keys.yaml").find(secret).key
     assert (principal.id, principal.groups) == ("alice", {"research", "staff"})
     assert secret not in result.stderr
     assert "keys.yaml" in result.stderr
@@ -63,7 +63,7 @@ def test_a_taken_id_keeps_its_key(run, tmp_path):
     result = run("--id", "a")
     assert isinstance(result.exception, KeysError)
     assert result.stdout == ""
-    assert KeyStore(tmp_path / "keys.yaml").key_for(secret).id == "a"
+    assert KeyStore(tmp_path / "keys.yaml").find(secret).key.id == "a"
 
 
 def test_a_list_shows_every_key_and_no_secret(run, tmp_path):
@@ -99,7 +99,7 @@ def test_rotation_prints_the_new_secret_once(run, tmp_path):
     result = call("rotate", "alice")
     new = result.stdout.removesuffix("\n")
     store = KeyStore(tmp_path / "keys.yaml")
-    assert store.key_for(new).id == store.key_for(old).id == "alice"
+    assert store.find(new).key.id == store.find(old).key.id == "alice"
     (entry,) = yaml.safe_load((tmp_path / "keys.yaml").read_text())
     (previous,) = entry["previous"]
     ends = datetime.fromisoformat(str(previous["expires"]))

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from expertgate.policies.context import Context
 from expertgate.policies.expert_set import ExpertSet
 from expertgate.policies.principal import Principal
 from expertgate.server.changes import (
+    CredentialsChanged,
     PoliciesLoaded,
     PoliciesRefused,
     Resumed,
@@ -24,7 +26,7 @@ from expertgate.server.changes import (
 )
 from expertgate.server.errors import ApiError
 from expertgate.server.grants import WithdrawnError
-from expertgate.server.key_edits import create_key
+from expertgate.server.key_edits import create_key, expire_key, rotate_key
 from expertgate.server.oversight import LOOK_EVERY_S
 from expertgate.server.policy_files import PolicyFiles
 from expertgate.server.service import SUSPENDED
@@ -145,7 +147,7 @@ def test_what_was_asked_before_and_granted_after_does_not_slip_through(site):
         await site.service.identity.identify(connection)
         context = Context.now()
         (site.folder / "keys.yaml").write_text("[]")
-        site.service.identity.refresh()
+        await site.look()
         with pytest.raises(ApiError) as error:
             await site.service.permit(connection, context, None)
         assert error.value.status == 401
@@ -171,19 +173,62 @@ def test_no_grant_outlives_its_key(site):
     assert Withdrawn("dave", ("math", "code")) in site.told
 
 
-def test_a_key_that_expires_ends_what_runs(site, monkeypatch):
-    soon = datetime.now(UTC) + timedelta(seconds=1)
-    site.keys["erin"] = create_key(site.folder / "keys.yaml", "erin", [], soon)
-    monkeypatch.setattr("expertgate.server.oversight._CREDENTIALS_EVERY_S", 0.1)
+def test_a_key_that_expires_ends_what_runs(site):
+    soon = datetime.now(UTC) + timedelta(seconds=2)
+    keys = site.folder / "keys.yaml"
+    site.keys["erin"] = create_key(keys, "erin", [], soon)
+    site.keys["frank"] = create_key(keys, "frank", [], None)
+    old = site.keys["frank"]
+    new = rotate_key(keys, "frank", timedelta(seconds=2), None)
 
     async def story():
-        site.service.identity.refresh()
+        await site.look()
+        erin, frank = await site.ask("erin"), await site.ask("frank")
+        site.keys["frank"] = new
+        rotated = await site.ask("frank")
+        await site.look()
+        assert (erin.withdrawn, frank.withdrawn) == (False, False)
+        while datetime.now(UTC) <= soon + timedelta(seconds=0.5):
+            await asyncio.sleep(0.1)
+        await site.oversight.look_at_credentials()
+        assert (erin.withdrawn, frank.withdrawn, rotated.withdrawn) == (True, True, False)
+        site.keys["frank"] = old
+        with pytest.raises(ApiError):
+            await site.ask("frank")
+
+    asyncio.run(story())
+
+
+def test_a_key_whose_end_is_put_off_goes_on(site, monkeypatch):
+    soon = datetime.now(UTC) + timedelta(hours=1)
+    keys = site.folder / "keys.yaml"
+    site.keys["erin"] = create_key(keys, "erin", [], soon)
+
+    async def story():
+        await site.look()
         grant = await site.ask("erin")
+        expire_key(keys, "erin", soon + timedelta(days=1))
+        await site.look()
+        monkeypatch.setattr("expertgate.server.oversight.datetime", InTwoHours)
         await site.look()
         assert not grant.withdrawn
-        while datetime.now(UTC) <= soon:
-            await asyncio.sleep(0.1)
-        await asyncio.sleep(0.1)
+
+    asyncio.run(story())
+
+
+class InTwoHours(datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return datetime.now(tz) + timedelta(hours=2)
+
+
+def test_a_key_that_becomes_anothers_ends_what_it_began(site):
+    """Its answers, and what is cached of them, are the first one's."""
+
+    async def story():
+        grant = await site.ask("dave")
+        keys = site.folder / "keys.yaml"
+        keys.write_text(keys.read_text().replace("dave", "erin"))
         await site.look()
         assert grant.withdrawn
 
@@ -194,12 +239,17 @@ def test_who_cannot_be_judged_now_is_let_be(site):
     async def story():
         grant = await site.ask("alice")
 
-        async def unreachable(connection):
-            raise ApiError(503, "identity_unavailable", "the issuer doesn't answer")
+        async def answer(connection):
+            raise ApiError(status, "identity_unavailable", "the issuer doesn't answer")
 
-        site.service.identity = SimpleNamespace(identify=unreachable, refresh=lambda: 99)
-        await site.look()
+        grant.basis = replace(grant.basis, principal=Principal("alice", via="jwt:corp"))
+        site.service.identity = SimpleNamespace(identify=answer)
+        status = 503
+        await site.oversight.look_at_tokens()
         assert not grant.withdrawn
+        status = 401
+        await site.oversight.look_at_tokens()
+        assert grant.withdrawn
 
     asyncio.run(story())
 
@@ -227,6 +277,96 @@ def test_what_is_cached_with_a_lost_expert_is_never_found_again(site):
         after = salted()
         assert after[0] != before[0]
         assert after[1] == before[1]  # whose experts nobody lost
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    "taken",
+    [
+        lambda text: text.replace("research", "search"),
+        lambda text: text[: text.index("- id: dave")],
+        lambda text: text.rstrip() + "\n  revoked: 2020-01-01T00:00:00Z\n",
+        lambda text: text.rstrip() + "\n  expires: 2020-01-01T00:00:00Z\n",
+    ],
+    ids=["narrowed", "removed", "revoked", "expired"],
+)
+def test_what_was_cached_by_a_key_that_changed_is_never_found_again(site, taken):
+    """Nobody of that key is here when it changes, and later it has back what it had."""
+    keys = site.folder / "keys.yaml"
+    kept = keys.read_text()
+
+    def salted(*names):
+        return [salts(site, *names, tenant=tenant) for tenant in ("dave", "dave/ada", "alice")]
+
+    async def story():
+        grant = await site.ask("dave")
+        before = salted("public", "math"), salted("public")
+        grant.close()
+        keys.write_text(taken(kept))
+        assert taken(kept) != kept
+        await site.look()
+        keys.write_text(kept)
+        await site.look()
+        (await site.ask("dave", "public", "math")).close()
+        for old, new in zip(before, (salted("public", "math"), salted("public")), strict=True):
+            # Of whom the key may speak for as well; and nobody else's.
+            assert (old[0] != new[0], old[1] != new[1], old[2] == new[2]) == (True, True, True)
+
+    asyncio.run(story())
+    told = next(change for change in site.told if isinstance(change, CredentialsChanged))
+    assert told.vouchers == {"dave"}
+
+
+def test_what_is_cached_is_out_of_reach_before_a_changed_key_is_believed(site, monkeypatch):
+    """Whoever asks while open requests, with tokens of slow signatures, are judged."""
+    keys = site.folder / "keys.yaml"
+
+    async def slowly(grant):
+        await asyncio.sleep(0.01)
+
+    monkeypatch.setattr(site.oversight, "_judge", slowly)
+
+    async def story():
+        before = salts(site, "public", tenant="dave")
+        keys.write_text(keys.read_text().replace("research", "search"))
+        seen = []
+
+        async def ask_all_the_time():
+            while True:
+                principal = (await site.ask("dave")).basis.principal
+                if principal.groups == {"search"}:
+                    seen.append(salts(site, "public", tenant="dave"))
+                await asyncio.sleep(0)
+
+        asking = asyncio.create_task(ask_all_the_time())
+        await site.look()
+        await asyncio.sleep(0.01)
+        asking.cancel()
+        assert seen
+        assert before not in seen
+
+    asyncio.run(story())
+
+
+def test_what_an_open_request_cached_while_its_key_was_judged_is_not_found(site, monkeypatch):
+    keys = site.folder / "keys.yaml"
+
+    async def story():
+        grant = await site.ask("dave")
+        judge, late = site.oversight._judge, []
+
+        async def slowly(found):
+            # It is not withdrawn yet, and another prompt of it begins.
+            late.append(salts(site, "public", "math", tenant="dave"))
+            await judge(found)
+
+        monkeypatch.setattr(site.oversight, "_judge", slowly)
+        keys.write_text(keys.read_text().replace("research", "search"))
+        await site.look()
+        assert grant.withdrawn
+        assert late
+        assert salts(site, "public", "math", tenant="dave") not in late
 
     asyncio.run(story())
 

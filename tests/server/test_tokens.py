@@ -16,7 +16,8 @@ from jwt.algorithms import ECAlgorithm
 from starlette.requests import HTTPConnection
 
 from expertgate.policies.principal import Principal
-from expertgate.server import jwks
+from expertgate.server import jwks, tokens
+from expertgate.server.changes import CredentialsChanged
 from expertgate.server.errors import ApiError
 from expertgate.server.identity import Identity
 from expertgate.server.identity_config import GroupRule, IdentityConfig, IssuerConfig
@@ -71,6 +72,15 @@ def refused(identity, token, status=401) -> str:
     return error.value.message
 
 
+def look(identity) -> list[CredentialsChanged]:
+    """What a server would see in two looks: the first sees a change, the second its end."""
+
+    async def looks():
+        return [change for _ in range(2) async for change in identity.refresh()]
+
+    return asyncio.run(looks())
+
+
 # --- what holds -------------------------------------------------------------------------------
 
 
@@ -96,6 +106,35 @@ def test_keys_are_fetched_once(identity, issuer):
     for _ in range(5):
         ask(identity, issuer.token())
     assert len(issuer.asked) == 1
+
+
+def test_a_token_that_held_is_still_judged_by_the_time_and_by_its_key(
+    identity, issuer, monkeypatch, no_cooldown
+):
+    """Its signature is remembered, and nothing else."""
+    exp = int(time.time()) + 100
+    token = issuer.token(exp=exp)
+    found = ask(identity, token)
+    assert found.expires == datetime.fromtimestamp(exp + LEEWAY_S, UTC)
+    with monkeypatch.context() as later:
+        later.setattr(tokens, "datetime", Later)
+        assert "has expired" in refused(identity, token)
+    assert ask(identity, token) == found
+    # Another key of the same name.
+    del issuer.keys["one"]
+    issuer.rotate("one")
+    monkeypatch.setattr(jwks, "TTL_S", 0.0)
+    assert "can't be verified" in refused(identity, token)
+
+
+class Later(datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return datetime.now(tz) + timedelta(seconds=100 + LEEWAY_S)
+
+
+def test_a_token_without_end_to_speak_of(identity, issuer):
+    assert ask(identity, issuer.token(exp=10**30)).expires.year > 6000
 
 
 def test_of_two_issuers_each_vouches_for_its_own(issuer):
@@ -351,20 +390,23 @@ def test_a_key_rotated_away_ends_when_keys_are_fetched_again(
 ):
     token = issuer.token()
     ask(identity, token)
-    before = identity.refresh()
+    assert [change.vouchers for change in look(identity)] == [frozenset()]
     issuer.rotate("two")
     ask(identity, token)  # known, and fetched a moment ago
     monkeypatch.setattr(jwks, "TTL_S", 0.0)
     assert "a key that its issuer doesn't have" in refused(identity, token)
-    assert identity.refresh() > before
+    (told,) = look(identity)
+    assert (told.issuer, told.vouchers) == ("corp", {"corp"})
+    assert [(key.id, key.before is None) for key in told.changed] == [("one", False), ("two", True)]
+    assert look(identity) == []
 
 
 def test_nobody_makes_the_server_ask_the_issuer_all_the_time(identity, issuer):
     ask(identity, issuer.token())
 
     async def hammer():
-        tokens = [issuer.token(headers={"kid": f"kid-{n}"}) for n in range(50)]
-        asking = [identity.identify(connection(token)) for token in tokens]
+        crowd = [issuer.token(headers={"kid": f"kid-{n}"}) for n in range(50)]
+        asking = [identity.identify(connection(token)) for token in crowd]
         return await asyncio.gather(*asking, return_exceptions=True)
 
     assert {error.status for error in asyncio.run(hammer())} == {401}
@@ -536,11 +578,11 @@ def test_a_file_of_keys_is_read_again_when_it_changes(issuer, tmp_path):
     refused(identity, issuer.token("two"))
 
     path.write_text("broken")
-    identity.refresh()
+    assert look(identity) == []
     assert ask(identity, old).id == "corp:ada"
 
     path.write_text(json.dumps({"keys": issuer.jwks()}))
-    identity.refresh()
+    assert len(look(identity)) == 1
     assert ask(identity, issuer.token("two")).id == "corp:ada"
     refused(identity, old)
     assert issuer.asked == []

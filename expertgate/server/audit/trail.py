@@ -7,7 +7,7 @@
 | `request` | a request was permitted; on disk before the engine sees it |
 | `result` | it has ended: how, and what each expert did for it |
 | `policies`, `policies_refused`, `catalogue` | other ones are in force, or could not be |
-| `credentials` | keys were made, rotated or revoked, or an issuer has others |
+| `credentials` | a key was made, rotated, changed or revoked, or an issuer has another |
 | `suspended`, `resumed`, `withdrawn` | an expert, for everybody; a running request for it |
 | `refused`, `refusals` | requests that were not permitted or not understood; how many more |
 | `head` | a signature over all before (`writer.py`) |
@@ -120,9 +120,15 @@ class Trail:
 
     def changed(self, change: Change) -> None:
         """What permissions rest on is another now."""
-        if self.log is not None:
-            fields = {name: _plain(value) for name, value in asdict(change).items()}
-            self.log.note(_KINDS[type(change)], **fields)
+        if self.log is None:
+            return
+        fields = {name: _plain(value) for name, value in asdict(change).items()}
+        kind = _KINDS[type(change)]
+        if not isinstance(change, CredentialsChanged):
+            self.log.note(kind, **fields)
+            return
+        for each in fields["changed"]:  # one by one: a line has an end, a key file has none
+            self.log.note(kind, issuer=fields["issuer"], **each)
 
     def _know(self, catalogue: Catalogue) -> None:
         """Another catalogue is told before what it names; its experts are still the same."""
@@ -190,8 +196,10 @@ def _digest(catalogue: Catalogue) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return list(value)
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
     return _text(value) if isinstance(value, str) else value
 
 

@@ -14,6 +14,7 @@ from expertgate.server.audit import trail, writer
 from expertgate.server.audit.entry import Entry
 from expertgate.server.audit.trail import Trail
 from expertgate.server.changes import (
+    CredentialChange,
     CredentialsChanged,
     PoliciesLoaded,
     PoliciesRefused,
@@ -279,7 +280,21 @@ def test_a_route_that_forgets_the_record_runs_nothing(client, engine, monkeypatc
     [
         (PoliciesLoaded("b" * 64, "a" * 64), {"kind": "policies", "previous": "a" * 64}),
         (PoliciesRefused("x:1: bad", "a" * 64), {"kind": "policies_refused", "fault": "x:1: bad"}),
-        (CredentialsChanged(), {"kind": "credentials"}),
+        (
+            CredentialsChanged(None, (CredentialChange("bob", {"groups": ["a"]}, None, True),)),
+            {
+                "kind": "credentials",
+                "issuer": None,
+                "id": "bob",
+                "before": {"groups": ["a"]},
+                "after": None,
+                "secret": True,
+            },
+        ),
+        (
+            CredentialsChanged("corp", (CredentialChange("\ud800", None, {"a": "b"}, True),)),
+            {"kind": "credentials", "issuer": "corp", "id": "?", "before": None},
+        ),
         (Suspended("math"), {"kind": "suspended", "expert": "math"}),
         (Resumed("math"), {"kind": "resumed", "expert": "math"}),
         (Withdrawn("alice", ("math",)), {"kind": "withdrawn", "experts": ["math"]}),
