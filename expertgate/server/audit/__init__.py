@@ -9,6 +9,7 @@
 | `trail.py` | what the server says to its log |
 | `entry.py` | one permitted request, from its record to its result |
 | `verify.py` | reads a log as a stranger would, and says what doesn't hold |
+| `lately.py` | reads a log from its end, as far as it is signed |
 | `receipts.py` | signed statements of single requests |
 | `usage.py` | adds up what the log says of requests that have ended |
 | `command.py`, `receipts_command.py`, `usage_command.py` | the commands |

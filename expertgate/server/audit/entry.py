@@ -9,7 +9,7 @@ from typing import Any
 from expertgate.model.catalogue import Expert
 from expertgate.model.usage import Usage
 from expertgate.policies.expert_set import ExpertSet
-from expertgate.server.audit.receipts import Receipts
+from expertgate.server.audit.receipts import Receipts, statement
 from expertgate.server.audit.writer import AuditLog, AuditUnavailable, Record, Waived, Written
 from expertgate.server.errors import ApiError
 from expertgate.server.grants import Grant
@@ -82,15 +82,7 @@ class Entry:
             **ended,
         )
         if self._receipts is not None and grant.basis is not None:
-            said = {
-                **ended,
-                "experts": [
-                    {"name": one.name, "owner": one.owner, "weights_sha256": one.sha256}
-                    for one in self._experts
-                ],
-                "policy_version": self._fields["policy_version"],
-                "catalogue": self._fields["catalogue"],
-            }
+            said = statement(ended, [one.model_dump() for one in self._experts], self._fields)
             self._receipts.keep(
                 self.request_id, grant.basis.principal, grant.record, self.result, said
             )

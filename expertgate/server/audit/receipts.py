@@ -10,8 +10,10 @@ import json
 import secrets
 import time
 from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import jwt
@@ -54,20 +56,62 @@ class Receipts:
         request: Record | None,
         result: Future[Written],
         said: dict[str, Any],
+        age_s: float = 0.0,
     ) -> None:
-        """`said`: what the receipt says besides whom it is for and where the log has it."""
+        """Of a request that ended `age_s` seconds ago.
+
+        `said`: what the receipt says besides whom it is for and where the log has it.
+        """
         now = time.monotonic()
         claims = {
             "iss": _ISSUER,
             "jti": request_id,
-            "iat": int(time.time()),
+            "iat": int(time.time() - age_s),
             "principal": _name(principal, hashed=self._hashed),
             **said,
             "log": {"request": _place(request)},
         }
-        self._kept[request_id] = _Kept(claims, _owner(principal), result, now + KEPT_S)
+        self._kept[request_id] = _Kept(claims, _owner(principal), result, now - age_s + KEPT_S)
         while len(self._kept) > MAX_KEPT or next(iter(self._kept.values())).until < now:
             self._kept.popitem(last=False)
+
+    def restore(
+        self,
+        records: Iterable[tuple[Mapping[str, Any], Written]],
+        catalogues: Mapping[str, Sequence[Mapping[str, Any]]],
+    ) -> None:
+        """Keeps what can still be asked for of requests that ended before the server started.
+
+        `records`: of the log, newest first, as `lately` gives them. `catalogues`: the experts of
+        catalogues that are known, by digest; the log has others.
+        """
+        now = datetime.now(UTC)
+        known = dict(catalogues)
+        results: dict[str, tuple[Mapping[str, Any], Written]] = {}
+        ended: list[tuple[float, Mapping[str, Any], Written, Mapping[str, Any], Written]] = []
+        for record, place in records:
+            age_s = (now - datetime.fromisoformat(record["time"])).total_seconds()
+            # A request may be older than its result, but not for ever.
+            if age_s > 2 * KEPT_S or (age_s > KEPT_S and not results):
+                break
+            match record["kind"]:
+                case "result" if age_s <= KEPT_S and len(results) + len(ended) < MAX_KEPT:
+                    results[record["request"]] = record, place
+                case "request" if record["request"] in results:
+                    result, its_place = results.pop(record["request"])
+                    ended_s = now - datetime.fromisoformat(result["time"])
+                    ended.append((ended_s.total_seconds(), record, place, result, its_place))
+                case "start" | "catalogue":
+                    known[record["catalogue"]] = record["experts"]
+        for age_s, record, place, result, its_place in sorted(ended, key=_age, reverse=True):
+            experts = {one["name"]: one for one in known.get(record["catalogue"], ())}
+            if not experts.keys() >= set(result["effective"]):
+                continue  # whose they were stands too far back in the log
+            on_disk: Future[Written] = Future()
+            on_disk.set_result(its_place)
+            said = statement(result, [experts[name] for name in result["effective"]], record)
+            who = Principal(record["principal"], via=record["via"])
+            self.keep(record["request"], who, place, on_disk, said, age_s)
 
     async def of(self, request_id: str, principal: Principal) -> str:
         """Raises ApiError 404, for another's as for none; 503 until its result is on disk."""
@@ -85,6 +129,21 @@ class Receipts:
         claims = {**kept.claims, "log": {**kept.claims["log"], "result": _place(result)}}
         header = {"typ": _TYPE, "kid": self._key.id}
         return jwt.encode(claims, self._key.private, algorithm="EdDSA", headers=header)
+
+
+def statement(
+    result: Mapping[str, Any], experts: Iterable[Mapping[str, Any]], request: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a receipt says of a request, out of its two records and the catalogue's experts."""
+    return {
+        **{name: result[name] for name in ("status", "code", "finish_reasons", "usage")},
+        "experts": [
+            {"name": one["name"], "owner": one["owner"], "weights_sha256": one["sha256"]}
+            for one in experts
+        ],
+        "policy_version": request["policy_version"],
+        "catalogue": request["catalogue"],
+    }
 
 
 def verify(text: str, keys: PublicKeys, place: str) -> dict[str, Any]:
@@ -136,6 +195,10 @@ def _receipt_in(text: str, place: str) -> str:
     if not isinstance(receipt, str):
         raise AuditError(f"{place}: has no 'receipt'")
     return receipt
+
+
+def _age(ended: tuple[float, Any, Any, Any, Any]) -> float:
+    return ended[0]
 
 
 def _owner(principal: Principal) -> tuple[str, str]:

@@ -25,7 +25,9 @@ from expertgate.model.catalogue import Catalogue
 from expertgate.policies.principal import Principal
 from expertgate.server.audit.chain import AuditError, digest, line_of
 from expertgate.server.audit.entry import Entry, append
+from expertgate.server.audit.lately import lately
 from expertgate.server.audit.receipts import Receipts
+from expertgate.server.audit.signing import PublicKeys
 from expertgate.server.audit.writer import AuditLog, AuditUnavailable, Record
 from expertgate.server.changes import (
     Change,
@@ -66,15 +68,21 @@ class Trail:
 
     def start(self, model: str, policy_version: str) -> None:
         """Raises AuditError where a log that must be written can't be."""
-        if self.log is None:
+        if self.log is None or self.receipts is None:
             return
+        # First: the head that follows the start will vouch for whatever stands at the end now.
+        own = PublicKeys({self.log.key.id: self.log.key.private.public_key()})
+        experts = self._experts()
+        self.receipts.restore(
+            lately(self.log.folder, own), {experts["catalogue"]: experts["experts"]}
+        )
         try:
             self.log.record(
                 "start",
                 version=expertgate.__version__,
                 model=model,
                 policy_version=policy_version,
-                **self._experts(),
+                **experts,
             )
         except AuditUnavailable as error:
             if not self.log.fail_open:

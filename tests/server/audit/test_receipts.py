@@ -1,7 +1,10 @@
 """Receipts: who gets them, what they say, and that nobody else can make one."""
 
 import base64
+import dataclasses
+import functools
 import json
+from datetime import UTC, datetime, timedelta
 
 import jwt
 import pytest
@@ -10,7 +13,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from starlette.testclient import TestClient
 
 from expertgate.server.app import create_app
-from expertgate.server.audit import receipts
+from expertgate.server.audit import receipts, writer
+from expertgate.server.audit.lately import lately
 from expertgate.server.cli import main
 from tests.server.audit.application import BODY, service_of
 from tests.server.audit.logs import open_log, public_keys, records, signing_key
@@ -117,6 +121,114 @@ def test_receipts_are_kept_for_a_time_and_in_a_number(client, monkeypatch):
     assert [fetch(answer) for answer in answers] == [404, 200, 200]
     monkeypatch.setattr(receipts, "KEPT_S", -1.0)
     assert fetch(ask(client)) == 404
+
+
+def lives(folder):
+    """Servers of the same log, one after the other; each is closed in order where the next starts,
+    or else left as by a crash.
+    """
+    while True:
+        log = open_log(folder, sign_every=100)
+        service = service_of(log, FakeEngine())
+        service.audit.start("toy", "v" * 64)
+        closing = yield TestClient(create_app(service))
+        if closing:
+            service.audit.stop()
+        else:
+            log._closing = True  # its thread ends, and signs nothing more
+            log._state = dataclasses.replace(log._state, unsigned=0)
+            log.close()
+
+
+def fetched(client, answer, user="alice"):
+    path = f"/v1/receipts/{answer.headers['x-request-id']}"
+    return client.get(path, headers={"user": user})
+
+
+def test_receipts_outlast_the_server(tmp_path):
+    servers = lives(tmp_path)
+    client = next(servers)
+    answers = [ask(client, user, experts=["news"]) for user in ("alice", "bob")]
+    before = [fetched(client, answers[0]), fetched(client, answers[1], "bob")]
+    for _ in range(2):  # the second life's start stands between
+        client = servers.send(True)
+        after = [fetched(client, answers[0]), fetched(client, answers[1], "bob")]
+        for old, new in zip(before, after, strict=True):
+            said, again = (claims_of(one.json()["receipt"], tmp_path) for one in (old, new))
+            assert abs(said.pop("iat") - again.pop("iat")) <= 1
+            assert said == again
+        assert fetched(client, answers[0], "bob").status_code == 404
+        assert ask(client, receipt=True).status_code == 200
+
+
+def test_what_no_head_has_signed_gives_no_receipt_after_a_crash(tmp_path):
+    """Anybody who can write there could have written it, and had it signed."""
+    servers = lives(tmp_path)
+    client = next(servers)
+    early = ask(client)
+    client = servers.send(True)
+    late = ask(client)
+    assert fetched(client, late).status_code == 200
+    client = servers.send(False)
+    assert fetched(client, early).status_code == 200
+    assert fetched(client, late).status_code == 404
+
+
+def test_nor_does_a_record_that_was_changed(tmp_path):
+    servers = lives(tmp_path)
+    answers = [ask(next(servers)), None, None]
+    for place in (1, 2):
+        answers[place] = ask(servers.send(True))
+    servers.send(True)
+    servers.close()
+    (path,) = (tmp_path / "audit").glob("*.jsonl")
+    changed = answers[1].headers["x-request-id"]
+    lines = path.read_text().splitlines(keepends=True)
+    lines = [
+        line.replace('"principal":"alice"', '"principal":"mallo"') if changed in line else line
+        for line in lines
+    ]
+    assert "mallo" in "".join(lines)
+    path.write_text("".join(lines))
+    kept = receipts.Receipts(signing_key(tmp_path), hashed=False)
+    kept.restore(lately(tmp_path / "audit", public_keys(tmp_path)), KNOWN)
+    assert set(kept._kept) == {answers[2].headers["x-request-id"]}
+
+
+KNOWN = {"c": [{"name": name, "owner": "o", "sha256": None} for name in ("public", "math", "news")]}
+
+
+def test_after_a_restart_they_are_kept_no_longer_and_are_no_more(tmp_path, monkeypatch):
+    log = open_log(tmp_path)
+    for number, minutes in enumerate((200, 70, 50, 40)):
+        ended = datetime.now(UTC) - timedelta(minutes=minutes)
+        monkeypatch.setattr(writer, "_stamped", functools.partial(stamped, ended))
+        more = {"via": "key", "policy_version": "v", "catalogue": "c" if number < 3 else "d"}
+        log.record("request", request=f"r{number}", principal="alice", **more)
+        log.record(
+            "result",
+            request=f"r{number}",
+            effective=["news"],
+            status=200,
+            code=None,
+            finish_reasons={},
+            usage=None,
+        )
+    log.close()
+
+    def restored(known=KNOWN):
+        kept = receipts.Receipts(signing_key(tmp_path), hashed=False)
+        kept.restore(lately(tmp_path / "audit", public_keys(tmp_path)), known)
+        return list(kept._kept)
+
+    assert restored() == ["r2"]  # nobody knows whose the experts of another catalogue were
+    assert restored({**KNOWN, "d": KNOWN["c"]}) == ["r2", "r3"]
+    monkeypatch.setattr(receipts, "MAX_KEPT", 1)
+    assert restored({**KNOWN, "d": KNOWN["c"]}) == ["r3"]
+
+
+def stamped(time, kind, fields):
+    return {**fields, "v": 1, "kind": kind, "time": time.isoformat().replace("+00:00", "Z")}
 
 
 def test_a_salted_hash_names_the_principal_to_whoever_knows_it(log, tmp_path):
