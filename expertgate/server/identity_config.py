@@ -15,7 +15,10 @@ groups:
 values: {ds-research: research}
 - {claim: teams, prefix: team-}
 claims: [department]            # for policies; the top-level claims have types
-certificates: mesh                  # of clients, by tls.client_ca; users are mesh:NAME
+certificates:                       # of clients, by tls.client_ca
+name: mesh                      # its users are mesh:NAME, by the subject's common name
+groups:                         # as a token's; claims are the subject's attributes
+- {claim: organizationalUnitName, values: {R&D: research}}
 anonymous: false                    # the default
 """
 
@@ -144,12 +147,19 @@ class IssuerConfig(_Part):
         return self
 
 
+class CertificatesConfig(_Part):
+    """Users by their client certificates, and what the subjects of these say."""
+
+    name: ShortName
+    groups: tuple[GroupRule, ...] = ()
+
+
 class IdentityConfig(_Part):
     """Where credentials are looked up; see the module's words for an example."""
 
     api_keys: Path | None = None
     jwt: tuple[IssuerConfig, ...] = ()
-    certificates: ShortName | None = None
+    certificates: CertificatesConfig | None = None
     anonymous: StrictBool = False
 
     @model_validator(mode="after")
@@ -160,7 +170,7 @@ class IdentityConfig(_Part):
             values = [getattr(issuer, field) for issuer in self.jwt]
             if len(set(values)) < len(values):
                 raise ValueError(f"jwt has two issuers of the same {field}")
-        if self.certificates in [issuer.name for issuer in self.jwt]:
+        if self.certificates and self.certificates.name in [each.name for each in self.jwt]:
             raise ValueError("an issuer and the certificates have the same name")
         return self
 

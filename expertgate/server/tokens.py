@@ -7,7 +7,7 @@ and keys may verify it; `iss`, `aud` and `exp` must be there and be right; and i
 import functools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any
@@ -18,10 +18,10 @@ from starlette.requests import HTTPConnection
 from expertgate.policies.principal import Principal
 from expertgate.server.bearer import bearer_token
 from expertgate.server.changes import CredentialsChanged
+from expertgate.server.claims import ClaimError, at, groups_of, is_name, shown
 from expertgate.server.errors import ApiError, invalid_credential
-from expertgate.server.identity_config import GroupRule, IssuerConfig
+from expertgate.server.identity_config import IssuerConfig
 from expertgate.server.jwks import COOLDOWN_S, NoKeys, key_source
-from expertgate.server.names import MAX_CHARS
 
 log = logging.getLogger(__name__)
 
@@ -111,14 +111,17 @@ class TokenIssuer:
 
     def _principal(self, claims: Mapping[str, Any]) -> Principal:
         config = self._config
-        user = _at(claims, config.user)
-        if not isinstance(user, str) or not _is_name(user):
-            raise _BadToken(f"has no name of a user in {_shown(config.user)}")
-        groups = [group for rule in config.groups for group in _groups(rule, claims)]
+        user = at(claims, config.user)
+        if not isinstance(user, str) or not is_name(user):
+            raise _BadToken(f"has no name of a user in {shown(config.user)}")
+        try:
+            groups = groups_of(config.groups, claims)
+        except ClaimError as error:
+            raise _BadToken(str(error)) from None
         read = {name: _value(name, claims[name]) for name in config.claims if name in claims}
         return Principal(
             f"{config.name}:{user}",
-            frozenset(groups),
+            groups,
             # null is how some issuers say that there is none
             MappingProxyType({name: value for name, value in read.items() if value is not None}),
             via=f"jwt:{config.name}",
@@ -140,29 +143,6 @@ def _unverified(token: str) -> Mapping[str, Any] | None:
         return None
 
 
-def _groups(rule: GroupRule, claims: Mapping[str, Any]) -> list[str]:
-    found = _at(claims, rule.claim)
-    values = [] if found is None else [found] if isinstance(found, str) else found
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise _BadToken(f"has no text or list of texts in {_shown(rule.claim)}")
-    if rule.values is not None:
-        return [rule.values[value] for value in values if value in rule.values]
-    groups = [rule.prefix + value for value in values]
-    if not all(map(_is_name, groups)):
-        raise _BadToken(f"has a name that can't be a group in {_shown(rule.claim)}")
-    return groups
-
-
-def _at(claims: Mapping[str, Any], path: Sequence[str]) -> Any:
-    """What stands at the end of `path`; None where there is no such way."""
-    found: Any = claims
-    for name in path:
-        if not isinstance(found, dict):
-            return None
-        found = found.get(name)
-    return found
-
-
 def _value(name: str, value: Any) -> object:
     """A claim as policies may read it. Raises _BadToken."""
     if isinstance(value, list) and all(map(_is_text, value)):
@@ -170,7 +150,7 @@ def _value(name: str, value: Any) -> object:
     if value is None or _is_text(value) or isinstance(value, int) or _is_finite(value):
         return value
     # Left out, it would be as if the issuer had said nothing.
-    raise _BadToken(f"has neither text, number, boolean nor list of texts in {_shown([name])}")
+    raise _BadToken(f"has neither text, number, boolean nor list of texts in {shown([name])}")
 
 
 def _is_text(value: Any) -> bool:
@@ -180,11 +160,3 @@ def _is_text(value: Any) -> bool:
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, float) and math.isfinite(value)
-
-
-def _is_name(text: str) -> bool:
-    return 0 < len(text) <= MAX_CHARS and text.isprintable()
-
-
-def _shown(path: Sequence[str]) -> str:
-    return "claim " + " → ".join(path)

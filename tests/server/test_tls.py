@@ -17,9 +17,11 @@ from cryptography.x509.oid import NameOID
 from fastapi import FastAPI, Request
 
 from expertgate.server.app import show_errors
+from expertgate.server.certificates import STATE, ClientCertificates
 from expertgate.server.config import Config, ConfigError, TlsConfig
+from expertgate.server.errors import ApiError
 from expertgate.server.identity import Identity
-from expertgate.server.identity_config import IdentityConfig
+from expertgate.server.identity_config import CertificatesConfig, IdentityConfig
 from expertgate.server.listening import listen
 from expertgate.server.run import Listener, _config
 
@@ -77,13 +79,15 @@ def serve(authority):
     """Starts a listener that says who asks; gives its URL."""
     ends = []
 
-    def start(*, mutual, keys=None):
+    def start(*, mutual, keys=None, groups=()):
         certificate, key = authority.issue("server", (NameOID.COMMON_NAME, "localhost"))
         tls = TlsConfig(
             certificate=certificate, key=key, client_ca=authority.file if mutual else None
         )
         tls.check()
-        identity = Identity(IdentityConfig(certificates="mesh", api_keys=keys))
+        identity = Identity(
+            IdentityConfig(certificates={"name": "mesh", "groups": groups}, api_keys=keys)
+        )
         app = FastAPI()
         app.state.service = SimpleNamespace(audit=SimpleNamespace(refused=lambda *_: None))
 
@@ -120,22 +124,29 @@ def ask(url, authority, certificate=None, **headers):
         return client.get(url, headers=headers)
 
 
-def test_a_certificates_subject_is_who_asks(serve, authority):
-    url = serve(mutual=True)
+@pytest.mark.parametrize(
+    ("groups", "found"),
+    [
+        ([], []),  # whoever issues certificates doesn't say by that who is in which group
+        ([{"claim": "organizationalUnitName"}], ["research", "staff"]),
+        ([{"claim": "organizationalUnitName", "values": {"research": "science"}}], ["science"]),
+        ([{"claim": "organizationName", "prefix": "of-"}], ["of-acme"]),
+        ([{"claim": "localityName"}], []),
+    ],
+)
+def test_a_certificates_subject_is_who_asks(serve, authority, groups, found):
+    url = serve(mutual=True, groups=groups)
     alice = authority.issue(
         "alice",
         (NameOID.ORGANIZATIONAL_UNIT_NAME, "research"),
         (NameOID.ORGANIZATIONAL_UNIT_NAME, "staff"),
+        (NameOID.ORGANIZATION_NAME, "acme"),
         (NameOID.COMMON_NAME, "alice"),
     )
     bob = authority.issue("bob", (NameOID.COMMON_NAME, "bob"))
     for _ in range(2):
-        found = ask(url, authority, alice)
-        assert found.json() == {
-            "id": "mesh:alice",
-            "groups": ["research", "staff"],
-            "via": "certificate",
-        }
+        said = ask(url, authority, alice).json()
+        assert said == {"id": "mesh:alice", "groups": found, "via": "certificate"}
         assert ask(url, authority, bob).json()["id"] == "mesh:bob"
 
 
@@ -158,6 +169,32 @@ def test_a_subject_without_a_name_is_nobody(serve, authority):
         response = ask(url, authority, nameless)
         assert response.status_code == 401
         assert response.json()["error"]["code"] == "invalid_credential"
+
+
+def test_groups_that_cannot_be_read_are_not_left_out(serve, authority):
+    url = serve(mutual=True, groups=[{"claim": "organizationalUnitName"}])
+    subject = (NameOID.ORGANIZATIONAL_UNIT_NAME, "a\nb"), (NameOID.COMMON_NAME, "alice")
+    response = ask(url, authority, authority.issue("alice", *subject))
+    assert response.status_code == 401
+    assert "claim organizationalUnitName" in response.json()["error"]["message"]
+
+
+def test_a_connection_may_outlive_its_certificate_and_its_principal_may_not():
+    certificates = ClientCertificates(CertificatesConfig(name="mesh"))
+
+    def ask(ends):
+        said = {
+            "subject": ((("commonName", "alice"),),),
+            "notAfter": ends.strftime("%b %d %H:%M:%S %Y GMT"),
+        }
+        connection = SimpleNamespace(scope={"state": {STATE: said}}, headers={})
+        return asyncio.run(certificates.identify(connection))
+
+    soon = NOW.replace(microsecond=0) + DAY
+    assert ask(soon).expires == soon
+    with pytest.raises(ApiError) as error:
+        ask(NOW - DAY)
+    assert error.value.status == 401
 
 
 def test_another_credential_is_not_passed_over(serve, authority):
@@ -189,7 +226,7 @@ def test_files_that_cannot_be_used(authority, tmp_path):
 
 def test_certificates_need_an_authority_that_checks_them(tmp_path):
     path = tmp_path / "expertgate.yaml"
-    text = "identity: {certificates: mesh}\npolicies: policies\n"
+    text = "identity: {certificates: {name: mesh}}\npolicies: policies\n"
     for tls in ("", "tls: {certificate: c, key: k}\n"):
         path.write_text(text + tls)
         with pytest.raises(ConfigError, match=r"needs tls\.client_ca"):
