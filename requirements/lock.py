@@ -51,6 +51,7 @@ TOOLS = [
     "pytest",
     "pytest-timeout",
     "ruff",
+    "schemathesis",
     "setuptools",
     "types-PyYAML",
 ]

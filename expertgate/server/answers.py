@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 _QUEUE_FULL = HTTPStatus.SERVICE_UNAVAILABLE.phrase
 """The type that vLLM gives to a full queue, whose status is that of a dead engine."""
-_HIDDEN = ("system_fingerprint", "kv_transfer_params", "ec_transfer_params", "metrics")
-_HIDDEN_IN_CHOICE = ("routed_experts",)
+HIDDEN = ("system_fingerprint", "kv_transfer_params", "ec_transfer_params", "metrics")
+HIDDEN_IN_CHOICE = ("routed_experts",)
 
 DONE = "data: [DONE]\n\n"
 _DATA = "data: "
@@ -68,10 +68,10 @@ def told(found: dict[str, Any], experts: Mapping[str, Any]) -> dict[str, Any]:
 
 def hide(found: dict[str, Any]) -> None:
     """Takes from a response what clients may not see."""
-    for name in _HIDDEN:
+    for name in HIDDEN:
         found.pop(name, None)
     for choice in found.get("choices", []):
-        for name in _HIDDEN_IN_CHOICE:
+        for name in HIDDEN_IN_CHOICE:
             choice.pop(name, None)
 
 

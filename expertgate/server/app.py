@@ -1,8 +1,6 @@
 """The application: its routes, one by one, and what every error looks like."""
 
 import logging
-from collections.abc import Callable
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -10,26 +8,16 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 import expertgate
-from expertgate.server import answers, schemas
-from expertgate.server.counting import DetokenizeRequest, TokenizeChat, TokenizeText
+from expertgate.server import answers
 from expertgate.server.edge import Edge
 from expertgate.server.errors import ApiError
 from expertgate.server.metrics import DENIALS
-from expertgate.server.responses import ResponsesRequest
-from expertgate.server.routes import about, counting, explain, generate
-from expertgate.server.schemas import Body, ChatRequest, ExplainRequest, TextRequest
+from expertgate.server.openapi.document import document
+from expertgate.server.routes.table import ROUTES
 from expertgate.server.service import Service
 
 log = logging.getLogger(__name__)
 
-_POSTS: tuple[tuple[str, Callable[..., Any], tuple[type[Body], ...]], ...] = (
-    ("/v1/chat/completions", generate.chat, (ChatRequest,)),
-    ("/v1/completions", generate.completions, (TextRequest,)),
-    ("/v1/responses", generate.respond, (ResponsesRequest,)),
-    ("/v1/experts/explain", explain.explain, (ExplainRequest,)),
-    ("/tokenize", counting.tokenize, (TokenizeText, TokenizeChat)),
-    ("/detokenize", counting.detokenize, (DetokenizeRequest,)),
-)
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -43,32 +31,10 @@ def create_app(service: Service) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.service = service
-    for path, endpoint, kinds in _POSTS:
-        app.add_api_route(
-            path,
-            endpoint,
-            methods=["POST"],
-            response_model=None,
-            openapi_extra={
-                "requestBody": {
-                    "required": True,
-                    "content": {"application/json": {"schema": _reference(*kinds)}},
-                }
-            },
-        )
-    for path, look in (
-        ("/v1/models", about.models),
-        ("/v1/experts", about.experts),
-        ("/health", about.health),
-        ("/ready", about.ready),
-        ("/version", about.version),
-        ("/v1/receipts/{request_id}", about.receipt),
-        ("/.well-known/expertgate-keys", about.keys),
-    ):
-        app.add_api_route(path, look, methods=["GET"], response_model=None)
-
+    for route in ROUTES:
+        app.add_api_route(route.path, route.endpoint, methods=[route.method], response_model=None)
+    app.openapi = document  # type: ignore[method-assign]  # FastAPI's own way to replace it
     show_errors(app)
-    _describe_bodies(app)
     return app
 
 
@@ -117,26 +83,3 @@ async def _unexpected(_: Request, __: Exception) -> Response:
 def _respond(error: ApiError) -> Response:
     DENIALS.labels(error.code).inc()
     return JSONResponse(error.body(), error.status, headers=dict(error.headers or {}))
-
-
-def _reference(*kinds: type[Any]) -> dict[str, Any]:
-    found = [{"$ref": f"#/components/schemas/{kind.__name__}"} for kind in kinds]
-    return found[0] if len(found) == 1 else {"oneOf": found}
-
-
-def _describe_bodies(app: FastAPI) -> None:
-    """Adds the bodies to the OpenAPI document; the routes read them by hand, within limits."""
-    without = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            document = without()
-            known = document.setdefault("components", {}).setdefault("schemas", {})
-            for kind in (kind for _, _, kinds in _POSTS for kind in kinds):
-                schema = schemas.openapi(kind)
-                known.update(schema.pop("$defs", {}))
-                known[kind.__name__] = schema
-            app.openapi_schema = document
-        return app.openapi_schema
-
-    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way to extend it

@@ -1,25 +1,29 @@
-"""Errors as a client sees them, in OpenAI's shape.
-
-| status | code | when |
-| --- | --- | --- |
-| 400 | `invalid_request` | a field, header or body that is not as it should be |
-| 400 | `invalid_experts` | `experts` is malformed, contradicts itself, or leaves nobody to speak |
-| 401 | `invalid_credential` | no credential, or none that holds |
-| 403 | `expert_not_permitted` | an expert outside the grant, whether or not it exists |
-| 403 | `expert_withdrawn` | an expert was taken from the caller while the request ran |
-| 404 | `not_found`, `model_not_found` | no such route; no such model |
-| 405 | `method_not_allowed` | the route has other methods |
-| 408 | `request_timeout` | the body did not come in time |
-| 413 | `body_too_large` | |
-| 415 | `unsupported_media_type` | the body is not JSON |
-| 429 | `overloaded` | too many requests, of all or of yours; `Retry-After` says when to come back |
-| 500 | `internal_error` | the server's own fault; the cause is in its log alone |
-| 503 | `issuer_unavailable` | the keys of a token's issuer can't be fetched |
-| 503 | `engine_unavailable` | the engine is starting, going down or dead |
-| 503 | `audit_unavailable` | the request can't be recorded, and so it is not run |
-"""
+"""Errors as a client sees them, in OpenAI's shape: each has a code that stays the same."""
 
 from collections.abc import Mapping
+
+CODES: Mapping[str, tuple[int, str]] = {
+    "invalid_request": (400, "a field, header or body that is not as it should be"),
+    "invalid_experts": (
+        400,
+        "`experts` is malformed, contradicts itself, or leaves nobody to speak",
+    ),
+    "invalid_credential": (401, "no credential, or none that holds"),
+    "expert_not_permitted": (403, "an expert outside the grant, whether or not it exists"),
+    "expert_withdrawn": (403, "an expert was taken from the caller while the request ran"),
+    "not_found": (404, "no such route, or nothing of this id that is the caller's"),
+    "model_not_found": (404, "no such model"),
+    "method_not_allowed": (405, "the route has other methods"),
+    "request_timeout": (408, "the body did not come in time"),
+    "body_too_large": (413, "the body has more bytes than this route takes"),
+    "unsupported_media_type": (415, "the body is not `application/json`"),
+    "overloaded": (429, "too many requests, of all or of the caller's own"),
+    "internal_error": (500, "the server's own fault; the cause is in its log alone"),
+    "issuer_unavailable": (503, "the keys of a token's issuer can't be fetched"),
+    "engine_unavailable": (503, "the engine is starting, going down or dead"),
+    "audit_unavailable": (503, "what has to be on record can't be written, or not yet"),
+}
+"""Every code: the status that it comes with, and what it means."""
 
 _TYPES = {
     401: "authentication_error",

@@ -15,25 +15,25 @@ from expertgate.server.errors import ApiError, bad_request
 
 _MAX_DEPTH = 64
 _INT64_END = 1 << 63
-_INT32_END = 1 << 31
+INT32_END = 1 << 31
 
-_MAX_CHOICES = 64
+MAX_CHOICES = 64
 """`n` times prompts: what one HTTP request may ask of the engine at once."""
-_MAX_MESSAGES = 1024
+MAX_MESSAGES = 1024
 _MAX_PARTS = 1024
 """Of all messages, or items, together."""
-_MAX_TOOLS = 128
+MAX_TOOLS = 128
 _MAX_TOOL_CALLS = 512
 """Of all messages together."""
 _MAX_TOKEN_IDS = 1024
 """vLLM's GPU sampler takes so many ids of `allowed_token_ids` or `logit_bias`, and dies of more."""
 _MAX_STOP_TOKEN_IDS = 128
 """Likewise, where `min_tokens` is set."""
-_MAX_BAD_WORDS = 128
-_MAX_BAD_WORD_BYTES = 500
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_BYTES = 500
 """Tokenised with and without a leading space, these stay within that sampler's 1,024 tokens."""
 _MAX_STOPS = 16
-_MAX_STOP_CHARS = 256
+MAX_STOP_CHARS = 256
 
 _MAX_SCHEMA_BYTES = 1 << 14
 _MAX_SCHEMA_PROPERTIES = 200
@@ -119,7 +119,7 @@ def check_limits(body: Mapping[str, Any]) -> None:
         _check_messages(body["messages"])
     if "input" in body:
         _check_input(body["input"])
-    _check_objects("tools", body.get("tools"), _MAX_TOOLS)
+    _check_objects("tools", body.get("tools"), MAX_TOOLS)
     _check_grammar(body)
 
 
@@ -146,8 +146,8 @@ def _check_numbers(body: Mapping[str, Any]) -> None:
             continue
         if type(value) is not int:
             raise bad_request(f"{name} must be an integer", name)
-        if name != "seed" and not -1 <= value < _INT32_END:
-            raise bad_request(f"{name} must lie between -1 and {_INT32_END - 1}", name)
+        if name != "seed" and not -1 <= value < INT32_END:
+            raise bad_request(f"{name} must lie between -1 and {INT32_END - 1}", name)
     for name in NUMBERS:
         if body.get(name) is not None and not _is_number(body[name]):
             raise bad_request(f"{name} must be a number", name)
@@ -170,8 +170,8 @@ def _check_choices(body: Mapping[str, Any]) -> None:
     if choices < 1:
         raise bad_request("n must be at least 1", "n")
     prompts = count_prompts(body.get("prompt"))
-    if choices * prompts > _MAX_CHOICES:
-        raise bad_request(f"n times prompts is {choices * prompts}; at most {_MAX_CHOICES}", "n")
+    if choices * prompts > MAX_CHOICES:
+        raise bad_request(f"n times prompts is {choices * prompts}; at most {MAX_CHOICES}", "n")
     seed = body.get("seed")
     # Each choice has a seed of its own, counted on from this one.
     if seed is not None and seed >= _INT64_END - choices:
@@ -181,20 +181,20 @@ def _check_choices(body: Mapping[str, Any]) -> None:
 def _check_words(body: Mapping[str, Any]) -> None:
     words = body.get("bad_words")
     if isinstance(words, list):
-        _check_length("bad_words", words, _MAX_BAD_WORDS)
+        _check_length("bad_words", words, MAX_BAD_WORDS)
         if not all(isinstance(word, str) for word in words):
             raise bad_request("bad_words must be a list of text", "bad_words")
         size = sum(len(word.encode()) + 1 for word in words)
-        if size > _MAX_BAD_WORD_BYTES:
+        if size > MAX_BAD_WORD_BYTES:
             raise bad_request(
-                f"bad_words is {size} bytes; at most {_MAX_BAD_WORD_BYTES}", "bad_words"
+                f"bad_words is {size} bytes; at most {MAX_BAD_WORD_BYTES}", "bad_words"
             )
     stops = body.get("stop")
     if isinstance(stops, list):
         _check_length("stop", stops, _MAX_STOPS)
     for stop in stops if isinstance(stops, list) else [stops]:
-        if isinstance(stop, str) and len(stop) > _MAX_STOP_CHARS:
-            raise bad_request(f"a stop string may have {_MAX_STOP_CHARS} characters", "stop")
+        if isinstance(stop, str) and len(stop) > MAX_STOP_CHARS:
+            raise bad_request(f"a stop string may have {MAX_STOP_CHARS} characters", "stop")
 
 
 def _check_experts(experts: Any) -> None:
@@ -207,7 +207,7 @@ def _check_experts(experts: Any) -> None:
 def _check_messages(messages: Any) -> None:
     if not isinstance(messages, list):
         raise bad_request("messages must be a list of objects", "messages")
-    _check_objects("messages", messages, _MAX_MESSAGES)
+    _check_objects("messages", messages, MAX_MESSAGES)
     parts, calls = _MAX_PARTS, _MAX_TOOL_CALLS
     for index, message in enumerate(messages):
         place = f"messages[{index}]"
@@ -229,7 +229,7 @@ def _check_input(items: Any) -> None:
         return
     if not isinstance(items, list) or not items:
         raise bad_request("input must be text, or a list of objects", "input")
-    _check_objects("input", items, _MAX_MESSAGES)
+    _check_objects("input", items, MAX_MESSAGES)
     parts = _MAX_PARTS
     for index, item in enumerate(items):
         for name in ("content", "summary"):

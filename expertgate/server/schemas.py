@@ -270,14 +270,6 @@ def choices(body: Any) -> int:
     return (getattr(body, "n", None) or 1) * count_prompts(getattr(body, "prompt", None))
 
 
-def openapi(kind: type[Body]) -> dict[str, Any]:
-    """The JSON schema of a body, with the fields that are accepted and no others."""
-    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema["properties"] = {k: v for k, v in schema["properties"].items() if k in kind.fields}
-    schema["additionalProperties"] = False
-    return schema
-
-
 def parse(raw: bytes) -> dict[str, Any]:
     """The object that a body of JSON holds. Raises ApiError 400."""
     try:

@@ -25,7 +25,7 @@ async def ready(request: Request) -> JSONResponse:
     return JSONResponse({"ready": False, "why": why}, 503)
 
 
-async def version() -> JSONResponse:
+async def version(_: Request) -> JSONResponse:
     return JSONResponse({"version": expertgate.__version__})
 
 
