@@ -125,9 +125,15 @@ def _told(usage: Usage, experts: ExpertSet, names: Sequence[str]) -> dict[str, A
         "computed_tokens": work.computed,
         "experts": {
             name: {
-                "tokens": round(work.tokens(index), _DIGITS),
-                "share": round(work.share(index), _DIGITS),
+                "tokens": _rounded(work.tokens(index)),
+                "share": _rounded(work.share(index)),
             }
             for index, name in zip(experts, names, strict=True)
         },
     }
+
+
+def _rounded(value: float) -> float:
+    """As JSON's canonical form has it: 131, and not 131.0."""
+    found = round(value, _DIGITS)
+    return int(found) if found.is_integer() else found
