@@ -213,9 +213,17 @@ class GuardedLLM:
         choices: int,
         prompt_tokens: int,
     ) -> AsyncGenerator[RequestOutput, None]:
-        async with self._turns.turn(grant.tenant, choices, prompt_tokens), aclosing(running):
+        begun = ""
+
+        def over() -> bool:
+            # No end to its outputs is seen here while a client doesn't read them.
+            return begun != "" and begun not in self._engine.output_processor.external_req_ids
+
+        turn = self._turns.turn(grant.tenant, choices, prompt_tokens, over)
+        async with turn, aclosing(running):
             grant.spend(prompt_tokens)
             async for output in running:
+                begun = output.request_id
                 tokens = sum(len(choice.token_ids) for choice in output.outputs)
                 self._turns.spend(grant.tenant, tokens)
                 grant.spend(tokens)

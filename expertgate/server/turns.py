@@ -9,13 +9,24 @@ Fairness in Serving Large Language Models, OSDI 2024).
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from vllm.exceptions import MaxQueuedTokensError, VLLMValidationError
 
 from expertgate.server.metrics import WAITING
+
+_LOOK_S = 1.0
+"""How often those who wait look whether those who run still need their turn."""
+
+
+@dataclass(slots=True, eq=False)
+class _Turn:
+    """`width`: what it holds of the room. `over`: whether nothing runs in it any more."""
+
+    width: int
+    over: Callable[[], bool]
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +54,7 @@ class Turns:
         self._room = room
         self._most_tokens = most_tokens
         self._running = 0
+        self._turns: set[_Turn] = set()
         self._tokens = 0
         self._accounts: dict[str, _Account] = {}
 
@@ -52,8 +64,17 @@ class Turns:
         return sum(len(account.waiting) for account in self._accounts.values())
 
     @asynccontextmanager
-    async def turn(self, principal: str, width: int, tokens: int) -> AsyncGenerator[None, None]:
+    async def turn(
+        self,
+        principal: str,
+        width: int,
+        tokens: int,
+        over: Callable[[], bool] = lambda: False,
+    ) -> AsyncGenerator[None, None]:
         """Waits for a turn, and holds `width` of the room while it lasts.
+
+        Or until it is `over`, as a call is that the engine is done with and whose client doesn't
+        read what is ready: then whoever waits gets the room.
 
         Raises VLLMValidationError for what could never run, or never wait, and
         MaxQueuedTokensError where the prompts of others leave it no place to wait in.
@@ -64,10 +85,12 @@ class Turns:
         try:
             await self._wait(account, width, tokens)
             self.spend(principal, tokens)
+            turn = _Turn(width, over)
+            self._turns.add(turn)
             try:
                 yield
             finally:
-                self._running -= width
+                self._end(turn)
                 self._admit()
         finally:
             account.calls -= 1
@@ -102,7 +125,10 @@ class Turns:
         self._tokens += tokens
         WAITING.inc()
         try:
-            await mine
+            while not (await asyncio.wait({mine}, timeout=_LOOK_S))[0]:
+                for turn in [turn for turn in self._turns if turn.over()]:
+                    self._end(turn)
+                self._admit()
         except BaseException:
             if mine.done() and not mine.cancelled():  # its turn came as it was called off
                 self._running -= width
@@ -115,6 +141,11 @@ class Turns:
         finally:
             self._tokens -= tokens
             WAITING.dec()
+
+    def _end(self, turn: _Turn) -> None:
+        if turn in self._turns:
+            self._turns.remove(turn)
+            self._running -= turn.width
 
     def _admit(self) -> None:
         while waiting := [account for account in self._accounts.values() if account.waiting]:

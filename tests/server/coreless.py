@@ -41,9 +41,6 @@ from tests.server.audit.logs import open_log
 from tests.server.running import EXPERTS, GROUPS, POLICIES
 from tests.support.checkpoints import random_checkpoint
 
-MOST_TOKENS = 4
-"""Of a choice, whatever it asks for."""
-
 
 class Core:
     """In place of the engine's process: writes `a`s, by the first expert of each set."""
@@ -51,6 +48,10 @@ class Core:
     def __init__(self, *_, **__):
         self.resources = SimpleNamespace(engine_dead=False)
         self.engine_ranks_managed = [0]
+        self.step_s = 0.0
+        self._answering = set()
+        self.most_tokens = 4
+        """Of a choice, whatever it asks for."""
         self.instead = None
         """Called in place of computing anything: the request then waits for ever."""
         self.work = defaultdict(lambda: [0, 0])
@@ -77,13 +78,19 @@ class Core:
 
     async def add_request_async(self, request):
         params, prompt = request.sampling_params, request.prompt_token_ids
-        tokens = min(MOST_TOKENS, params.max_tokens)
+        tokens = min(self.most_tokens, params.max_tokens)
         account = params.extra_args[ACCOUNT_ARG]
         self.work[account][0] = params.extra_args[EXTRA_ARG]
         self.work[account][1] += len(prompt) + tokens - 1
         if self.instead is not None:
             self.instead()
             return
+        answering = asyncio.create_task(self._answer(request, tokens))
+        self._answering.add(answering)
+        answering.add_done_callback(self._answering.discard)
+
+    async def _answer(self, request, tokens):
+        params, prompt = request.sampling_params, request.prompt_token_ids
         for place in range(tokens):
             last = place == tokens - 1
             made = EngineCoreOutput(
@@ -95,6 +102,7 @@ class Core:
             if place == 0 and params.prompt_logprobs is not None:
                 made.new_prompt_logprobs_tensors = _of_prompt(params.prompt_logprobs, prompt)
             self.outputs.put_nowait(EngineCoreOutputs(outputs=[made]))
+            await asyncio.sleep(self.step_s)
 
     async def collective_rpc_async(self, method, timeout=None, args=(), kwargs=None):
         assert method == "expertgate_usage"
@@ -148,7 +156,7 @@ class Coreless:
         self.core = engine._engine.engine_core
         self.service.handlers = Handlers.around(engine, None)
         self.service.engine = self.engine = engine
-        bound = listen("127.0.0.1", 0)
+        self.bound = bound = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{bound.getsockname()[1]}"
         self._server = uvicorn.Server(_config(Listener(create_app(self.service), bound, None), 1))
         started = threading.Event()

@@ -1,10 +1,9 @@
 import json
-import time
 import typing
 
 import pytest
 
-from expertgate.server import limits
+from expertgate.server import limits, schemas
 from expertgate.server.errors import ApiError
 from expertgate.server.schemas import ChatRequest, TextRequest, read
 
@@ -113,6 +112,17 @@ def test_an_integer_of_more_than_64_bits_reaches_no_engine(value):
     refused(text, seed=value)
 
 
+@pytest.fixture
+def unread(monkeypatch):
+    """Fails where a model of vLLM's, which makes errors of each item, sees a body."""
+
+    def read(_):
+        raise AssertionError("it was read")
+
+    for kind in (ChatRequest, TextRequest):
+        monkeypatch.setattr(kind, "model_validate", read)
+
+
 # --- lists ----------------------------------------------------------------------------------------
 
 
@@ -153,27 +163,38 @@ def test_an_integer_of_more_than_64_bits_reaches_no_engine(value):
         (text, {"prompt": [""] * 100_000}),
     ],
 )
-def test_junk_is_refused_at_once(ask, fields):
-    began = time.perf_counter()
+def test_junk_is_refused_before_a_model_reads_it(unread, ask, fields):
     error = refused(ask, **fields)
-    assert time.perf_counter() - began < 1
     assert error.code == "invalid_request"
     assert error.param
 
 
 @pytest.mark.parametrize("experts", [[[]] * 100_000, {"exclude": [1] * 100_000}, ["a"] * 65])
-def test_many_experts_are_refused_at_once(experts):
-    began = time.perf_counter()
+def test_many_experts_are_refused_before_a_model_reads_them(unread, experts):
     assert refused(chat, experts=experts).code == "invalid_experts"
-    assert time.perf_counter() - began < 1
+
+
+class Name(str):
+    """Counts how often it is compared."""
+
+    __slots__ = ()
+    compared = 0
+
+    def __eq__(self, other):
+        Name.compared += 1
+        return str(self) == str(other)
+
+    __hash__ = str.__hash__
 
 
 def test_the_name_that_is_given_twice_is_found_in_one_pass():
-    names = ",".join(f'"{n}":1' for n in range(60_000))
-    began = time.perf_counter()
-    error = refused(read, TextRequest, f'{{{names},"59999":2}}'.encode())
-    assert time.perf_counter() - began < 1
-    assert "'59999' is given twice" in error.message
+    names = [Name(n) for n in range(5_000)]
+    Name.compared = 0
+    with pytest.raises(ValueError, match="'4999' is given twice"):
+        schemas._object([(name, 1) for name in [*names, Name("4999")]])
+    assert Name.compared < len(names)  # and not each with every other
+    error = refused(read, TextRequest, b'{"prompt":"a","user":"b","user":"c"}')
+    assert "'user' is given twice" in error.message
 
 
 def test_as_much_as_is_allowed_passes():

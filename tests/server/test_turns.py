@@ -190,3 +190,19 @@ def test_the_tokens_that_wait_are_bounded():
         assert calls.order == ["runs", "fits"]
 
     with_calls(1, scenario, most_tokens=100)
+
+
+def test_what_is_over_gives_its_room_to_whoever_waits(monkeypatch):
+    monkeypatch.setattr("expertgate.server.turns._LOOK_S", 0.01)
+    done = []
+
+    async def scenario(calls):
+        async with calls.turns.turn("alice", 2, 10, lambda: bool(done)):
+            calls.start("bob", "bob")
+            await asyncio.sleep(0.1)
+            assert calls.order == []
+            done.append(True)
+            while calls.order != ["bob"]:
+                await asyncio.sleep(0.01)
+
+    with_calls(2, scenario)
