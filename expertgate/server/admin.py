@@ -20,6 +20,8 @@ def create_admin(service: Service, oversight: Oversight, token: str) -> FastAPI:
     """The operators' application; all of it but `/health` asks for the token."""
     oversight.listeners.append(metrics.count_change)
     metrics.tell_policies(oversight.policy.version, oversight.policy.loaded_at.timestamp())
+    if service.audit.log is not None:
+        metrics.watch_audit(service.audit.log)
     app = FastAPI(
         title="expertgate, for operators",
         version=expertgate.__version__,

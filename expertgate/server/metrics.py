@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from prometheus_client import Counter, Gauge, Histogram, Info
 
 from expertgate.model.usage import Work
+from expertgate.server.audit.writer import AuditLog
 from expertgate.server.changes import Change, PoliciesLoaded, PoliciesRefused, Withdrawn
 
-_FAST = (0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.2, 1.0)
+_FAST = (0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.2, 1.0, 5.0)
 """Upper bounds in seconds of what takes microseconds where all is well."""
 
 REQUESTS = Counter(
@@ -37,6 +38,13 @@ WAITING = Gauge(
     "expertgate_calls_waiting", "Calls of the engine or the tokenizer that wait for their turn."
 )
 
+AUDIT_WAITING = Gauge("expertgate_audit_records_waiting", "Records that wait to be written.")
+AUDIT_WRITE_SECONDS = Histogram(
+    "expertgate_audit_write_seconds",
+    "Time until what was written together was on disk.",
+    buckets=_FAST,
+)
+
 POLICIES = Info("expertgate_policies", "The policies in force.")
 RELOADED = Gauge(
     "expertgate_policy_reload_success", "Whether the policies that were read last are in force."
@@ -53,6 +61,11 @@ def tell_policies(version: str, loaded_at: float) -> None:
     POLICIES.info({"version": version})
     LOADED_AT.set(loaded_at)
     RELOADED.set(1)
+
+
+def watch_audit(log: AuditLog) -> None:
+    AUDIT_WAITING.set_function(lambda: log.depth)
+    log.on_commit = AUDIT_WRITE_SECONDS.observe
 
 
 def count_work(names: Sequence[str], work: Work) -> None:

@@ -53,6 +53,12 @@ def test_decisions_are_timed(server):
     assert value(server, "expertgate_policy_decision_seconds_count") > before
 
 
+def test_each_write_of_the_audit_log_is_timed(server):
+    before = value(server, "expertgate_audit_write_seconds_count")
+    server.complete("alice")
+    assert value(server, "expertgate_audit_write_seconds_count") > before
+
+
 def test_nothing_is_held_when_nobody_asks(server):
     server.complete("alice")
     assert value(server, "expertgate_places_held") == 0

@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -105,11 +106,8 @@ class AuditLog:
         self._head: bytes | None = None
         self._signed_at = time.monotonic()
         self._file: int | None = None
-        # Read by whoever measures; written by the thread alone.
-        self.records = 0
-        self.commits = 0
-        self.commit_seconds = 0.0
-        self.last_commit_s = 0.0
+        self.on_commit: Callable[[float], None] = lambda _: None
+        """Told, on the thread, how many seconds the disk took for what was written together."""
         self.lost = 0
         self._untold = 0
         try:
@@ -249,10 +247,7 @@ class AuditLog:
             return
         finally:
             self._began = None
-        self.last_commit_s = time.monotonic() - began
-        self.commit_seconds += self.last_commit_s
-        self.commits += 1
-        self.records += len(written)
+        self.on_commit(time.monotonic() - began)
         with self._wake:
             self._untold -= untold
         if self._fault:

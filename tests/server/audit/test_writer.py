@@ -8,7 +8,9 @@ import threading
 import time
 
 import pytest
+from prometheus_client import REGISTRY
 
+from expertgate.server import metrics
 from expertgate.server.audit import writer
 from expertgate.server.audit.chain import AuditError
 from expertgate.server.audit.folder import HEAD_FILE
@@ -96,6 +98,29 @@ def test_nothing_is_told_before_fsync_has_returned(tmp_path, disk):
 
     assert isinstance(asyncio.run(write()), Written)
     log.close()
+
+
+def test_metrics_show_what_waits_and_how_long_the_disk_took(tmp_path, disk):
+    def sample(name):
+        return REGISTRY.get_sample_value(f"expertgate_audit_{name}")
+
+    log = open_log(tmp_path)
+    metrics.watch_audit(log)
+    log.record("request")
+    soon(lambda: disk.syncs >= 2)  # the file's first, and the record's
+    before = sample("write_seconds_count"), sample("write_seconds_sum")
+    disk.hold.clear()
+    log.note("result")
+    soon(lambda: not log.depth)  # on its way, and held up
+    for n in range(3):
+        log.note("result", n=n)
+    assert sample("records_waiting") == 3
+    time.sleep(0.1)
+    disk.hold.set()
+    soon(lambda: sample("records_waiting") == 0)
+    log.close()
+    assert sample("write_seconds_count") >= before[0] + 2
+    assert sample("write_seconds_sum") >= before[1] + 0.1
 
 
 def test_many_share_one_fsync(tmp_path, disk):
