@@ -10,6 +10,7 @@ import psutil
 from pydantic import ValidationError
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.executor.abstract import Executor
@@ -80,7 +81,8 @@ def start(model: Path, name: str, arguments: Mapping[str, object], grants: Grant
     }
     given.pop("moe_kernel", None)
     try:
-        config = AsyncEngineArgs(**given).create_engine_config()
+        # By this vLLM chooses how large batches may be, where nobody says.
+        config = AsyncEngineArgs(**given).create_engine_config(UsageContext.OPENAI_API_SERVER)
     except ValidationError as error:
         raise SettingError(f"engine arguments: {_first_line(error.errors()[0]['msg'])}") from None
     except Exception as error:  # vLLM raises a dozen kinds here; each says what doesn't fit

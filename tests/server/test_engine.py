@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from vllm.usage.usage_lib import UsageContext
 
 from expertgate.model.moe_kernel import OPTION
 from expertgate.server import engine
@@ -31,6 +32,23 @@ def given(monkeypatch):
 def test_the_queue_has_a_bound_unless_another_is_set(given):
     assert given()["max_num_queued_reqs"] == 1024
     assert given(max_num_queued_reqs=8)["max_num_queued_reqs"] == 8
+
+
+def test_batches_are_as_large_as_in_vllms_own_server(monkeypatch):
+    seen = []
+
+    class Arguments:
+        def __init__(self, **_):
+            pass
+
+        def create_engine_config(self, usage_context=None):
+            seen.append(usage_context)
+            raise ValueError("as far as this goes")
+
+    monkeypatch.setattr(engine, "AsyncEngineArgs", Arguments)
+    with pytest.raises(SettingError, match="as far as this goes"):
+        engine.start(Path("/checkpoint"), "name", {}, Grants())
+    assert seen == [UsageContext.OPENAI_API_SERVER]
 
 
 def test_the_first_request_does_not_choose_how_schemas_are_compiled(given):
