@@ -1,12 +1,13 @@
 """HTTP/1.1 with an end to patience: uvicorn waits for ever for headers, and for readers.
 
 A connection that asks nothing in time is closed, and so is one whose client stops reading while
-more than the socket's buffers hold is waiting for it.
+more than the socket's buffers hold is waiting for it. Headers have a size, too: they come before
+the credential is looked at.
 """
 
 import asyncio
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from expertgate.server.certificates import STATE
 
@@ -14,11 +15,22 @@ HEADERS_S = 15.0
 """From a connection, or the first byte of a request on it, to the end of that request's headers."""
 READING_S = 30.0
 """In which a client has to take what fills the buffers, some 50 KiB."""
+MAX_HEAD_BYTES = 1 << 16
+"""Of a request's target and headers."""
 
 
-class PatientProtocol(H11Protocol):
+class _TooLarge(Exception):  # noqa: N818  (what it is)
+    """Raised out of the parser, which makes a 400 of it and closes the connection."""
+
+
+class PatientProtocol(HttpToolsProtocol):
     _asking: asyncio.TimerHandle | None = None
     _reading: asyncio.TimerHandle | None = None
+    _in_head = False
+    _head_bytes = 0
+    """Parsed so far of the head that is being read."""
+    _unparsed_bytes = 0
+    """Received in a row of one head without an end: the parser gives a header when it is whole."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -29,11 +41,38 @@ class PatientProtocol(H11Protocol):
         self._wait_for_headers()
 
     def data_received(self, data: bytes) -> None:
+        within = self._in_head
         super().data_received(data)
         if self.cycle is None or self.cycle.response_complete:
             self._wait_for_headers()
         else:
             self._have_headers()
+        self._unparsed_bytes = self._unparsed_bytes + len(data) if within and self._in_head else 0
+        if self._unparsed_bytes > MAX_HEAD_BYTES:
+            self.transport.abort()
+
+    def on_message_begin(self) -> None:
+        self._in_head, self._head_bytes = True, 0
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._count(url)
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        # Behind a chunked body come trailers; to uvicorn they are headers like others.
+        if self._in_head:
+            self._count(name + value)
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        super().on_headers_complete()
+
+    def _count(self, part: bytes) -> None:
+        self._head_bytes += len(part)
+        if self._head_bytes > MAX_HEAD_BYTES:
+            raise _TooLarge
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 _CUT_S = 5
 """In which what was cut off must have told its clients so."""
 _ENGINE_STOP_S = 10
-_MAX_HEADER_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +72,7 @@ def _config(listener: Listener, drain_s: int) -> uvicorn.Config:
         access_log=False,
         lifespan="off",
         server_header=False,
-        # httptools takes headers of any size, and they come before the credential is looked at.
         http=PatientProtocol,
-        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
         # uvicorn hands context variables on to the next request of a connection. Nothing of ours
         # travels in one, and so nothing of anyone else's should.
         reset_contextvars=True,

@@ -50,6 +50,11 @@ def served(monkeypatch):
     async def body(request: Request):
         return {"bytes": len(await read_body(request))}
 
+    async def headers(request: Request):
+        await read_body(request)
+        return dict(request.scope["headers"])
+
+    app.add_api_route("/headers", headers, methods=["POST"])
     app.add_api_route("/short", short)
     app.add_api_route("/long", long)
     app.add_api_route("/body", body, methods=["POST"])
@@ -111,6 +116,73 @@ def test_headers_that_drip_are_cut_off(served):
                         await writer.drain()
                         await asyncio.sleep(0.1)
                 assert await ends(reader) == b""
+
+    served(client)
+
+
+BIG = b"x" * (protocol.MAX_HEAD_BYTES + 1)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /short HTTP/1.1\r\nHost: test\r\nX-Big: " + BIG + b"\r\n\r\n",
+        b"GET /short HTTP/1.1\r\nHost: test\r\nX-Big: " + 8 * BIG,  # and no end
+        b"GET /short HTTP/1.1\r\nHost: test\r\n" + 8 * BIG,
+        b"GET /short?" + BIG + b" HTTP/1.1\r\nHost: test\r\n\r\n",
+        b"GET /short HTTP/1.1\r\nHost: test\r\n" + b"X-Small: x\r\n" * 10_000 + b"\r\n",
+        8 * BIG,
+    ],
+    ids=["a header", "a header without an end", "a name", "a target", "many", "a method"],
+)
+@pytest.mark.parametrize("before", [b"", ASK], ids=["first", "later"])
+def test_a_head_that_is_too_large_is_not_read(served, monkeypatch, head, before):
+    monkeypatch.setattr(protocol, "HEADERS_S", 600)  # it is not patience that ends
+
+    async def client(app, address):
+        async with connected(address) as (reader, writer):
+            writer.write(before)
+            if before:
+                await reader.readuntil(b"{}")
+            with contextlib.suppress(ConnectionError):
+                writer.write(head)
+                await writer.drain()
+            found = await ends(reader)
+            assert found == b"" or found.startswith(b"HTTP/1.1 400 ")
+
+    served(client)
+
+
+def test_a_head_that_is_not_too_large_is_read(served):
+    async def client(app, address):
+        async with connected(address) as (reader, writer):
+            for _ in range(3):
+                writer.write(ASK[:-2] + b"X-Big: " + BIG[200:] + b"\r\n\r\n")
+                assert (await reader.readuntil(b"{}")).startswith(b"HTTP/1.1 200 ")
+
+    served(client)
+
+
+def test_a_body_is_no_head(served):
+    async def client(app, address):
+        async with connected(address) as (reader, writer):
+            for _ in range(3):
+                writer.write(POST + b"Content-Length: %d\r\n\r\n" % (4 * len(BIG)) + 4 * BIG)
+                assert b'{"bytes":262148}' in await reader.readuntil(b"}")
+
+    served(client)
+
+
+def test_trailers_are_no_headers(served):
+    async def client(app, address):
+        async with connected(address) as (reader, writer):
+            writer.write(
+                POST.replace(b"/body", b"/headers") + b"Transfer-Encoding: chunked\r\n\r\n"
+            )
+            writer.write(b"2\r\n{}\r\n0\r\nX-Forwarded-User: mallory\r\n\r\n")
+            found = await reader.readuntil(b"}")
+            assert b'"host":"test"' in found
+            assert b"mallory" not in found
 
     served(client)
 
