@@ -18,16 +18,20 @@ from vllm.entrypoints.serve.utils.fingerprint import set_default_fingerprint_mod
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.renderers.online_renderer import OnlineRenderer
 
+from expertgate.server.grants import WithdrawnError
 from expertgate.server.guard import GuardedLLM
 from expertgate.server.refusals import SettingError
 
 
 class _ClientErrors(logging.Filter):
-    """Drops what vLLM logs, with a traceback, of a stream's bad request; the client is told."""
+    """Drops what vLLM logs, with a traceback, where a stream ends by no fault of the server's.
+
+    A bad request, or an expert that was withdrawn; the client is told.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        return not isinstance(error, VLLMClientError | GracefulHTTPError)
+        return not isinstance(error, VLLMClientError | GracefulHTTPError | WithdrawnError)
 
 
 for _module in ("chat_completion", "completion", "responses"):

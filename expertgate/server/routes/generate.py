@@ -194,8 +194,8 @@ async def _unless_gone(work: Coroutine[Any, Any, Any], request: Request) -> Any:
             working.cancel()
             # vLLM makes an error of its own of a cancellation, and nobody is left to hear it.
             await asyncio.wait({working})
-            if not working.cancelled():
-                working.exception()
+        if not working.cancelled():
+            working.exception()  # asyncio logs what nobody has looked at
 
 
 async def _disconnected(request: Request) -> None:
