@@ -4,7 +4,9 @@ import json
 import statistics
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from benchmarks.figures import PERCENTILES, Figures, Ratio, ratio
 from benchmarks.workloads import ABOUT
@@ -38,11 +40,32 @@ _COMPARED: dict[str, tuple[Callable[[Figures], float], bool]] = {
 """Figure → how to read it, and whether less is better."""
 
 
+@dataclass(frozen=True)
+class Page:
+    """What differs from one benchmark to another: its title, its workloads, what it adds."""
+
+    title: str
+    about: Mapping[str, str]
+    """Workload → words."""
+    notes: Sequence[str] = ()
+    """Lines of Markdown below the tables."""
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """What figures.json has besides."""
+
+
+THROUGHPUT = Page("Throughput", ABOUT)
+
+
 def write(
-    out: Path | None, facts: Mapping[str, str], size: Mapping[str, int], runs: Runs, ours: str
+    out: Path | None,
+    facts: Mapping[str, str],
+    size: Mapping[str, int],
+    runs: Runs,
+    ours: str,
+    page: Page = THROUGHPUT,
 ) -> None:
     """Prints the table; with a folder, also writes README.md, figures.json and figures.png."""
-    text = markdown(facts, size, runs, ours)
+    text = markdown(facts, size, runs, ours, page)
     print(f"\n{text}")
     if out is None:
         return
@@ -55,9 +78,10 @@ def write(
             name: {workload: [f.as_json() for f in found] for workload, found in each.items()}
             for name, each in runs.items()
         },
+        **page.more,
     }
     (out / "figures.json").write_text(json.dumps(whole, indent=2) + "\n")
-    plot(out / "figures.png", facts, runs)
+    plot(out / "figures.png", facts, runs, page)
 
 
 def earlier(
@@ -86,13 +110,19 @@ def earlier(
     return known, runs
 
 
-def markdown(facts: Mapping[str, str], size: Mapping[str, int], runs: Runs, ours: str) -> str:
-    lines = ["# Throughput", ""]
+def markdown(
+    facts: Mapping[str, str],
+    size: Mapping[str, int],
+    runs: Runs,
+    ours: str,
+    page: Page = THROUGHPUT,
+) -> str:
+    lines = [f"# {page.title}", ""]
     lines += [f"- {key}: {value}" for key, value in facts.items()]
     lines += [f"- lengths: {', '.join(f'{key} {value}' for key, value in size.items())}", ""]
-    lines += [f"- {name}: {words}" for name, words in ABOUT.items()]
+    lines += [f"- {name}: {words}" for name, words in page.about.items()]
     lines += ["", _BELOW, "", _HEAD, "|" + " --- |" * (_HEAD.count("|") - 1)]
-    for workload in ABOUT:
+    for workload in page.about:
         peers = {
             name: [f.tokens_per_s for f in each[workload]]
             for name, each in runs.items()
@@ -105,20 +135,20 @@ def markdown(facts: Mapping[str, str], size: Mapping[str, int], runs: Runs, ours
                 continue
             theirs = ratio(mine, {name: peers[name]}) if mine and name != ours else None
             lines.append(_row(workload, name, each[workload], theirs, best))
-    return "\n".join([*lines, *_compared(runs, ours)]) + "\n"
+    return "\n".join([*lines, *_compared(runs, ours, page), *page.notes]) + "\n"
 
 
-def _compared(runs: Runs, ours: str) -> list[str]:
+def _compared(runs: Runs, ours: str, page: Page) -> list[str]:
     """A table of every figure of ours as a ratio to that of the best peer."""
     lines = [
         "",
         "Ours to the best peer's of the same round, median (lowest to highest). Of times and",
     ]
-    lines += ["memory less is better, so below 1 is ours.", "", f"| | {' | '.join(ABOUT)} |"]
-    lines.append("|" + " --- |" * (len(ABOUT) + 1))
+    lines += ["memory less is better, so below 1 is ours.", "", f"| | {' | '.join(page.about)} |"]
+    lines.append("|" + " --- |" * (len(page.about) + 1))
     for figure, (value, least) in _COMPARED.items():
         cells = [figure]
-        for workload in ABOUT:
+        for workload in page.about:
             rounds = {
                 name: [value(f) for f in each[workload]]
                 for name, each in runs.items()
@@ -167,7 +197,7 @@ _WITH = ("engine", "torch", "transformers", "python", "commit", "command")
 """Facts that stand at the foot of the plot."""
 
 
-def plot(path: Path, facts: Mapping[str, str], runs: Runs) -> None:
+def plot(path: Path, facts: Mapping[str, str], runs: Runs, page: Page = THROUGHPUT) -> None:
     """Tokens/s by workload, and what memory each contender took, with the spread over rounds."""
     import matplotlib as mpl
 
@@ -179,8 +209,8 @@ def plot(path: Path, facts: Mapping[str, str], runs: Runs) -> None:
     )
     width = 0.8 / len(runs)
     for place, (name, each) in enumerate(runs.items()):
-        at = [row + place * width for row, workload in enumerate(ABOUT) if workload in each]
-        rates = [[f.tokens_per_s for f in each[w]] for w in ABOUT if w in each]
+        at = [row + place * width for row, workload in enumerate(page.about) if workload in each]
+        rates = [[f.tokens_per_s for f in each[w]] for w in page.about if w in each]
         middle = [statistics.median(each_round) for each_round in rates]
         spread = [
             [m - min(each_round) for m, each_round in zip(middle, rates, strict=True)],
@@ -189,7 +219,8 @@ def plot(path: Path, facts: Mapping[str, str], runs: Runs) -> None:
         speed.bar(at, middle, width=width, yerr=spread, label=name, capsize=2)
         peaks = [max(f.peak_memory_gb for found in each.values() for f in found)]
         memory.bar([place], peaks, width=0.8)
-    speed.set_xticks([row + 0.4 - width / 2 for row in range(len(ABOUT))], list(ABOUT))
+    places = [row + 0.4 - width / 2 for row in range(len(page.about))]
+    speed.set_xticks(places, list(page.about))
     speed.set_ylabel("output tokens/s")
     below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.08)}
     speed.legend(**below, ncols=len(runs), frameon=False)

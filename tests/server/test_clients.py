@@ -1,12 +1,17 @@
-"""OpenAI's own client, unmodified, on every route: sync and async, whole and streamed."""
+"""OpenAI's own client, unmodified, on every route: sync and async, whole and streamed.
+
+And vLLM's own load.
+"""
 
 import asyncio
 import json
+import subprocess
+import sys
 
 import openai
 import pytest
 
-from tests.server.running import Server
+from tests.server.running import Server, environment
 
 STEM = ["public", "math", "code"]
 SCHEMA = {
@@ -347,3 +352,34 @@ def test_what_cannot_be_counted(server, path, body, status):
 def test_counting_needs_a_key(server):
     for path, body in (("/tokenize", {"prompt": "hi"}), ("/detokenize", {"tokens": [1]})):
         assert server.post(path, body, None).status_code == 401
+
+
+# --- load ---------------------------------------------------------------------------------------
+
+
+def test_vllms_own_benchmark(server, tmp_path):
+    # What `vllm bench serve` runs; the command itself asks for a version that only the GPU build's
+    # package has.
+    code = (
+        "import argparse; from vllm.benchmarks.serve import add_cli_args, main;"
+        "parser = argparse.ArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
+    )
+    command = [sys.executable, "-c", code]
+    command += ["--backend", "openai-chat", "--base-url", server.url]
+    command += ["--endpoint", "/v1/chat/completions"]
+    command += ["--model", "toy", "--tokenizer", str(server.folder / "toy")]
+    command += ["--dataset-name", "random", "--random-input-len", "24", "--random-output-len", "8"]
+    command += ["--num-prompts", "16", "--max-concurrency", "8", "--ignore-eos"]
+    command += ["--save-result", "--result-dir", str(tmp_path), "--result-filename", "found.json"]
+    done = subprocess.run(
+        command,
+        env={**environment(), "OPENAI_API_KEY": server.keys["dave"], "VLLM_PLUGINS": "none"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["completed"], found["failed"]) == (16, 0)
+    assert found["total_output_tokens"] == 16 * 8

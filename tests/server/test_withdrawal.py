@@ -1,5 +1,6 @@
 """Experts that are taken away while a real server's streams use them."""
 
+import asyncio
 import json
 import threading
 import time
@@ -8,7 +9,9 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from benchmarks.soak import Target, soak
 from tests.server.running import (
+    ADMIN_TOKEN,
     GROUPS,
     POLICIES,
     Server,
@@ -202,3 +205,23 @@ def start_until_it_answers(server: Server) -> Server:
 
     until(answers)
     return second
+
+
+def test_nothing_is_left_of_a_while_of_load_faults_and_changes(server):
+    target = Target(
+        url=server.url,
+        admin_url=server.log.partition("operators: ")[2].split()[0],
+        admin_token=ADMIN_TOKEN,
+        folder=server.folder,
+        log=server.folder / "log",
+        pid=server.process.pid,
+        model="toy",
+        keys={user: make_key(server.folder, user, "research") for user in ("erin", "frank")},
+        experts=["public", "math", "code"],
+    )
+    found, _ = asyncio.run(soak(target, 15))
+    assert found.faults == []
+    for outcome in ("whole: 200", "leaving: left", "too large: 413 body_too_large"):
+        assert found.outcomes[outcome]
+    for change in ("suspend", "policies: less one", "key rotated"):
+        assert found.outcomes[change]
