@@ -177,7 +177,8 @@ def main() -> None:
             print(f"round {turn + 1} of {before + options.rounds}: {name}", flush=True)
             for workload, found in measure(name, options, folder, seed=turn).items():
                 runs[name].setdefault(workload, []).append(found)
-    write(options.out, facts, size, runs, OURS)
+        # After each round, so that a run that is broken off has kept those it made.
+        write(options.out, facts, size, runs, OURS)
 
 
 if __name__ == "__main__":
