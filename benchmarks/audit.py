@@ -2,14 +2,16 @@
 
 `python -m benchmarks.audit` starts `expertgate serve` twice on the demo model, one with `audit:
 {enabled: false}`, and asks them in alternating rounds, so that whatever else the machine does meets
-both. `--log-only` measures the log by itself, without an engine: how long a record takes to be on
-disk while so many wait.
+both. Where other programs share the machine, its clock tells little; so the seconds that all of a
+server's processes are on a CPU are told as well, per request. `--log-only` measures the log by
+itself, without an engine: how long a record takes to be on disk while so many wait.
 """
 
 import argparse
 import asyncio
 import contextlib
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from benchmarks.machine import about
 
@@ -59,18 +62,19 @@ def log_alone(folder: Path, waiting: int) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def server(folder: Path, *, audited: bool) -> Iterator[httpx.Client]:
-    """A server of the demo model, and a client that may ask it."""
+def server(folder: Path, *, audited: bool) -> Iterator[tuple[httpx.Client, int]]:
+    """A server of the demo model: a client that may ask it, and its process id."""
     from expertgate.server.demo import DEMO
     from expertgate.server.key_edits import create_key
 
     folder.mkdir()
+    shutil.copytree(DEMO / "policies", folder / "policies")
     key = create_key(folder / "keys.yaml", "nurse", ["clinical"], None)
     engine = {"max_model_len": 1024, "max_num_seqs": CLIENTS, "kv_cache_memory_bytes": 1 << 28}
     config: dict[str, Any] = {
         "model": str(DEMO / "model"),
         "identity": {"api_keys": "keys.yaml"},
-        "policies": str(DEMO / "policies"),
+        "policies": "policies",
         "audit": {"enabled": audited},
         "port": 0,
         "engine": {**engine, "enforce_eager": True},
@@ -94,10 +98,17 @@ def server(folder: Path, *, audited: bool) -> Iterator[httpx.Client]:
         limits = httpx.Limits(max_connections=CLIENTS)
         headers = {"Authorization": f"Bearer {key}"}
         with httpx.Client(base_url=url, headers=headers, limits=limits, timeout=120) as client:
-            yield client
+            yield client, process.pid
     finally:
         process.terminate()
         process.wait()
+
+
+def cpu_s(pid: int) -> float:
+    """Seconds that this process and all that it started have been on a CPU."""
+    here = psutil.Process(pid)
+    times = [process.cpu_times() for process in (here, *here.children(recursive=True))]
+    return float(sum(time.user + time.system for time in times))
 
 
 def one_round(client: httpx.Client, clients: int, requests: int) -> tuple[float, float]:
@@ -126,19 +137,34 @@ def beside(folder: Path, rounds: int) -> dict[str, Any]:
         server(folder / "with", audited=True) as audited,
         server(folder / "without", audited=False) as plain,
     ):
-        for client in (audited, plain):
+        for client, _ in (audited, plain):
             one_round(client, CLIENTS, REQUESTS)  # warm
         rates: list[float] = []
         adds: list[float] = []
+        costs: dict[int, list[float]] = {audited[1]: [], plain[1]: []}
         for turn in range(rounds):
+            found, alone = {}, {}
             # Each goes first in half of the rounds.
-            order = [audited, plain] if turn % 2 else [plain, audited]
-            found = {client: one_round(client, CLIENTS, REQUESTS) for client in order}
-            alone = {client: one_round(client, 1, REQUESTS // 8) for client in order}
-            rates.append(found[audited][0] / found[plain][0])
-            adds.append(alone[audited][1] - alone[plain][1])
-            print(f"round {turn + 1}: throughput x{rates[-1]:.3f}, median {adds[-1]:+.2f} ms")
-    return {"throughput_ratio": rates, "added_median_ms": adds}
+            for client, pid in [audited, plain] if turn % 2 else [plain, audited]:
+                used = cpu_s(pid)
+                found[pid] = one_round(client, CLIENTS, REQUESTS)
+                costs[pid].append((cpu_s(pid) - used) / REQUESTS * 1e3)
+                alone[pid] = one_round(client, 1, REQUESTS // 8)
+            rates.append(found[audited[1]][0] / found[plain[1]][0])
+            adds.append(alone[audited[1]][1] - alone[plain[1]][1])
+            with_ms, without_ms = costs[audited[1]][-1], costs[plain[1]][-1]
+            print(
+                f"round {turn + 1}: throughput x{rates[-1]:.3f}, median {adds[-1]:+.2f} ms, "
+                f"CPU {with_ms:.2f} against {without_ms:.2f} ms a request"
+            )
+    ratio = [a / b for a, b in zip(costs[audited[1]], costs[plain[1]], strict=True)]
+    return {
+        "throughput_ratio": rates,
+        "added_median_ms": adds,
+        "cpu_ms_audited": costs[audited[1]],
+        "cpu_ms_plain": costs[plain[1]],
+        "cpu_ratio": ratio,
+    }
 
 
 def main() -> None:
