@@ -83,14 +83,42 @@ def run_pairs(
     [P, 1], giving [P, H]. They are summed in float32 in the order of their slots, so that a token's
     result does not depend on which others are in the batch.
     """
-    tokens, slots = torch.nonzero(plan.experts != NO_EXPERT, as_tuple=True)
-    out = torch.zeros(x.shape, dtype=torch.float32)
-    for start in range(0, len(tokens), _MAX_PAIRS_A_CALL):
-        token = tokens[start : start + _MAX_PAIRS_A_CALL]
-        slot = slots[start : start + _MAX_PAIRS_A_CALL]
-        pairs = run(x[token], plan.weights[token, slot, None], plan.experts[token, slot, None])
-        out.index_add_(0, token, pairs.float())
-    return out.to(x.dtype)
+    out = torch.empty_like(x)
+    at_once = _MAX_PAIRS_A_CALL // plan.experts.shape[1]
+    for start in range(0, len(x), at_once):
+        here = slice(start, start + at_once)
+        parts = _pairs(x[here], plan.weights[here], plan.experts[here], run).unbind(1)
+        # Slot by slot: `index_add_` and `sum` start threads even for a few rows, and their waiting
+        # for one another takes longer than the sums.
+        total = parts[0].float()
+        for part in parts[1:]:
+            total += part
+        out[here] = total
+    return out
+
+
+def _pairs(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    experts: torch.Tensor,
+    run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """[T, K, H], weighted; zeros where a slot is empty."""
+    shape = (*experts.shape, x.shape[1])
+    # Empty slots are a token's last, so the last column tells whether there is any.
+    if bool((experts[:, -1] != NO_EXPERT).all()):
+        rows = x.repeat_interleave(shape[1], 0)
+        return run(rows, weights.reshape(-1, 1), experts.reshape(-1, 1)).view(shape)
+    used = torch.nonzero(experts.flatten() != NO_EXPERT)[:, 0]
+    parts = x.new_zeros(experts.numel(), shape[2])
+    if len(used):
+        pairs = run(
+            x.index_select(0, used // shape[1]),
+            weights.reshape(-1, 1).index_select(0, used),
+            experts.reshape(-1, 1).index_select(0, used),
+        )
+        parts.index_copy_(0, used, pairs)
+    return parts.view(shape)
 
 
 def _kernel(

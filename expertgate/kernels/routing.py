@@ -3,6 +3,7 @@
 Dimensions: T tokens, E experts, K = min(top_k, E) slots.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -31,12 +32,19 @@ def mask_logits(
     experts 1..: min(bias, 0) is added, as FlexOlmo's negative bias is (arXiv 2507.07024, §3.3.2).
     Excluded logits are replaced, not added to, so that a NaN among them goes nowhere.
     """
-    logits = router_logits.float()
+    logits = router_logits.to(torch.float32, copy=True)
     if router_bias is not None:
-        logits = torch.cat([logits[:, :1], logits[:, 1:] + router_bias.float().clamp(max=0)], dim=1)
-    indices = torch.arange(logits.shape[1], device=logits.device)
-    forbidden = (allowed[:, None] >> indices & 1) == 0
-    return logits.masked_fill(forbidden, -torch.inf)
+        logits[:, 1:] += router_bias.float().clamp(max=0)
+    forbidden = (allowed[:, None] & _bits(logits.shape[1], logits.device)) == 0
+    return logits.masked_fill_(forbidden, -torch.inf)
+
+
+@functools.cache
+def _bits(num_experts: int, device: torch.device) -> torch.Tensor:
+    """[E] int64: bit e of a mask. Kept, because a small layer's time is that of its many calls."""
+    return torch.ones(num_experts, dtype=torch.int64, device=device) << torch.arange(
+        num_experts, device=device
+    )
 
 
 def select(masked_logits: torch.Tensor, *, top_k: int, renormalize: bool = False) -> RoutingPlan:
@@ -45,12 +53,11 @@ def select(masked_logits: torch.Tensor, *, top_k: int, renormalize: bool = False
     `masked_logits` [T, E] float32, from `mask_logits`. The softmax runs over the allowed experts
     only, as it would if the other rows did not exist; equal weights go to the lower index.
     """
-    weights = torch.softmax(masked_logits, dim=-1)
-    excluded = masked_logits == -torch.inf
     # Sorted by the logits, not by the weights: weights that underflow to 0 keep their order.
-    order = torch.argsort(masked_logits, dim=-1, descending=True, stable=True)[:, :top_k]
-    weights = weights.gather(1, order)
-    empty = excluded.gather(1, order)
+    ordered, order = torch.sort(masked_logits, dim=-1, descending=True, stable=True)
+    order = order[:, :top_k]
+    empty = ordered[:, :top_k] == -torch.inf
+    weights = torch.softmax(masked_logits, dim=-1).gather(1, order)
     # A token with an empty mask has only -inf, whose softmax is NaN: filled here as well.
     weights = weights.masked_fill(empty, 0.0)
     if renormalize:

@@ -58,9 +58,10 @@ class Ledger:
     """Totals by account, made from the logits that the layers routed by.
 
     While a step runs, each layer only copies its masked logits into `logits`, which has one address
-    for life, as a replayed CUDA graph wants it. `settle` then routes them once more, all layers
-    together, through the very function that the router uses, and adds up integers: no order of
-    additions changes a total, and nothing here can change an answer.
+    for life, as a replayed CUDA graph wants it. `settle` then puts the step aside. Once as many
+    tokens are there as the largest step has, or a total is asked for, they are routed once more,
+    all steps and layers together, through the very function that the router uses, and integers are
+    added up: no order of additions changes a total, and nothing here can change an answer.
     """
 
     def __init__(
@@ -77,12 +78,15 @@ class Ledger:
             (num_layers, max_tokens, num_experts), dtype=torch.float32, device=device
         )
         """[L, T, E]: what the layers write, each its own part."""
+        self._aside = torch.zeros_like(self.logits)
+        self._aside_rows: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+        self._num_aside = 0
         self._top_k = top_k
         self._renormalize = renormalize
         self._slots = self._weights = torch.empty(0)
         self._free: list[int] = []
         self._accounts: dict[str, _Account] = {}
-        self._step: torch.Tensor | None = None  # [T] int64, the row of each token's account
+        self._step: np.ndarray[Any, np.dtype[np.int64]] | None = None  # [T], its account's row
         self._grow(_ROWS_AT_FIRST)
 
     @torch.inference_mode()
@@ -108,19 +112,31 @@ class Ledger:
                 row = account.row
             rows += (_NOBODY, row)
             lengths += (part.length - new, new)
-        self._step = async_tensor_h2d(
-            np.repeat(np.array(rows, dtype=np.int64), lengths), device=self.logits.device
-        )
+        self._step = np.repeat(np.array(rows, dtype=np.int64), lengths)
 
     @torch.inference_mode()
     def settle(self) -> None:
-        """Adds the step that was begun last, once it has run; nothing where none is open."""
+        """Puts the step that was begun last aside, once it has run; nothing where none is open."""
         rows, self._step = self._step, None
         if rows is None or not len(rows):
             return
+        if self._num_aside + len(rows) > self._aside.shape[1]:
+            self._add_up()
+        end = self._num_aside + len(rows)
+        self._aside[:, self._num_aside : end] = self.logits[:, : len(rows)]
+        self._aside_rows.append(rows)
+        self._num_aside = end
+
+    def _add_up(self) -> None:
+        """Adds what is aside to the totals."""
+        if not self._num_aside:
+            return
+        rows = async_tensor_h2d(np.concatenate(self._aside_rows), device=self.logits.device)
+        aside = self._aside[:, : self._num_aside]
+        self._aside_rows, self._num_aside = [], 0
         experts = self.logits.shape[-1]
         at_once = max(1, _ROUTED_AT_ONCE // len(rows))
-        for logits in torch.split(self.logits[:, : len(rows)], at_once):
+        for logits in torch.split(aside, at_once):
             plan = route(
                 logits.flatten(0, 1), None, top_k=self._top_k, renormalize=self._renormalize
             )
@@ -138,6 +154,7 @@ class Ledger:
         An account that no step has seen has done nothing.
         """
         self.settle()
+        self._add_up()
         closed = [self._accounts.pop(name, None) for name in accounts]
         rows = [account.row for account in closed if account is not None]
         where = torch.tensor(rows, dtype=torch.int64, device=self.logits.device)
