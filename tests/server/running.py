@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,11 +181,13 @@ def make_key(
     return done.stdout.strip()
 
 
-def start(folder: Path, *, ready: bool = True) -> Server:
-    """`ready`: waits until its engine is up."""
+def start(
+    folder: Path, *, ready: bool = True, command: Sequence[str] = ("-m", "expertgate.server.cli")
+) -> Server:
+    """`ready`: waits until its engine is up. `command`: what Python runs."""
     with (folder / "log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "expertgate.server.cli", "serve"],
+            [sys.executable, *command, "serve"],
             cwd=folder,
             env=environment(),
             stdout=log,

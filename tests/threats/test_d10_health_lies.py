@@ -1,6 +1,11 @@
 """Processes that are there but answer nobody must not look ready."""
 
 import asyncio
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +14,7 @@ from expertgate.server.guard import CacheSalts, GuardedLLM
 from expertgate.server.liveness import Liveness
 from tests.server.audit.logs import RECORD
 from tests.server.fakes import FakeEngine
+from tests.server.running import Server, make_key, prepare, start, stop
 
 
 class Stalled(FakeEngine):
@@ -94,3 +100,73 @@ def test_a_busy_engine_is_not_asked(clock):
         assert engine.calls == []
 
     watched(engine, clock, scenario)
+
+
+HASTY = """
+from expertgate.server import cli, liveness
+liveness._QUIET_S, liveness._LATE_S = 1.0, 3.0
+cli.main()
+"""
+"""The server, with less patience than the 30 seconds that it has."""
+
+
+def until(holds):
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def engines_of(server: Server) -> list[int]:
+    """The engine's own processes, by what they call themselves."""
+    found = []
+    for pid in server.children():
+        title = Path(f"/proc/{pid}/cmdline")
+        if title.exists() and any(name in title.read_text() for name in ("EngineCore", "Worker")):
+            found.append(pid)
+    return found
+
+
+def test_a_real_engine_that_is_stopped_is_not_ready_and_a_dead_one_is_told(tmp_path):
+    prepare(tmp_path)
+    key = make_key(tmp_path, "alice", "research")
+    server = start(tmp_path, command=("-c", HASTY))
+    server.keys = {"alice": key}
+    try:
+        children, engines = server.children(), engines_of(server)
+        assert engines
+        for pid in engines:
+            os.kill(pid, signal.SIGSTOP)
+        until(lambda: server.get("/ready").status_code == 503)
+        assert server.get("/ready").json()["why"] == "the engine does not answer"
+        assert server.get("/health").status_code == 200  # it may come to itself
+        for pid in engines:
+            os.kill(pid, signal.SIGCONT)
+        until(lambda: server.get("/ready").status_code == 200)
+
+        with ThreadPoolExecutor(2) as pool:
+            # So much that it can't end before the engine does, however slow this machine is.
+            body = {"max_tokens": 1900, "ignore_eos": True, "prompt": ["hi"] * 32}
+            whole = pool.submit(server.complete, "alice", **body)
+            stream = pool.submit(server.complete, "alice", stream=True, **body)
+            time.sleep(1)
+            for pid in engines:
+                os.kill(pid, signal.SIGSTOP)
+            until(lambda: server.get("/ready").status_code == 503)
+            for pid in engines:
+                os.kill(pid, signal.SIGKILL)
+            assert whole.result().status_code == 503
+            assert whole.result().json()["error"]["code"] == "engine_unavailable"
+            assert '"code":"engine_unavailable"' in stream.result().text
+        response = server.complete("alice")
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "engine_unavailable"
+        assert server.get("/ready").status_code == 503
+        assert server.get("/health").status_code == 503
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
+        until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in children))
+    finally:
+        for pid in server.children():  # one that is stopped hears no other signal
+            os.kill(pid, signal.SIGCONT)
+        stop(server)

@@ -1,0 +1,35 @@
+"""N-gram speculation, the only one that is not refused: drafts are masked and counted as tokens."""
+
+import pytest
+
+from expertgate.policies.expert_set import ExpertSet
+from tests.support.checkpoints import random_checkpoint
+from tests.support.engine import Ask, engine
+from tests.support.oracle import RowDeletion
+
+SETS = [ExpertSet(mask) for mask in (1, 0b11, 127, 0b1010101)]
+DRAFTED = 3
+TOP_K, LAYERS = 5, 3
+
+
+def test_answers_are_the_row_deleted_models_and_each_position_counts_once(tmp_path):
+    folder = random_checkpoint(tmp_path, biases=True)
+    prompt = list(b"one two three one two three one two three one two")
+    lookup = {"prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    speculation = {"method": "ngram", "num_speculative_tokens": DRAFTED, **lookup}
+    with engine(folder, speculative_config=speculation) as served:
+        asks = [Ask(prompt, experts, tokens=24, account=experts.text) for experts in SETS]
+        answers = served.ask(asks)
+        works = served.works(*(experts.text for experts in SETS))
+        assert served.counter("vllm:spec_decode_num_draft_tokens") > 0
+    oracle = RowDeletion(folder)
+    for experts, [answer], work in zip(SETS, answers, works, strict=True):
+        forced = oracle.force(experts, prompt, answer.tokens)
+        assert list(answer.tokens) == forced.best, experts.text
+        assert answer.logprobs == pytest.approx(forced.logprobs, abs=2**-13), experts.text
+        # Those of a plain run, and what was drafted beyond the last of them.
+        plain = len(prompt) + len(answer.tokens) - 1
+        assert plain <= work.computed <= plain + DRAFTED, experts.text
+        assert sum(work.slots) == work.computed * min(TOP_K, len(experts)) * LAYERS
+        assert ExpertSet.of(e for e, slots in enumerate(work.slots) if slots) <= experts
+        assert sum(map(work.share, experts)) == pytest.approx(1, abs=1e-12)
