@@ -1,4 +1,4 @@
-"""The layer on a CPU: vLLM's own kernel, given pairs instead of tokens, or the obvious loop.
+"""The layer on a CPU: vLLM's own kernel, never given an empty slot, or the obvious loop.
 
 Dimensions: T tokens, E experts, K slots, H hidden, I inner, P (token, expert) pairs.
 """
@@ -6,6 +6,7 @@ Dimensions: T tokens, E experts, K slots, H hidden, I inner, P (token, expert) p
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -59,7 +60,7 @@ def experts(
     tokens.
     """
     if isinstance(w_gate_up, Packed) and isinstance(w_down, Packed):
-        return run_pairs(x, plan, _kernel(w_gate_up, w_down))
+        return run_used(x, plan, _kernel(w_gate_up, w_down))
     assert isinstance(w_gate_up, torch.Tensor)
     assert isinstance(w_down, torch.Tensor)
     if not deterministic:
@@ -72,53 +73,61 @@ def experts(
     return out
 
 
-def run_pairs(
+def run_used(
     x: torch.Tensor,
     plan: RoutingPlan,
     run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """The work of the P pairs that name an expert, and no other; [T, H] in x's dtype.
+    """The work of the slots that name an expert, and of no other; [T, H] in x's dtype.
 
-    Each goes to `run` as a token with one slot: rows of x [P, H], weights [P, 1] and experts
-    [P, 1], giving [P, H]. They are summed in float32 in the order of their slots, so that a token's
-    result does not depend on which others are in the batch.
+    `run` knows no empty slots: it takes x [N, H], weights [N, S] and experts [N, S], and gives
+    [N, H]. Tokens whose K slots are all used go to it as they are; the others as P (token, expert)
+    pairs, with S = 1, whose results are added up here. Which of the two a token is depends on that
+    token alone, so its result does not depend on which others are in the batch.
     """
-    out = torch.empty_like(x)
     at_once = _MAX_PAIRS_A_CALL // plan.experts.shape[1]
-    for start in range(0, len(x), at_once):
-        here = slice(start, start + at_once)
-        parts = _pairs(x[here], plan.weights[here], plan.experts[here], run).unbind(1)
-        # Slot by slot: `index_add_` and `sum` start threads even for a few rows, and their waiting
-        # for one another takes longer than the sums.
-        total = parts[0].float()
-        for part in parts[1:]:
-            total += part
-        out[here] = total
+    if len(x) > at_once:
+        parts = zip(*(torch.split(whole, at_once) for whole in (x, *plan)), strict=True)
+        return torch.cat([run_used(rows, RoutingPlan(*part), run) for rows, *part in parts])
+    if not len(x):
+        return torch.empty_like(x)
+    # Empty slots are a token's last.
+    full = plan.experts[:, -1] != NO_EXPERT
+    if bool(full.all()):
+        return run(x, *plan)
+    out = torch.empty_like(x)
+    for tokens, work in ((full, run), (~full, partial(_run_pairs, run=run))):
+        [place] = torch.nonzero(tokens, as_tuple=True)
+        if len(place):
+            done = work(x[place], plan.weights[place], plan.experts[place])
+            out.index_copy_(0, place, done)
     return out
 
 
-def _pairs(
+def _run_pairs(
     x: torch.Tensor,
     weights: torch.Tensor,
     experts: torch.Tensor,
     run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """[T, K, H], weighted; zeros where a slot is empty."""
-    shape = (*experts.shape, x.shape[1])
-    # Empty slots are a token's last, so the last column tells whether there is any.
-    if bool((experts[:, -1] != NO_EXPERT).all()):
-        rows = x.repeat_interleave(shape[1], 0)
-        return run(rows, weights.reshape(-1, 1), experts.reshape(-1, 1)).view(shape)
+    """Arguments as `run` has them, but with empty slots, and as `run` gives it: [N, H]."""
+    slots = experts.shape[1]
     used = torch.nonzero(experts.flatten() != NO_EXPERT)[:, 0]
-    parts = x.new_zeros(experts.numel(), shape[2])
+    parts = x.new_zeros(experts.numel(), x.shape[1])
     if len(used):
         pairs = run(
-            x.index_select(0, used // shape[1]),
+            x.index_select(0, used // slots),
             weights.reshape(-1, 1).index_select(0, used),
             experts.reshape(-1, 1).index_select(0, used),
         )
         parts.index_copy_(0, used, pairs)
-    return parts.view(shape)
+    # Slot by slot: `index_add_` and `sum` start threads even for a few rows, and their waiting for
+    # one another takes longer than the sums.
+    first, *others = parts.view(len(x), slots, -1).unbind(1)
+    total = first.float()
+    for part in others:
+        total += part
+    return total.to(x.dtype)
 
 
 def _kernel(

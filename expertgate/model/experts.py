@@ -9,6 +9,7 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
@@ -21,7 +22,7 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from expertgate.kernels import NO_EXPERT, RoutingPlan, route
-from expertgate.kernels.cpu import run_pairs
+from expertgate.kernels.cpu import run_used
 from expertgate.model.masked_experts import MaskedExperts
 from expertgate.model.moe_kernel import wanted
 
@@ -88,28 +89,58 @@ class MaskedRoutedExperts(RoutedExperts):
         if isinstance(self.kernel, MaskedExperts):
             return super().forward_modular(x, topk_weights, topk_ids)
         if current_platform.is_cpu():
-            return torch.ops.vllm.expertgate_pairs(x, topk_weights, topk_ids, self.layer_name)
+            return torch.ops.vllm.expertgate_used_slots(x, topk_weights, topk_ids, self.layer_name)
         # vLLM's GPU kernels have no notion of an empty slot. It is given the token's best expert
         # once more, at weight 0: that expert is allowed and its weights are read anyway.
         filled = torch.where(topk_ids == NO_EXPERT, topk_ids[:, :1], topk_ids)
         # A token that may consult nobody (padding never is one: it has `public`) gives zeros.
         return super().forward_modular(x, topk_weights, filled.clamp(min=0))
 
-    def run_pairs(
+    def run_used(
         self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
     ) -> torch.Tensor:
-        """Each (token, expert) pair as a token of its own; shapes as in `forward_modular`."""
-        return run_pairs(x, RoutingPlan(topk_weights, topk_ids), super().forward_modular)
+        """By vLLM's kernel, which is given no empty slot; shapes as in `forward_modular`."""
+        plain = isinstance(self.kernel, CPUUnquantizedExperts) and self.expert_map is None
+        run = self._run_kernel if plain else super().forward_modular
+        return run_used(x, RoutingPlan(topk_weights, topk_ids), run)
+
+    def _run_kernel(
+        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """As `forward_modular`, whose steps around the kernel have nothing to do here.
+
+        They prepare for other ranks' tokens and for quantised inputs. A compiler sees through them
+        in stock models, but not in an opaque operation, where they took half as long as the kernel.
+        """
+        out = torch.empty_like(x)
+        self.kernel.apply(
+            out,
+            x,
+            self.w13_weight,
+            self.w2_weight,
+            topk_weights=topk_weights,
+            topk_ids=topk_ids,
+            activation=self.activation,
+            global_num_experts=self.global_num_experts,
+            expert_map=None,
+            a1q_scale=None,
+            a2_scale=None,
+            workspace13=None,
+            workspace2=None,
+            expert_tokens_meta=None,
+            apply_router_weight_on_input=False,
+        )
+        return out
 
 
-def _pairs(
+def _used_slots(
     x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: str
 ) -> torch.Tensor:
     layer = get_forward_context().no_compile_layers[layer_name]
-    return layer.routed_experts.run_pairs(x, topk_weights, topk_ids)
+    return layer.routed_experts.run_used(x, topk_weights, topk_ids)
 
 
-def _pairs_fake(
+def _used_slots_fake(
     x: torch.Tensor,
     topk_weights: torch.Tensor,  # noqa: ARG001
     topk_ids: torch.Tensor,  # noqa: ARG001
@@ -118,5 +149,7 @@ def _pairs_fake(
     return torch.empty_like(x)
 
 
-# Opaque to the compiler, because the number of kept pairs is known only when it runs.
-direct_register_custom_op(op_name="expertgate_pairs", op_func=_pairs, fake_impl=_pairs_fake)
+# Opaque to the compiler, because how many slots are used is known only when it runs.
+direct_register_custom_op(
+    op_name="expertgate_used_slots", op_func=_used_slots, fake_impl=_used_slots_fake
+)
