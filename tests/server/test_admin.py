@@ -46,7 +46,7 @@ def client(oversight):
     service = SimpleNamespace(
         engine=None,
         catalogue=Catalogue.default(3),
-        audit=SimpleNamespace(refused=lambda *_: None),
+        audit=SimpleNamespace(log=None, refused=lambda *_: None),
     )
     return TestClient(create_admin(service, oversight, TOKEN))
 

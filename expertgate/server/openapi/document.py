@@ -1,6 +1,7 @@
 """The OpenAPI document (3.1) of the public listener, from the table of its routes."""
 
 import functools
+from copy import deepcopy
 from typing import Any
 
 import expertgate
@@ -62,7 +63,7 @@ def document() -> dict[str, Any]:
     for route in ROUTES:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
         components |= {kind.__name__: bodies.schema(kind) for kind in route.bodies}
-    return {
+    whole = {
         "openapi": "3.1.0",
         "info": {
             "title": "expertgate",
@@ -86,6 +87,8 @@ def document() -> dict[str, Any]:
             },
         },
     }
+    # A caller's own: what it is made of stands in the modules, and others make it again.
+    return deepcopy(whole)
 
 
 def _operation(route: Route) -> dict[str, Any]:
