@@ -72,21 +72,26 @@ async def prove_namespaces(
     vocabulary = engine.model_config.get_vocab_size()
     prompt = [secrets.randbelow(vocabulary) for _ in range(length)]
     everyone = ExpertSet.first(num_experts)
+    # All but the last, so that there are others which are as many.
+    mine = ExpertSet.first(max(1, num_experts - 1))
 
     async def cached(experts: ExpertSet, tenant: str, own: str | None = None) -> int:
         found, _ = await _run(engine, grants, experts, record, tenant, prompt, own)
         return found.num_cached_tokens or 0
 
-    own_namespace = (everyone, _TENANT, "salt")
+    own_namespace = (mine, _TENANT, "salt")
     if await cached(*own_namespace) or not await cached(*own_namespace):
         raise ProofError("a prefix was not found again by the same experts, tenant and salt")
     others = {
-        "another tenant": (everyone, f"{_TENANT}/other", "salt"),
-        "another salt": (everyone, _TENANT, "other"),
-        "no salt": (everyone, _TENANT, None),
+        "another tenant": (mine, f"{_TENANT}/other", "salt"),
+        "another salt": (mine, _TENANT, "other"),
+        "no salt": (mine, _TENANT, None),
     }
     if num_experts > 1:
-        others["other experts"] = (PUBLIC_ONLY, _TENANT, "salt")
+        others["other experts"] = (everyone, _TENANT, "salt")
+    if num_experts > 2:
+        as_many = everyone - ExpertSet.of([num_experts - 2])
+        others["as many other experts"] = (as_many, _TENANT, "salt")
     for what, namespace in others.items():
         if tokens := await cached(*namespace):
             raise ProofError(f"{what} found {tokens} tokens of a prefix that isn't theirs")

@@ -307,6 +307,7 @@ def test_an_engine_that_dies_before_it_tells_leaves_nobody_waiting(guard, engine
 
 SALTS = CacheSalts(b"weights", b"secret")
 BASE = SALTS.salt(MATH, "alice", None)
+AS_MANY = ExpertSet.of([0, 2])
 
 
 def test_a_salt_repeats():
@@ -318,13 +319,14 @@ def test_a_salt_repeats():
     "other",
     [
         SALTS.salt(PUBLIC_ONLY, "alice", None),
+        SALTS.salt(AS_MANY, "alice", None),
         SALTS.salt(MATH, "bob", None),
         SALTS.salt(MATH, "alice", "own"),
         SALTS.salt(MATH, "alice", ""),
         CacheSalts(b"weights 2", b"secret").salt(MATH, "alice", None),
         CacheSalts(b"weights", b"secret 2").salt(MATH, "alice", None),
     ],
-    ids=["experts", "tenant", "own salt", "empty own salt", "weights", "secret"],
+    ids=["experts", "as many experts", "tenant", "own salt", "empty own salt", "weights", "secret"],
 )
 def test_a_salt_differs_with_every_part(other):
     assert other != BASE

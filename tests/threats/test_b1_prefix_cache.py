@@ -33,6 +33,8 @@ def test_another_set_of_the_same_tenant_does_not(server, prompt):
     fresh = server.complete("alice", prompt=prompt, experts=["public"], logprobs=1)
     assert cached(server.complete("alice", prompt=prompt)) == 0
     assert cached(server.complete("alice", prompt=prompt, experts=["public", "math"])) == 0
+    # As many, but not the same.
+    assert cached(server.complete("alice", prompt=prompt, experts=["public", "news"])) == 0
     again = server.complete(
         "alice", prompt=prompt, experts=["public"], logprobs=1, cache_salt="elsewhere"
     )
