@@ -33,7 +33,8 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     for route in ROUTES:
         app.add_api_route(route.path, route.endpoint, methods=[route.method], response_model=None)
-    app.openapi = document  # type: ignore[method-assign]  # FastAPI's own way to replace it
+    whole = document()
+    app.openapi = lambda: whole  # type: ignore[method-assign]  # FastAPI's own way to replace it
     show_errors(app)
     return app
 

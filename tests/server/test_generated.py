@@ -54,7 +54,7 @@ def ask(server, route, mode, count):
         if mode is GenerationMode.POSITIVE:
             for name in NAMING:
                 case.headers.pop(name, None)
-            shorten(case.body)
+            case.body = shorter(case.body)
         headers = server.headers("alice")
         response = case.call(server.url, session, headers, timeout=60)
         statuses.append(response.status_code)
@@ -65,15 +65,15 @@ def ask(server, route, mode, count):
     return statuses
 
 
-def shorten(body):
+def shorter(body):
     """An answer of any length is as good, and the shorter ones come sooner."""
-    if isinstance(body, dict) and "tokens" not in body:
-        given = [name for name in LENGTHS if isinstance(body.get(name), int)]
-        for name in given:
-            body[name] = min(body[name], 4)
-        for holding, name in (("messages", LENGTHS[1]), ("input", LENGTHS[2])):
-            if not given and holding in body:
-                body[name] = 4
+    if not isinstance(body, dict) or "tokens" in body:
+        return body
+    given = {name: min(body[name], 4) for name in LENGTHS if isinstance(body.get(name), int)}
+    for holding, name in (("messages", LENGTHS[1]), ("input", LENGTHS[2])):
+        if not given and holding in body:
+            return body | {name: 4}
+    return body | given
 
 
 def test_there_are_two_thousand():

@@ -118,4 +118,5 @@ def test_a_caller_may_change_its_document():
     changed = document()
     for schema in changed["components"]["schemas"].values():
         schema.clear()
+    assert all(document()["components"]["schemas"].values())
     assert document() == DOCUMENT

@@ -1,6 +1,5 @@
 """The OpenAPI document (3.1) of the public listener, from the table of its routes."""
 
-import functools
 from copy import deepcopy
 from typing import Any
 
@@ -56,7 +55,6 @@ _HEADERS: dict[str, tuple[str, Schema, str]] = {
 """Of requests: what each says, its schema, and an example."""
 
 
-@functools.cache
 def document() -> dict[str, Any]:
     components = {**bodies.COMPONENTS, **replies.components()}
     paths: dict[str, dict[str, Any]] = {}
