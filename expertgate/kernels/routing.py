@@ -32,11 +32,27 @@ def mask_logits(
     experts 1..: min(bias, 0) is added, as FlexOlmo's negative bias is (arXiv 2507.07024, §3.3.2).
     Excluded logits are replaced, not added to, so that a NaN among them goes nowhere.
     """
-    logits = router_logits.to(torch.float32, copy=True)
     if router_bias is not None:
-        logits[:, 1:] += router_bias.float().clamp(max=0)
-    forbidden = (allowed[:, None] & _bits(logits.shape[1], logits.device)) == 0
-    return logits.masked_fill_(forbidden, -torch.inf)
+        router_bias = router_bias.float().clamp(max=0)
+    return exclude(router_logits, excluded_by(allowed, router_logits.shape[1]), router_bias)
+
+
+def excluded_by(allowed: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """[T, E] bool: True where a token may not consult the expert; `allowed` as in `mask_logits`."""
+    return (allowed[:, None] & _bits(num_experts, allowed.device)) == 0
+
+
+def exclude(
+    router_logits: torch.Tensor, excluded: torch.Tensor, negative_bias: torch.Tensor | None
+) -> torch.Tensor:
+    """`mask_logits` of what several layers share: `excluded` [T, E], from `excluded_by`.
+
+    `negative_bias` [E-1] float32 for experts 1.. is added as it is.
+    """
+    logits = router_logits.to(torch.float32, copy=True)
+    if negative_bias is not None:
+        logits[:, 1:] += negative_bias
+    return logits.masked_fill_(excluded, -torch.inf)
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import torch
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from expertgate.model.cpu_dense import multiplies_bfloat16, widen
 from expertgate.model.flex_olmo import FlexOlmoForCausalLM
 from expertgate.model.ledger import ReportsUsage, Scheduled, account_of
 from expertgate.model.masks import requested
@@ -20,22 +21,27 @@ from expertgate.model.proof import ProvesMasks
 class MaskedCPUModelRunner(CPUModelRunner):
     """Arms the masks for the length of one real step, and counts it; all else runs at rest."""
 
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        if not multiplies_bfloat16():
+            widen(self.model)
+
     def _preprocess(self, scheduler_output: Any, num_input_tokens: int, *rest: Any) -> Any:
         # Masks go by request id, never by row: rows move while requests come and go.
-        request_ids = self.input_batch.req_ids
-        requests = [self.requests[i] for i in request_ids]
-        asked = [request.sampling_params.extra_args for request in requests]
-        lengths = [scheduler_output.num_scheduled_tokens[i] for i in request_ids]
-        self._own.masks.arm(
-            torch.tensor([requested(extra_args).signed for extra_args in asked]),
-            torch.from_numpy(np.cumsum([0, *lengths])),
-            num_input_tokens,
-        )
-        starts = [request.num_computed_tokens for request in requests]
-        accounts = map(account_of, asked)
-        self._own.ledger.begin(
-            Scheduled(*part) for part in zip(request_ids, accounts, starts, lengths, strict=True)
-        )
+        words, step = [], []
+        for request_id in self.input_batch.req_ids:
+            request = self.requests[request_id]
+            asked = request.sampling_params.extra_args
+            length = scheduler_output.num_scheduled_tokens[request_id]
+            words.append(requested(asked).signed)
+            step.append(
+                Scheduled(request_id, account_of(asked), request.num_computed_tokens, length)
+            )
+        lengths = [part.length for part in step]
+        by_token = np.repeat(np.array(words, dtype=np.int64), lengths)
+        own = self._own
+        own.masks.arm_tokens(torch.from_numpy(by_token), num_input_tokens)
+        own.ledger.begin(step)
         return super()._preprocess(scheduler_output, num_input_tokens, *rest)
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:

@@ -37,6 +37,7 @@ from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from expertgate.kernels import mask_logits
+from expertgate.kernels.routing import exclude
 from expertgate.model.experts import MaskedRoutedExperts, MaskedRouter
 from expertgate.model.ledger import Ledger
 from expertgate.model.masks import TokenMasks
@@ -74,7 +75,8 @@ class FlexOlmoMoE(nn.Module):
             raise ValueError(f"two layers are called {prefix}")
         static[prefix] = self
         self.gate = GateLinear(config.hidden_size, config.num_experts, prefix=f"{prefix}.gate")
-        self.router_bias: torch.Tensor | None = None  # [E-1], once a checkpoint has brought one
+        # [E-1] float32, none above 0, once a checkpoint has brought one.
+        self.router_bias: torch.Tensor | None = None
         self.experts = FusedMoEFactory(
             num_experts=config.num_experts,
             top_k=config.num_experts_per_tok,
@@ -96,8 +98,12 @@ class FlexOlmoMoE(nn.Module):
 
         They are left in the ledger too, from which usage is counted once the step has run.
         """
-        allowed = self.masks.words[: len(router_logits)]
-        masked = mask_logits(router_logits, allowed, self.router_bias)
+        if router_logits.is_cuda:
+            allowed = self.masks.words[: len(router_logits)]
+            masked = mask_logits(router_logits, allowed, self.router_bias)
+        else:
+            excluded = self.masks.excluded(*router_logits.shape)
+            masked = exclude(router_logits, excluded, self.router_bias)
         self.ledger_part[: len(masked)] = masked
         return masked
 
@@ -285,4 +291,4 @@ def _checked_bias(name: str, tensor: torch.Tensor, num_experts: int) -> torch.Te
             f"{name} has shape {list(tensor.shape)}; a router bias has one value for each of "
             f"experts 1..{num_experts - 1}, so [{num_experts - 1}]"
         )
-    return tensor.float()
+    return tensor.float().clamp(max=0)

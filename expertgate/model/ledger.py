@@ -89,7 +89,6 @@ class Ledger:
         self._step: np.ndarray[Any, np.dtype[np.int64]] | None = None  # [T], its account's row
         self._grow(_ROWS_AT_FIRST)
 
-    @torch.inference_mode()
     def begin(self, step: Iterable[Scheduled]) -> None:
         """Notes who a step's tokens belong to, in the order of the batch; padding follows them.
 
@@ -99,22 +98,24 @@ class Ledger:
         self.settle()
         rows: list[int] = []
         lengths: list[int] = []
-        for part in step:
-            new, row = 0, _NOBODY
-            if part.account is not None:
-                account = self._open(part.account)
-                reached = account.reached.get(part.request_id, 0)
-                end = max(reached, part.start + part.length)
-                new = min(end - reached, part.length)
-                account.cached += end - reached - new
-                account.computed += new
-                account.reached[part.request_id] = end
-                row = account.row
-            rows += (_NOBODY, row)
-            lengths += (part.length - new, new)
+        for request_id, name, start, length in step:
+            if name is None:
+                rows.append(_NOBODY)
+                lengths.append(length)
+                continue
+            account = self._accounts.get(name) or self._open(name)
+            reached = account.reached.get(request_id, 0)
+            repeated = min(max(reached - start, 0), length)
+            if repeated:
+                rows.append(_NOBODY)
+                lengths.append(repeated)
+            rows.append(account.row)
+            lengths.append(length - repeated)
+            account.cached += max(start - reached, 0)
+            account.computed += length - repeated
+            account.reached[request_id] = max(reached, start + length)
         self._step = np.repeat(np.array(rows, dtype=np.int64), lengths)
 
-    @torch.inference_mode()
     def settle(self) -> None:
         """Puts the step that was begun last aside, once it has run; nothing where none is open."""
         rows, self._step = self._step, None
@@ -123,10 +124,12 @@ class Ledger:
         if self._num_aside + len(rows) > self._aside.shape[1]:
             self._add_up()
         end = self._num_aside + len(rows)
-        self._aside[:, self._num_aside : end] = self.logits[:, : len(rows)]
+        here = self._aside.narrow(1, self._num_aside, len(rows))
+        here.copy_(self.logits.narrow(1, 0, len(rows)))
         self._aside_rows.append(rows)
         self._num_aside = end
 
+    @torch.inference_mode()
     def _add_up(self) -> None:
         """Adds what is aside to the totals."""
         if not self._num_aside:
@@ -172,17 +175,16 @@ class Ledger:
         return works
 
     def _open(self, name: str) -> _Account:
-        account = self._accounts.get(name)
-        if account is None:
-            if len(self._accounts) >= _MAX_ACCOUNTS:
-                # The server closes each account, so these are what it lost the sight of.
-                self.close([next(iter(self._accounts))])
-                log.error("an account was never closed; its usage is lost")
-            if not self._free:
-                self._grow(2 * len(self._slots))
-            account = self._accounts[name] = _Account(self._free.pop())
+        if len(self._accounts) >= _MAX_ACCOUNTS:
+            # The server closes each account, so these are what it lost the sight of.
+            self.close([next(iter(self._accounts))])
+            log.error("an account was never closed; its usage is lost")
+        if not self._free:
+            self._grow(2 * len(self._slots))
+        account = self._accounts[name] = _Account(self._free.pop())
         return account
 
+    @torch.inference_mode()
     def _grow(self, rows: int) -> None:
         had = len(self._slots)
         grown = torch.zeros(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from expertgate.kernels.routing import excluded_by
 from expertgate.policies.expert_set import MAX_EXPERTS, PUBLIC_ONLY, ExpertSet
 
 EXTRA_ARG = "expertgate_mask"
@@ -37,6 +38,7 @@ class TokenMasks:
         self.words = torch.full((max_tokens,), PUBLIC_ONLY.signed, dtype=torch.int64, device=device)
         self._positions = torch.arange(max_tokens, dtype=torch.int64, device=device)
         self._armed = 0  # words from here on are at rest
+        self._excluded: torch.Tensor | None = None  # of the words as they stand
 
     def arm(self, masks: torch.Tensor, query_start_loc: torch.Tensor, num_tokens: int) -> None:
         """Gives each token the mask of its request.
@@ -47,16 +49,35 @@ class TokenMasks:
         request's end are padding and get `public` only.
         Raises ValueError where the step has more rows than the buffer.
         """
-        if num_tokens > len(self.words):
-            raise ValueError(f"{num_tokens} tokens scheduled, but masks for {len(self.words)}")
+        self._check(num_tokens)
         ends = query_start_loc[1:].to(torch.int64)
         row = torch.searchsorted(ends, self._positions[:num_tokens], right=True)
         padded = torch.cat([masks, masks.new_full((1,), PUBLIC_ONLY.signed)])
-        self.words[:num_tokens] = padded[row]
-        self._close(num_tokens)
+        self.arm_tokens(padded[row], num_tokens)
+
+    def arm_tokens(self, words: torch.Tensor, num_tokens: int) -> None:
+        """The same where each token's mask is known already: `words` [T], padding not among them.
+
+        Raises ValueError where the step has more rows than the buffer.
+        """
+        self._check(num_tokens)
+        self._excluded = None
+        self.words[: len(words)] = words
+        self._close(len(words))
+
+    def excluded(self, num_tokens: int, num_experts: int) -> torch.Tensor:
+        """[T, E] bool, made of the words as they are: True where an expert may not be consulted.
+
+        Made once a step, for all layers. Not on GPUs, where a replayed graph would see none of it.
+        """
+        kept = self._excluded
+        if kept is None or kept.shape != (num_tokens, num_experts):
+            kept = self._excluded = excluded_by(self.words[:num_tokens], num_experts)
+        return kept
 
     def open_all(self, num_experts: int) -> None:
         """For profiling, which must run the work of every expert; `rest` must follow."""
+        self._excluded = None
         self.words.fill_(ExpertSet.first(num_experts).signed)
         self._armed = len(self.words)
 
@@ -64,7 +85,12 @@ class TokenMasks:
         """`public` only, everywhere."""
         self._close(0)
 
+    def _check(self, num_tokens: int) -> None:
+        if num_tokens > len(self.words):
+            raise ValueError(f"{num_tokens} tokens scheduled, but masks for {len(self.words)}")
+
     def _close(self, start: int) -> None:
+        self._excluded = None
         if self._armed > start:
             self.words[start : self._armed] = PUBLIC_ONLY.signed
         self._armed = start

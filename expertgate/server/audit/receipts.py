@@ -32,12 +32,18 @@ _ISSUER = "expertgate"
 _RESULT_WITHIN_S = 5.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Kept:
-    claims: dict[str, Any]
+    """As small as it can be, for there are thousands: claims as JSON, and no lock once written."""
+
+    claims: bytes
     owner: tuple[str, str]
-    result: Future[Written]
+    result: Future[Written] | Written
     until: float
+
+    def settle(self, result: Future[Written]) -> None:
+        if result.exception() is None:
+            self.result = result.result()
 
 
 class Receipts:
@@ -71,7 +77,10 @@ class Receipts:
             **said,
             "log": {"request": _place(request)},
         }
-        self._kept[request_id] = _Kept(claims, _owner(principal), result, now - age_s + KEPT_S)
+        text = json.dumps(claims).encode()
+        kept = _Kept(text, _owner(principal), result, now - age_s + KEPT_S)
+        self._kept[request_id] = kept
+        result.add_done_callback(kept.settle)
         while len(self._kept) > MAX_KEPT or next(iter(self._kept.values())).until < now:
             self._kept.popitem(last=False)
 
@@ -118,15 +127,18 @@ class Receipts:
         kept = self._kept.get(request_id)
         if kept is None or kept.owner != _owner(principal) or kept.until < time.monotonic():
             raise ApiError(404, "not_found", "there is no such receipt, or no longer")
-        try:
-            # Shielded: whoever asks may leave, and the next one still wants to know.
-            waiting = asyncio.shield(asyncio.wrap_future(kept.result))
-            result = await asyncio.wait_for(waiting, _RESULT_WITHIN_S)
-        except (AuditUnavailable, TimeoutError):
-            raise ApiError(
-                503, "audit_unavailable", "the result of this request is not on record yet"
-            ) from None
-        claims = {**kept.claims, "log": {**kept.claims["log"], "result": _place(result)}}
+        result = kept.result
+        if isinstance(result, Future):
+            try:
+                # Shielded: whoever asks may leave, and the next one still wants to know.
+                waiting = asyncio.shield(asyncio.wrap_future(result))
+                result = await asyncio.wait_for(waiting, _RESULT_WITHIN_S)
+            except (AuditUnavailable, TimeoutError):
+                raise ApiError(
+                    503, "audit_unavailable", "the result of this request is not on record yet"
+                ) from None
+        claims = json.loads(kept.claims)
+        claims["log"]["result"] = _place(result)
         header = {"typ": _TYPE, "kid": self._key.id}
         return jwt.encode(claims, self._key.private, algorithm="EdDSA", headers=header)
 
