@@ -18,7 +18,8 @@ from vllm import LLM, SamplingParams
 from vllm.platforms import current_platform
 
 from benchmarks.machine import about
-from expertgate.kernels.routing import mask_logits
+from expertgate.kernels import mask_logits
+from expertgate.kernels.routing import exclude
 from expertgate.model.flex_olmo import FlexOlmoMoE
 from expertgate.model.ledger import ACCOUNT_ARG, Ledger
 from expertgate.model.masks import EXTRA_ARG
@@ -53,7 +54,10 @@ _ON: dict[str, Any] = {
 
 
 def _uncounted_logits(self: Any, router_logits: Any) -> Any:
-    return mask_logits(router_logits, self.masks.words[: len(router_logits)], self.router_bias)
+    if router_logits.is_cuda:
+        allowed = self.masks.words[: len(router_logits)]
+        return mask_logits(router_logits, allowed, self.router_bias)
+    return exclude(router_logits, self.masks.excluded(*router_logits.shape), self.router_bias)
 
 
 def _nothing(self: Any, *_step: Any) -> None:
