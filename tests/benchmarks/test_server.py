@@ -1,8 +1,9 @@
 """What the benchmark of the server compares; the servers themselves run in it."""
 
 from benchmarks.figures import Figures
+from benchmarks.load import Answer
 from benchmarks.report import Page, markdown
-from benchmarks.server import OURS, STOCK, Bench, notes
+from benchmarks.server import OURS, STOCK, Bench, notes, rate_between
 
 
 def figures(tokens_per_s: float, ttft_ms: float) -> Figures:
@@ -50,3 +51,11 @@ def test_a_page_has_its_own_workloads_and_notes():
     assert "- 8 streams: so many" in text
     assert "| 8 streams | stock vLLM | 100 |" in text
     assert text.endswith("\nthe end\n")
+
+
+def test_goodput_is_of_the_tokens_within_the_time():
+    answers = [
+        Answer(200, [0.0, 1.0, 2.0, 3.0], whole=True),
+        Answer(200, [1.5, 2.5, 9.0], whole=True),
+    ]
+    assert rate_between(answers, 2.0, 4.0) == 1.5
