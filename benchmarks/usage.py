@@ -18,8 +18,6 @@ from vllm import LLM, SamplingParams
 from vllm.platforms import current_platform
 
 from benchmarks.machine import about
-from expertgate.kernels import mask_logits
-from expertgate.kernels.routing import exclude
 from expertgate.model.flex_olmo import FlexOlmoMoE
 from expertgate.model.ledger import ACCOUNT_ARG, Ledger
 from expertgate.model.masks import EXTRA_ARG
@@ -41,7 +39,7 @@ class SwitchableWorker(_MaskedWorker):
     def switch_counting(self, on: bool) -> None:
         layer: Any = FlexOlmoMoE
         ledger: Any = Ledger
-        layer.masked_logits = _ON["layer"] if on else _uncounted_logits
+        layer.masked_logits = _ON["layer"] if on else layer.uncounted_logits
         ledger.begin = _ON["begin"] if on else _nothing
         ledger.settle = _ON["settle"] if on else _nothing
 
@@ -51,13 +49,6 @@ _ON: dict[str, Any] = {
     "begin": Ledger.begin,
     "settle": Ledger.settle,
 }
-
-
-def _uncounted_logits(self: Any, router_logits: Any) -> Any:
-    if router_logits.is_cuda:
-        allowed = self.masks.words[: len(router_logits)]
-        return mask_logits(router_logits, allowed, self.router_bias)
-    return exclude(router_logits, self.masks.excluded(*router_logits.shape), self.router_bias)
 
 
 def _nothing(self: Any, *_step: Any) -> None:

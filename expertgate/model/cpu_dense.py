@@ -46,10 +46,11 @@ def widen(model: nn.Module) -> None:
         values += layer.weight.numel()
         layer.weight = nn.Parameter(layer.weight.float(), requires_grad=False)
         layer.cpu_linear = _linear
-    log.info(
-        "this processor multiplies no bfloat16: %.1f M dense weights are kept as float32",
-        values / 1e6,
-    )
+    if values:
+        log.info(
+            "this processor multiplies no bfloat16: %.1f M dense weights are kept as float32",
+            values / 1e6,
+        )
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -94,18 +94,18 @@ class FlexOlmoMoE(nn.Module):
         )
 
     def masked_logits(self, router_logits: torch.Tensor) -> torch.Tensor:
-        """`router_logits` [T, E] → float32, -inf where a token may not consult the expert.
-
-        They are left in the ledger too, from which usage is counted once the step has run.
-        """
-        if router_logits.is_cuda:
-            allowed = self.masks.words[: len(router_logits)]
-            masked = mask_logits(router_logits, allowed, self.router_bias)
-        else:
-            excluded = self.masks.excluded(*router_logits.shape)
-            masked = exclude(router_logits, excluded, self.router_bias)
+        """`uncounted_logits`, left in the ledger too: usage is counted once the step has run."""
+        masked = self.uncounted_logits(router_logits)
         self.ledger_part[: len(masked)] = masked
         return masked
+
+    def uncounted_logits(self, router_logits: torch.Tensor) -> torch.Tensor:
+        """`router_logits` [T, E] → float32, -inf where a token may not consult the expert."""
+        if router_logits.is_cuda:
+            allowed = self.masks.words[: len(router_logits)]
+            return mask_logits(router_logits, allowed, self.router_bias)
+        excluded = self.masks.excluded(*router_logits.shape)
+        return exclude(router_logits, excluded, self.router_bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         router_logits, _ = self.gate(hidden_states)

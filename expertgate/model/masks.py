@@ -49,7 +49,6 @@ class TokenMasks:
         request's end are padding and get `public` only.
         Raises ValueError where the step has more rows than the buffer.
         """
-        self._check(num_tokens)
         ends = query_start_loc[1:].to(torch.int64)
         row = torch.searchsorted(ends, self._positions[:num_tokens], right=True)
         padded = torch.cat([masks, masks.new_full((1,), PUBLIC_ONLY.signed)])
@@ -60,8 +59,8 @@ class TokenMasks:
 
         Raises ValueError where the step has more rows than the buffer.
         """
-        self._check(num_tokens)
-        self._excluded = None
+        if num_tokens > len(self.words):
+            raise ValueError(f"{num_tokens} tokens scheduled, but masks for {len(self.words)}")
         self.words[: len(words)] = words
         self._close(len(words))
 
@@ -84,10 +83,6 @@ class TokenMasks:
     def rest(self) -> None:
         """`public` only, everywhere."""
         self._close(0)
-
-    def _check(self, num_tokens: int) -> None:
-        if num_tokens > len(self.words):
-            raise ValueError(f"{num_tokens} tokens scheduled, but masks for {len(self.words)}")
 
     def _close(self, start: int) -> None:
         self._excluded = None
