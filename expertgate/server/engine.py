@@ -2,20 +2,26 @@
 
 import argparse
 import json
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
 from pydantic import ValidationError
+from vllm import ModelRegistry
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
+from vllm.plugins import load_general_plugins
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.executor.abstract import Executor
 
+from expertgate.model.flex_olmo import FlexOlmoForCausalLM
 from expertgate.model.moe_kernel import DEFAULT, OPTION
+from expertgate.model.plugin import ARCHITECTURE
 from expertgate.server.admission import PLACES
 from expertgate.server.failures import EngineError
 from expertgate.server.grants import Grants
@@ -61,6 +67,9 @@ def start(model: Path, name: str, arguments: Mapping[str, object], grants: Grant
     `name` is what the model is called, unless `served_model_name` is among `arguments`.
     """
     refuse_arguments(arguments)
+    load_general_plugins()
+    # Of a class that has only a name, vLLM asks another process what it can, which takes seconds.
+    ModelRegistry.register_model(ARCHITECTURE, FlexOlmoForCausalLM)
     worker = _worker()
     kernel = arguments.get("moe_kernel", DEFAULT)
     if kernel == "expertgate" and worker == CPU_WORKER:
@@ -90,6 +99,7 @@ def start(model: Path, name: str, arguments: Mapping[str, object], grants: Grant
     refuse_config(config, worker, str(model), str(arguments.get("tokenizer") or model))
     if current_platform.is_cpu():
         _check_memory(model, psutil.virtual_memory().available)
+        _check_compiler(os.environ)
     try:
         engine = AsyncLLM(
             vllm_config=config,
@@ -116,6 +126,17 @@ def _check_memory(model: Path, available: int) -> None:
         raise SettingError(
             f"the weights in {model} are {weights / 1e9:.1f} GB, and {available / 1e9:.1f} GB of "
             "memory are free: end what takes it, or serve on a larger machine"
+        )
+
+
+def _check_compiler(environ: Mapping[str, str]) -> None:
+    """VLLM compiles for CPUs when it is first needed, even some of what `enforce_eager` leaves."""
+    wanted = environ.get("CXX", "g++")
+    if environ.get("TORCH_COMPILE_DISABLE") != "1" and shutil.which(wanted) is None:
+        raise SettingError(
+            f"no C++ compiler: there is no {wanted!r}, and vLLM compiles for CPUs: install g++, "
+            "name another by CXX, or have nothing compiled by TORCH_COMPILE_DISABLE=1 and "
+            "`enforce_eager: true` under `engine:`"
         )
 
 

@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,10 @@ def test_weights_that_do_not_fit_are_a_line(tmp_path):
     engine._check_memory(tmp_path, 3000)
     with pytest.raises(SettingError, match="larger machine"):
         engine._check_memory(tmp_path, 2999)
+
+
+def test_a_machine_without_a_compiler_is_a_line():
+    engine._check_compiler({"CXX": sys.executable})
+    engine._check_compiler({"CXX": "no-such", "TORCH_COMPILE_DISABLE": "1"})
+    with pytest.raises(SettingError, match=r"'no-such'.*install g\+\+"):
+        engine._check_compiler({"CXX": "no-such"})

@@ -27,6 +27,7 @@ from tests.server.running import (
     start,
     stop,
 )
+from tests.support import sse
 
 ALL = ["public", "math", "news", "code"]
 STEM = ["public", "math", "code"]
@@ -48,9 +49,9 @@ def client(server: Server, user: str) -> openai.OpenAI:
 def events(response):
     assert response.status_code == 200, response.text
     assert response.headers["content-type"].startswith("text/event-stream")
-    lines = [line for line in response.text.splitlines() if line]
-    assert lines.pop() == "data: [DONE]"
-    return [json.loads(line.removeprefix("data: ")) for line in lines]
+    found = list(sse.data(response))
+    assert found.pop() == "[DONE]"
+    return [json.loads(event) for event in found]
 
 
 # --- what may speak ---------------------------------------------------------------------------
@@ -570,24 +571,20 @@ def test_sigterm_lets_streams_finish_cuts_off_the_longest_and_leaves_no_orphans(
         with ExitStack() as stack:
 
             def begun(user, body):
-                """The lines of a stream that has begun."""
+                """The events of a stream that has begun."""
                 url, headers = f"{own.url}/v1/completions", own.headers(user)
                 asked = httpx.stream(
                     "POST", url, json={**body, "stream": True}, headers=headers, timeout=120
                 )
-                lines = stack.enter_context(asked).iter_lines()
-                return [next(lines)], lines
+                found = sse.data(stack.enter_context(asked))
+                return [next(found)], found
 
             streams = [begun("dave", short), begun("alice", long)]
             own.process.send_signal(signal.SIGTERM)
             found, ended = ([*first, *rest] for first, rest in streams)
         found, ended = (
-            [
-                json.loads(line.removeprefix("data: "))
-                for line in lines
-                if line.startswith("data: {")
-            ]
-            for lines in (found, ended)
+            [json.loads(event) for event in events if event != "[DONE]"]
+            for events in (found, ended)
         )
         assert found[-1]["choices"][0]["finish_reason"] == "length"
         assert ended[-1]["error"]["code"] == "engine_unavailable"

@@ -21,6 +21,7 @@ from tests.server.running import (
     start,
     stop,
 )
+from tests.support import sse
 
 LONG = 1900
 """Tokens: tens of seconds of a stream."""
@@ -80,10 +81,10 @@ class Stream(threading.Thread):
         url = self.server.url + self.path
         with httpx.stream("POST", url, content=content, headers=headers, timeout=300) as response:
             self.status = response.status_code
-            for line in response.iter_lines():
-                self.text += line
-                if line.startswith("data: "):
-                    self.events.append(line.removeprefix("data: "))
+            if self.body["stream"]:
+                self.events.extend(sse.data(response))
+            else:
+                self.text = response.read().decode()
         self.ended_at = time.monotonic()
 
     def flowing(self) -> "Stream":

@@ -6,6 +6,8 @@ import threading
 import httpx
 import pytest
 
+from tests.support import sse
+
 CROWD = 64
 
 
@@ -17,9 +19,9 @@ def test_a_newcomer_goes_before_most_of_a_crowd(server):
 
     def read():
         with httpx.stream("POST", url, json=body, headers=headers, timeout=120) as response:
-            for line in response.iter_lines():
-                if line.startswith("data: {"):
-                    choices = json.loads(line.removeprefix("data: "))["choices"]
+            for event in sse.data(response):
+                if event != "[DONE]":
+                    choices = json.loads(event)["choices"]
                     ended.extend(c["index"] for c in choices if c["finish_reason"])
                     begun.set()
 

@@ -2,6 +2,7 @@
 runs, and of one that is killed.
 """
 
+import base64
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import pytest
 from expertgate.server.audit.signing import PublicKeys
 from expertgate.server.audit.verify import verify
 from tests.server.running import expertgate, make_key, prepare, running, start, stop
+from tests.support import sse
 
 
 def published(server, folder):
@@ -83,8 +85,8 @@ def test_receipts_are_checked_without_the_server(tmp_path):
     }
     for name, answer in answers.items():
         assert answer.status_code == 200, answer.text
-        last = [line for line in answer.text.splitlines() if line and line != "data: [DONE]"][-1]
-        (tmp_path / name).write_text(last.removeprefix("data: "))
+        whole = list(sse.data(answer))[-2] if name == "stream" else answer.text
+        (tmp_path / name).write_text(whole)
         asked = server.get(f"/v1/receipts/{_id(answer)}", "alice")
         (tmp_path / f"{name} asked").write_text(asked.text)
         for other in ("bob", "dave"):
@@ -105,7 +107,9 @@ def test_receipts_are_checked_without_the_server(tmp_path):
     assert result["usage"] == said["usage"]
     assert checked(tmp_path, "chat", "--principal", "bob").returncode == 1
     header, claims, signature = asked.json()["receipt"].split(".")
-    forged = f"{header}.{claims[:-9]}{claims[:9]}.{signature}"
+    said = base64.urlsafe_b64decode(claims + "==").replace(b'"alice"', b'"bobby"')
+    assert b'"bobby"' in said
+    forged = f"{header}.{base64.urlsafe_b64encode(said).rstrip(b'=').decode()}.{signature}"
     (tmp_path / "forged").write_text(forged)
     assert checked(tmp_path, "forged").returncode == 1
 
@@ -166,8 +170,8 @@ class Client(threading.Thread):
         while True:
             try:
                 with httpx.stream("POST", url, json=body, headers=headers, timeout=60) as answer:
-                    for line in answer.iter_lines():
-                        if '"text":' in line:
+                    for event in sse.data(answer):
+                        if '"text":' in event:
                             self.generated[_id(answer)] += 1
                 self.ended.append(_id(answer))
             except httpx.HTTPError:

@@ -19,6 +19,7 @@ from expertgate.server.cli import main
 from tests.server.audit.application import BODY, service_of
 from tests.server.audit.logs import open_log, public_keys, records, signing_key
 from tests.server.fakes import FakeEngine
+from tests.support import sse
 
 
 @pytest.fixture
@@ -52,9 +53,9 @@ def claims_of(receipt, folder):
 def test_an_answer_brings_its_receipt_where_it_is_asked_to(client, tmp_path, way, stream):
     response = ask(client, stream=stream, experts=["news"], **way)
     if stream:
-        lines = [line for line in response.text.splitlines() if line]
-        assert lines[-1] == "data: [DONE]"
-        event = json.loads(lines[-2].removeprefix("data: "))
+        *_, last, done = sse.data(response)
+        assert done == "[DONE]"
+        event = json.loads(last)
         assert (event["id"], event["choices"]) == ("chatcmpl-x", [])
         receipt = event["receipt"]
     else:
