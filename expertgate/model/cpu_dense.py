@@ -1,32 +1,105 @@
-"""Dense layers on processors that can't multiply bfloat16.
+"""Dense layers on x86 processors: fast, and the same bits whatever else is in the batch.
 
-There vLLM finds no kernel for bfloat16 and falls back to PyTorch's product, which took 3 to 8 times
-as long as PyTorch's in float32 where it was measured (16 rows; AVX-512 without its bfloat16
-instructions). Both add up in float32 and round once; only the order of additions differs.
+vLLM 0.32 chooses a product by the processor, and some add up in an order that depends on the number
+of rows. A request's last bit would then depend on who else is served.
 
-vLLM's own kernel for float32 is as fast, but keeps a compiled one for each number of rows that it
-ever met: in ten minutes of mixed load a worker grew by 280 MB.
+- With AMX: vLLM takes one product for small weights and another for large ones, and the first goes
+  another way below five rows. Here every weight is multiplied by the first, never with so few.
+- Without instructions for bfloat16: vLLM falls back to PyTorch's product, which took 3 to 8 times
+  as long as PyTorch's in float32 where it was measured (16 rows; AVX-512). Here these weights are
+  kept as float32. Both add up in float32 and round once; only the order of additions differs.
+  vLLM's own kernel for float32 is as fast, but keeps a compiled one for each number of rows that it
+  ever met: in ten minutes of mixed load a worker grew by 280 MB.
+- Any other: as vLLM has it.
 """
 
 import logging
 import platform
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from vllm.model_executor.layers import utils
 from vllm.model_executor.layers.fused_moe import GateLinear
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     UnquantizedEmbeddingMethod,
 )
+from vllm.utils.torch_utils import direct_register_custom_op
 
 log = logging.getLogger(__name__)
 
+_vllms = utils.dispatch_cpu_unquantized_gemm
+
 _ROWS = 4
-"""Rows are filled up to a multiple of this. The few that are left over would be added up in another
-order, and a token's result would depend on how many others are in the batch."""
+"""In float32, rows are filled up to a multiple of this. The few that are left over would be added
+up in another order."""
+_TILE_ROWS = 8
+"""With AMX there are at least as many. The product has its other way for fewer than five."""
+_TILE = (16, 32)
+"""With AMX, what a weight's rows and columns must be multiples of."""
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """A model that is loaded inside has the products that are described above, but for float32."""
+    if _has_amx():
+        utils.dispatch_cpu_unquantized_gemm = _dispatch
+    try:
+        yield
+    finally:
+        utils.dispatch_cpu_unquantized_gemm = _vllms
+
+
+def _has_amx() -> bool:
+    return platform.machine() == "x86_64" and torch.cpu._is_amx_tile_supported()
+
+
+def _dispatch(layer: Any, remove_weight: bool) -> None:
+    """In place of vLLM's function of that name, and with its arguments."""
+    weight = layer.weight
+    plain = not weight.is_meta and weight.ndim == 2 and weight.dtype == torch.bfloat16
+    if not plain or weight.shape[1] % _TILE[1]:
+        if plain:
+            log.warning(
+                "a layer's %d columns are no multiple of %d: the last bit of what it gives may "
+                "depend on how many tokens are in the batch",
+                weight.shape[1],
+                _TILE[1],
+            )
+        _vllms(layer, remove_weight)
+        return
+    rows = len(weight)
+    whole = nn.functional.pad(weight.detach(), (0, 0, 0, -rows % _TILE[0]))
+    packed = torch.ops._C.convert_weight_packed(whole.contiguous())
+
+    def linear(x: torch.Tensor, _: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        out = torch.ops.vllm.expertgate_tiled(x, packed, rows)
+        return out if bias is None else out + bias
+
+    layer.cpu_linear = linear
+    if remove_weight:
+        layer.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
+
+
+def _tiled(x: torch.Tensor, packed: torch.Tensor, width: int) -> torch.Tensor:
+    """`x` [..., I] bfloat16, `packed` a weight of `width` rows or a few more → [..., width]."""
+    rows = x.reshape(-1, x.shape[-1])
+    whole = nn.functional.pad(rows, (0, 0, 0, max(0, _TILE_ROWS - len(rows))))
+    out = x.new_empty(len(whole), packed.shape[0])
+    torch.ops._C.weight_packed_linear(out, whole, packed, None, True)
+    return out[: len(rows), :width].reshape(*x.shape[:-1], width)
+
+
+def _tiled_fake(x: torch.Tensor, packed: torch.Tensor, width: int) -> torch.Tensor:  # noqa: ARG001
+    return x.new_empty(*x.shape[:-1], width)
+
+
+# Opaque to vLLM's compiler, which would keep the branch on the number of rows that it saw.
+direct_register_custom_op(op_name="expertgate_tiled", op_func=_tiled, fake_impl=_tiled_fake)
 
 
 def multiplies_bfloat16() -> bool:

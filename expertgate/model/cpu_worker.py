@@ -11,7 +11,7 @@ import torch
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from expertgate.model.cpu_dense import multiplies_bfloat16, widen
+from expertgate.model.cpu_dense import multiplies_bfloat16, settled, widen
 from expertgate.model.flex_olmo import FlexOlmoForCausalLM
 from expertgate.model.ledger import ReportsUsage, Scheduled, account_of
 from expertgate.model.masks import requested
@@ -22,7 +22,8 @@ class MaskedCPUModelRunner(CPUModelRunner):
     """Arms the masks for the length of one real step, and counts it; all else runs at rest."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        super().load_model(*args, **kwargs)
+        with settled():
+            super().load_model(*args, **kwargs)
         if not multiplies_bfloat16():
             widen(self.model)
 

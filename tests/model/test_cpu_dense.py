@@ -1,4 +1,4 @@
-"""Dense layers in float32 on processors without bfloat16: what they give, and which they are."""
+"""Dense layers on CPUs: what they give, to whomever, and which they are."""
 
 import pytest
 import torch
@@ -13,9 +13,17 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.platforms import current_platform
 
-from expertgate.model.cpu_dense import widen
+from expertgate.model.cpu_dense import multiplies_bfloat16, settled, widen
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM's kernels for CPUs")
+
+with_amx = pytest.mark.skipif(
+    not torch.cpu._is_amx_tile_supported(), reason="needs a processor with AMX"
+)
+in_float32 = pytest.mark.skipif(
+    multiplies_bfloat16(), reason="needs a processor that multiplies no bfloat16"
+)
+ROWS = (*range(1, 34), 64, 127, 128, 256)
 
 METHODS = {
     RowParallelLinear: UnquantizedLinearMethod,
@@ -58,13 +66,70 @@ def test_a_product_is_rounded_once(kind, bias):
     assert torch.all((got.double() - exact).abs() <= exact.abs() * 2**-8 + size * 129 * 2**-24)
 
 
-@pytest.mark.parametrize("shape", [(1536, 128), (384, 128), (128, 128), (2304, 768)])
-def test_a_row_does_not_depend_on_how_many_others_there_are(shape):
-    product, x = widened(RowParallelLinear, random(*shape)), random(300, shape[1], seed=1)
+def packed(kind, weight, *, bias=None):
+    layer = layer_of(kind, weight)
+    with settled():
+        layer.quant_method.process_weights_after_loading(layer)
+    return lambda x: cpu_unquantized_gemm(layer, x, layer.weight, bias)
+
+
+@with_amx
+@pytest.mark.parametrize("kind", [RowParallelLinear, ParallelLMHead, GateLinear])
+@pytest.mark.parametrize("outputs", [7, 40, 384])
+def test_with_amx_a_product_is_rounded_once(kind, outputs):
+    weight, x = random(outputs, 128), random(33, 128, seed=1)
+    for some in (x, x[:1], x[:0], x.view(3, 11, 128)):
+        got = packed(kind, weight)(some)
+        assert got.dtype == torch.bfloat16
+        exact = nn.functional.linear(some.double(), weight.double())
+        size = nn.functional.linear(some.double().abs(), weight.double().abs())
+        assert got.shape == exact.shape
+        assert torch.all((got.double() - exact).abs() <= exact.abs() * 2**-8 + size * 129 * 2**-24)
+
+
+@with_amx
+def test_with_amx_a_bias_is_added():
+    weight, x, bias = random(384, 128), random(5, 128, seed=1), random(384, seed=2)
+    without, biased = (
+        packed(RowParallelLinear, weight)(x),
+        packed(RowParallelLinear, weight, bias=bias)(x),
+    )
+    assert torch.equal(biased, without + bias)
+
+
+@with_amx
+def test_with_amx_what_does_not_fit_is_vllms_and_said(caplog):
+    weight, x = random(32, 40), random(5, 40, seed=1)
+    got = packed(RowParallelLinear, weight)(x)
+    torch.testing.assert_close(got, nn.functional.linear(x, weight))
+    assert "40 columns are no multiple of 32" in caplog.text
+
+
+SHAPES = [(1536, 128), (384, 128), (128, 128), (2304, 768)]
+
+
+def depends_on_others(product, columns):
+    """The numbers of rows with which some row's bits differ from those among 300."""
+    x = random(300, columns, seed=1)
     whole = product(x)
-    for rows in (*range(1, 34), 64, 127, 128, 256):
-        assert torch.equal(product(x[:rows]), whole[:rows]), rows
-        assert torch.equal(product(x[7 : 7 + rows]), whole[7 : 7 + rows]), rows
+    return [
+        rows
+        for rows in ROWS
+        for first in (0, 7)
+        if not torch.equal(product(x[first : first + rows]), whole[first : first + rows])
+    ]
+
+
+@in_float32
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_row_does_not_depend_on_how_many_others_there_are(shape):
+    assert not depends_on_others(widened(RowParallelLinear, random(*shape)), shape[1])
+
+
+@with_amx
+@pytest.mark.parametrize("shape", [*SHAPES, (7, 768), (40, 768), (1536, 256), (4096, 2048)])
+def test_with_amx_a_row_does_not_depend_on_how_many_others_there_are(shape):
+    assert not depends_on_others(packed(RowParallelLinear, random(*shape)), shape[1])
 
 
 def test_routers_embeddings_and_what_is_quantised_stay():
