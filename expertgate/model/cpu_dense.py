@@ -91,7 +91,8 @@ def _tiled(x: torch.Tensor, packed: torch.Tensor, width: int) -> torch.Tensor:
     whole = nn.functional.pad(rows, (0, 0, 0, max(0, _TILE_ROWS - len(rows))))
     out = x.new_empty(len(whole), packed.shape[0])
     torch.ops._C.weight_packed_linear(out, whole, packed, None, True)
-    return out[: len(rows), :width].reshape(*x.shape[:-1], width)
+    # Contiguous as `_tiled_fake` says: the compiler doesn't look.
+    return out[: len(rows), :width].contiguous().view(*x.shape[:-1], width)
 
 
 def _tiled_fake(x: torch.Tensor, packed: torch.Tensor, width: int) -> torch.Tensor:  # noqa: ARG001

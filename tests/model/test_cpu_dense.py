@@ -88,6 +88,16 @@ def test_with_amx_a_product_is_rounded_once(kind, outputs):
 
 
 @with_amx
+@pytest.mark.parametrize("width", [7, 16])
+@pytest.mark.parametrize("shape", [(33, 128), (3, 128), (3, 11, 128)])
+def test_with_amx_the_compiler_is_told_the_truth(shape, width):
+    weight = torch.ops._C.convert_weight_packed(random(16, 128))
+    checks = ("test_schema", "test_faketensor")
+    arguments = (random(*shape, seed=1), weight, width)
+    torch.library.opcheck(torch.ops.vllm.expertgate_tiled, arguments, test_utils=checks)
+
+
+@with_amx
 def test_with_amx_a_bias_is_added():
     weight, x, bias = random(384, 128), random(5, 128, seed=1), random(384, seed=2)
     without, biased = (
