@@ -88,11 +88,15 @@ def _dispatch(layer: Any, remove_weight: bool) -> None:
 def _tiled(x: torch.Tensor, packed: torch.Tensor, width: int) -> torch.Tensor:
     """`x` [..., I] bfloat16, `packed` a weight of `width` rows or a few more → [..., width]."""
     rows = x.reshape(-1, x.shape[-1])
-    whole = nn.functional.pad(rows, (0, 0, 0, max(0, _TILE_ROWS - len(rows))))
-    out = x.new_empty(len(whole), packed.shape[0])
-    torch.ops._C.weight_packed_linear(out, whole, packed, None, True)
-    # Contiguous as `_tiled_fake` says: the compiler doesn't look.
-    return out[: len(rows), :width].contiguous().view(*x.shape[:-1], width)
+    count = len(rows)
+    if count < _TILE_ROWS:
+        rows = nn.functional.pad(rows, (0, 0, 0, _TILE_ROWS - count))
+    out = x.new_empty(len(rows), packed.shape[0])
+    torch.ops._C.weight_packed_linear(out, rows, packed, None, True)
+    if out.shape != (count, width):
+        # Contiguous as `_tiled_fake` says: the compiler doesn't look.
+        out = out[:count, :width].contiguous()
+    return out.view(*x.shape[:-1], width)
 
 
 def _tiled_fake(x: torch.Tensor, packed: torch.Tensor, width: int) -> torch.Tensor:  # noqa: ARG001
