@@ -111,7 +111,7 @@ def multiplies_bfloat16() -> bool:
     """Whether this processor has instructions for it; taken for granted where it is no x86."""
     if platform.machine() != "x86_64":
         return True
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_avx512_bf16_supported() or _has_amx()
 
 
 def widen(model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import library, nn
 from vllm.model_executor.layers.fused_moe import GateLinear
 from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.utils import cpu_unquantized_gemm
@@ -94,7 +94,7 @@ def test_with_amx_the_compiler_is_told_the_truth(shape, width):
     weight = torch.ops._C.convert_weight_packed(random(16, 128))
     checks = ("test_schema", "test_faketensor")
     arguments = (random(*shape, seed=1), weight, width)
-    torch.library.opcheck(torch.ops.vllm.expertgate_tiled, arguments, test_utils=checks)
+    library.opcheck(torch.ops.vllm.expertgate_tiled, arguments, test_utils=checks)
 
 
 @with_amx
