@@ -156,7 +156,7 @@ class Soak:
         length = self._dice.randint(1, 48)
         text = " ".join(str(self._dice.randrange(1000)) for _ in range(self._dice.randint(1, 24)))
         if kind == "too long":
-            text = f"{text} " * 4000
+            text = f"{text} " * (100_000 // len(text))
         body: dict[str, Any] = {"model": self.target.model}
         if path == "/v1/responses":
             body |= {"input": text, "max_output_tokens": length}

@@ -132,7 +132,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def prepare(folder: Path, issuer: Issuer | None = None) -> None:
+def prepare(folder: Path, issuer: Issuer | None = None, *, max_model_len: int = 2048) -> None:
     """A checkpoint with its catalogue, policies and a configuration; keys come by command."""
     issuers = [] if issuer is None else [issuer.config("corp")]
     identity = {"api_keys": "keys.yaml", "jwt": issuers}
@@ -149,7 +149,7 @@ def prepare(folder: Path, issuer: Issuer | None = None) -> None:
         "port: 0\n"
         "admin: {listen: '127.0.0.1:0', token: admin-token}\n"
         "engine:\n"
-        "  max_model_len: 2048\n"
+        f"  max_model_len: {max_model_len}\n"
         "  max_num_seqs: 8\n"
         "  enforce_eager: true\n"
         f"  kv_cache_memory_bytes: {1 << 27}\n"

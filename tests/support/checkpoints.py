@@ -52,7 +52,7 @@ def random_checkpoint(
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=4096,
+        max_position_embeddings=32_768,
         num_experts=num_experts,
         num_experts_per_tok=top_k,
         eos_token_id=words.eos_token_id,

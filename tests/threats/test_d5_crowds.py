@@ -13,7 +13,7 @@ CROWD = 64
 
 def test_a_newcomer_goes_before_most_of_a_crowd(server):
     """In order of arrival it would come last: the engine runs 8 at once, of 64 that are before."""
-    body = {"prompt": ["hi"] * CROWD, "max_tokens": 100, "ignore_eos": True, "stream": True}
+    body = {"prompt": ["hi"] * CROWD, "max_tokens": 300, "ignore_eos": True, "stream": True}
     url, headers = f"{server.url}/v1/completions", server.headers("alice")
     ended, begun = [], threading.Event()
 
