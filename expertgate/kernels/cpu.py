@@ -13,6 +13,9 @@ import torch
 from expertgate.kernels import reference
 from expertgate.kernels.routing import NO_EXPERT, RoutingPlan
 
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""x [N, H], weights [N, S] and experts [N, S], none of them empty → [N, H]."""
+
 # vLLM's CPU kernel sizes its scratch memory with 32-bit integers.
 _MAX_PAIRS_A_CALL = 16384
 # What H and I must be multiples of there.
@@ -76,25 +79,25 @@ def experts(
 def run_used(
     x: torch.Tensor,
     plan: RoutingPlan,
-    run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    run: Kernel,
 ) -> torch.Tensor:
     """The work of the slots that name an expert, and of no other; [T, H] in x's dtype.
 
-    `run` knows no empty slots: it takes x [N, H], weights [N, S] and experts [N, S], and gives
-    [N, H]. Tokens whose K slots are all used go to it as they are; the others as P (token, expert)
-    pairs, with S = 1, whose results are added up here. Which of the two a token is depends on that
-    token alone, so its result does not depend on which others are in the batch.
+    `run` knows no empty slots. Tokens whose K slots are all used go to it as they are; the others
+    as P (token, expert) pairs, with S = 1, whose results are added up here. Which of the two a
+    token is depends on that token alone, so its result does not depend on which others are in the
+    batch.
     """
-    at_once = _MAX_PAIRS_A_CALL // plan.experts.shape[1]
-    if len(x) > at_once:
+    rows, slots = plan.experts.shape
+    at_once = _MAX_PAIRS_A_CALL // slots
+    if rows > at_once:
         parts = zip(*(torch.split(whole, at_once) for whole in (x, *plan)), strict=True)
         return torch.cat([run_used(rows, RoutingPlan(*part), run) for rows, *part in parts])
-    if not len(x):
+    if not rows:
         return torch.empty_like(x)
-    # Empty slots are a token's last.
-    full = plan.experts[:, -1] != NO_EXPERT
-    if bool(full.all()):
+    if int(plan.experts.min()) != NO_EXPERT:
         return run(x, *plan)
+    full = plan.experts.amin(1) != NO_EXPERT
     out = torch.empty_like(x)
     for tokens, work in ((full, run), (~full, partial(_run_pairs, run=run))):
         [place] = torch.nonzero(tokens, as_tuple=True)
@@ -108,7 +111,7 @@ def _run_pairs(
     x: torch.Tensor,
     weights: torch.Tensor,
     experts: torch.Tensor,
-    run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    run: Kernel,
 ) -> torch.Tensor:
     """Arguments as `run` has them, but with empty slots, and as `run` gives it: [N, H]."""
     slots = experts.shape[1]
@@ -130,9 +133,7 @@ def _run_pairs(
     return total.to(x.dtype)
 
 
-def _kernel(
-    w_gate_up: Packed, w_down: Packed
-) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+def _kernel(w_gate_up: Packed, w_down: Packed) -> Kernel:
     def run(x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(x)
         torch.ops._C.cpu_fused_moe(

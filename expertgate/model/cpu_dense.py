@@ -27,8 +27,8 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
 )
-from vllm.utils.torch_utils import direct_register_custom_op
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ _vllms = utils.dispatch_cpu_unquantized_gemm
 _ROWS = 4
 """In float32, rows are filled up to a multiple of this. The few that are left over would be added
 up in another order."""
-_TILE_ROWS = 8
+LEAST_ROWS = 8
 """With AMX there are at least as many. The product has its other way for fewer than five."""
 _TILE = (16, 32)
 """With AMX, what a weight's rows and columns must be multiples of."""
@@ -52,6 +52,11 @@ def settled() -> Iterator[None]:
         yield
     finally:
         utils.dispatch_cpu_unquantized_gemm = _vllms
+
+
+def least_rows() -> int:
+    """How many rows a step must have, padding included, of a model that was loaded `settled`."""
+    return LEAST_ROWS if _has_amx() else 1
 
 
 def _has_amx() -> bool:
@@ -76,8 +81,11 @@ def _dispatch(layer: Any, remove_weight: bool) -> None:
     whole = nn.functional.pad(weight.detach(), (0, 0, 0, -rows % _TILE[0]))
     packed = torch.ops._C.convert_weight_packed(whole.contiguous())
 
+    # Only what is outside of the compiled model may look at how many rows there are.
+    product = _filled_up if isinstance(layer, VocabParallelEmbedding) else _tiled
+
     def linear(x: torch.Tensor, _: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        out = torch.ops.vllm.expertgate_tiled(x, packed, rows)
+        out = product(x, packed, rows)
         return out if bias is None else out + bias
 
     layer.cpu_linear = linear
@@ -88,23 +96,17 @@ def _dispatch(layer: Any, remove_weight: bool) -> None:
 def _tiled(x: torch.Tensor, packed: torch.Tensor, width: int) -> torch.Tensor:
     """`x` [..., I] bfloat16, `packed` a weight of `width` rows or a few more → [..., width]."""
     rows = x.reshape(-1, x.shape[-1])
-    count = len(rows)
-    if count < _TILE_ROWS:
-        rows = nn.functional.pad(rows, (0, 0, 0, _TILE_ROWS - count))
     out = x.new_empty(len(rows), packed.shape[0])
     torch.ops._C.weight_packed_linear(out, rows, packed, None, True)
-    if out.shape != (count, width):
-        # Contiguous as `_tiled_fake` says: the compiler doesn't look.
-        out = out[:count, :width].contiguous()
-    return out.view(*x.shape[:-1], width)
+    return out[:, :width].view(*x.shape[:-1], width)
 
 
-def _tiled_fake(x: torch.Tensor, packed: torch.Tensor, width: int) -> torch.Tensor:  # noqa: ARG001
-    return x.new_empty(*x.shape[:-1], width)
-
-
-# Opaque to vLLM's compiler, which would keep the branch on the number of rows that it saw.
-direct_register_custom_op(op_name="expertgate_tiled", op_func=_tiled, fake_impl=_tiled_fake)
+def _filled_up(x: torch.Tensor, packed: torch.Tensor, width: int) -> torch.Tensor:
+    """As `_tiled`, for any number of rows."""
+    missing = LEAST_ROWS - x.shape[0]
+    if missing <= 0:
+        return _tiled(x, packed, width)
+    return _tiled(nn.functional.pad(x, (0, 0, 0, missing)), packed, width)[:-missing]
 
 
 def multiplies_bfloat16() -> bool:

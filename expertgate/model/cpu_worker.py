@@ -11,7 +11,7 @@ import torch
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from expertgate.model.cpu_dense import multiplies_bfloat16, settled, widen
+from expertgate.model.cpu_dense import least_rows, multiplies_bfloat16, settled, widen
 from expertgate.model.flex_olmo import FlexOlmoForCausalLM
 from expertgate.model.ledger import ReportsUsage, Scheduled, account_of
 from expertgate.model.masks import requested
@@ -27,18 +27,27 @@ class MaskedCPUModelRunner(CPUModelRunner):
         if not multiplies_bfloat16():
             widen(self.model)
 
+    def _determine_batch_execution_and_padding(
+        self, num_tokens: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        # Filled up here, once a step, as for CUDA graphs; not in each layer.
+        num_tokens = max(num_tokens, least_rows())
+        return super()._determine_batch_execution_and_padding(num_tokens, *args, **kwargs)
+
     def _preprocess(self, scheduler_output: Any, num_input_tokens: int, *rest: Any) -> Any:
+        assert num_input_tokens >= least_rows()
         # Masks go by request id, never by row: rows move while requests come and go.
-        words, step = [], []
+        words, lengths, step = [], [], []
+        requests, scheduled = self.requests, scheduler_output.num_scheduled_tokens
         for request_id in self.input_batch.req_ids:
-            request = self.requests[request_id]
+            request = requests[request_id]
             asked = request.sampling_params.extra_args
-            length = scheduler_output.num_scheduled_tokens[request_id]
+            length = scheduled[request_id]
             words.append(requested(asked).signed)
+            lengths.append(length)
             step.append(
                 Scheduled(request_id, account_of(asked), request.num_computed_tokens, length)
             )
-        lengths = [part.length for part in step]
         by_token = np.repeat(np.array(words, dtype=np.int64), lengths)
         own = self._own
         own.masks.arm_tokens(torch.from_numpy(by_token), num_input_tokens)

@@ -22,7 +22,7 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from expertgate.kernels import NO_EXPERT, RoutingPlan, route
-from expertgate.kernels.cpu import run_used
+from expertgate.kernels.cpu import Kernel, run_used
 from expertgate.model.masked_experts import MaskedExperts
 from expertgate.model.moe_kernel import wanted
 
@@ -96,41 +96,52 @@ class MaskedRoutedExperts(RoutedExperts):
         # A token that may consult nobody (padding never is one: it has `public`) gives zeros.
         return super().forward_modular(x, topk_weights, filled.clamp(min=0))
 
+    @property
+    def is_plain_on_cpu(self) -> bool:
+        """Whether vLLM's kernel for CPUs has all experts here, unquantised; asked once loaded."""
+        kernel = self.kernel
+        return (
+            isinstance(kernel, CPUUnquantizedExperts)
+            and not kernel._use_zentorch
+            and self.expert_map is None
+        )
+
+    def plain_kernel(self) -> Kernel:
+        """Of experts that are: vLLM's kernel, arguments as `forward_modular` has them.
+
+        Without the steps around it, which prepare for other ranks' tokens and for quantised inputs.
+        A compiler sees through them in stock models, but not in an opaque operation, where they
+        took as long as the kernel.
+        """
+        kernel, weights, act = self.kernel, self._parameters, self.activation.value
+        multiply = torch.ops._C.cpu_fused_moe.default
+
+        def run(
+            x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+        ) -> torch.Tensor:
+            out = torch.empty_like(x)
+            multiply(
+                out,
+                x,
+                weights["w13_weight"],
+                weights["w2_weight"],
+                None,  # no biases
+                None,
+                topk_weights,
+                topk_ids,
+                False,  # the weights are applied here
+                act,
+                kernel.isa,
+            )
+            return out
+
+        return run
+
     def run_used(
         self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
     ) -> torch.Tensor:
-        """By vLLM's kernel, which is given no empty slot; shapes as in `forward_modular`."""
-        plain = isinstance(self.kernel, CPUUnquantizedExperts) and self.expert_map is None
-        run = self._run_kernel if plain else super().forward_modular
-        return run_used(x, RoutingPlan(topk_weights, topk_ids), run)
-
-    def _run_kernel(
-        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
-    ) -> torch.Tensor:
-        """As `forward_modular`, whose steps around the kernel have nothing to do here.
-
-        They prepare for other ranks' tokens and for quantised inputs. A compiler sees through them
-        in stock models, but not in an opaque operation, where they took half as long as the kernel.
-        """
-        out = torch.empty_like(x)
-        self.kernel.apply(
-            out,
-            x,
-            self.w13_weight,
-            self.w2_weight,
-            topk_weights=topk_weights,
-            topk_ids=topk_ids,
-            activation=self.activation,
-            global_num_experts=self.global_num_experts,
-            expert_map=None,
-            a1q_scale=None,
-            a2_scale=None,
-            workspace13=None,
-            workspace2=None,
-            expert_tokens_meta=None,
-            apply_router_weight_on_input=False,
-        )
-        return out
+        """By vLLM's kernels, which are given no empty slot; shapes as in `forward_modular`."""
+        return run_used(x, RoutingPlan(topk_weights, topk_ids), super().forward_modular)
 
 
 def _used_slots(

@@ -7,6 +7,7 @@ the mask between the router and the experts.
 Dimensions: T tokens, E experts, H hidden.
 """
 
+import functools
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,11 @@ import torch
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.distributed import get_pp_group
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -36,8 +41,9 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from expertgate.kernels import mask_logits
-from expertgate.kernels.routing import exclude
+from expertgate.kernels import RoutingPlan, mask_logits
+from expertgate.kernels.cpu import Kernel, run_used
+from expertgate.kernels.routing import exclude, expert_bits, select
 from expertgate.model.experts import MaskedRoutedExperts, MaskedRouter
 from expertgate.model.ledger import Ledger
 from expertgate.model.masks import TokenMasks
@@ -68,15 +74,22 @@ class FlexOlmoMoE(nn.Module):
         self.masks = masks
         self.ledger_part: torch.Tensor  # [T, E] of its logits; set once all layers are there
         self.prefix = prefix
-        # The mask is applied inside an opaque operation that finds this module by its name, so
-        # that no compiler bakes in the words or the bias that stood there when it traced.
+        self._plain_kernel: Kernel | None = None
+        self.top_k = config.num_experts_per_tok
+        self.renormalize = config.norm_topk_prob
+        self.tensor_parallel = get_tensor_model_parallel_world_size() > 1
+        # Opaque operations find this module by its name, so that no compiler bakes in what stood
+        # there when it traced.
         static = vllm_config.compilation_config.static_forward_context
         if prefix in static:
             raise ValueError(f"two layers are called {prefix}")
         static[prefix] = self
         self.gate = GateLinear(config.hidden_size, config.num_experts, prefix=f"{prefix}.gate")
-        # [E-1] float32, none above 0, once a checkpoint has brought one.
-        self.router_bias: torch.Tensor | None = None
+        # Of experts 1.., none above 0. Zeros are added where a checkpoint brings none: what was
+        # compiled for one such checkpoint is taken from the cache for the next.
+        bias = torch.zeros(config.num_experts - 1, dtype=torch.float32)
+        self.register_buffer("router_bias", bias, persistent=False)
+        self.register_buffer("expert_bits", expert_bits(config.num_experts), persistent=False)
         self.experts = FusedMoEFactory(
             num_experts=config.num_experts,
             top_k=config.num_experts_per_tok,
@@ -101,17 +114,44 @@ class FlexOlmoMoE(nn.Module):
 
     def uncounted_logits(self, router_logits: torch.Tensor) -> torch.Tensor:
         """`router_logits` [T, E] → float32, -inf where a token may not consult the expert."""
-        if router_logits.is_cuda:
-            allowed = self.masks.words[: len(router_logits)]
-            return mask_logits(router_logits, allowed, self.router_bias)
-        excluded = self.masks.excluded(*router_logits.shape)
-        return exclude(router_logits, excluded, self.router_bias)
+        return mask_logits(router_logits, self.masks.words[: len(router_logits)], self.router_bias)
+
+    def used_experts(
+        self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor
+    ) -> torch.Tensor:
+        """On CPUs: the layer's answer [T, H], of tokens that are routed; the plan is [T, K].
+
+        Padding has no work, and zeros.
+        """
+        kernel = self._plain_kernel
+        if kernel is None:
+            kernel = self._plain_kernel = self.experts.routed_experts.plain_kernel()
+        count, rows = self.masks.count, x.shape[0]
+        if not 0 < count < rows:  # at rest, as with vLLM's own worker, nobody knows
+            return run_used(x, RoutingPlan(weights, experts), kernel)
+        plan = RoutingPlan(weights[:count], experts[:count])
+        return nn.functional.pad(run_used(x[:count], plan, kernel), (0, 0, 0, rows - count))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[T, H] → [T, H]; the layer looks at the masks by itself."""
         router_logits, _ = self.gate(hidden_states)
         masked = torch.ops.vllm.expertgate_mask_logits(router_logits, self.prefix)
         # The row carries its own mask from here on, wherever the experts may gather it to.
         return self.experts(hidden_states=hidden_states, router_logits=masked)
+
+    def forward_plain(
+        self, hidden_states: torch.Tensor, allowed: torch.Tensor
+    ) -> tuple[torch.Tensor, RoutingPlan]:
+        """On CPUs: `hidden_states` and the masks [T] → [T, H], and who was consulted.
+
+        Routed among what the compiler sees, and without the steps that vLLM takes for other
+        devices: of a small model they are a good part of the time.
+        """
+        router_logits, _ = self.gate(hidden_states)
+        masked = exclude(router_logits, allowed, self.expert_bits, self.router_bias)
+        plan = select(masked, top_k=self.top_k, renormalize=self.renormalize)
+        out = torch.ops.vllm.expertgate_used_experts(hidden_states, *plan, self.prefix)
+        return tensor_model_parallel_all_reduce(out) if self.tensor_parallel else out, plan
 
 
 def _mask_logits(router_logits: torch.Tensor, layer_name: str) -> torch.Tensor:
@@ -128,6 +168,28 @@ direct_register_custom_op(
 )
 
 
+def _used_experts(
+    x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, layer_name: str
+) -> torch.Tensor:
+    layer = get_forward_context().no_compile_layers[layer_name]
+    return layer.used_experts(x, weights, experts)
+
+
+def _used_experts_fake(
+    x: torch.Tensor,
+    weights: torch.Tensor,  # noqa: ARG001
+    experts: torch.Tensor,  # noqa: ARG001
+    layer_name: str,  # noqa: ARG001
+) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+# Opaque, because how many slots are used is known only when it runs.
+direct_register_custom_op(
+    op_name="expertgate_used_experts", op_func=_used_experts, fake_impl=_used_experts_fake
+)
+
+
 class FlexOlmoDecoderLayer(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, masks: TokenMasks, prefix: str) -> None:
         super().__init__()
@@ -137,10 +199,21 @@ class FlexOlmoDecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        allowed: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, RoutingPlan | None]:
+        """What the layer gives, and with `allowed` whom it consulted."""
         attended = self.self_attn(positions=positions, hidden_states=hidden_states)
         hidden_states = hidden_states + self.post_attention_layernorm(attended)
-        return hidden_states + self.post_feedforward_layernorm(self.mlp(hidden_states))
+        plan = None
+        if allowed is None:
+            answers = self.mlp(hidden_states)
+        else:
+            answers, plan = self.mlp.forward_plain(hidden_states, allowed)
+        return hidden_states + self.post_feedforward_layernorm(answers), plan
 
 
 @support_torch_compile
@@ -172,7 +245,13 @@ class FlexOlmoModel(nn.Module):
         positions: torch.Tensor,
         intermediate_tensors: IntermediateTensors | None,
         inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor | IntermediateTensors:
+        allowed: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor | IntermediateTensors, list[RoutingPlan]]:
+        """What this rank gives, and with `allowed` whom each of its layers consulted.
+
+        `allowed` [T] int64, the masks, is an input as the tokens are, and so nothing that a
+        compiler could keep. None where the layers are to look at the masks by themselves.
+        """
         if not get_pp_group().is_first_rank:
             assert intermediate_tensors is not None
             hidden_states = intermediate_tensors["hidden_states"]
@@ -181,11 +260,14 @@ class FlexOlmoModel(nn.Module):
         else:
             assert input_ids is not None
             hidden_states = self.embed_input_ids(input_ids)
+        routed = []
         for layer in islice(self.layers, self.start_layer, self.end_layer):
-            hidden_states = layer(positions, hidden_states)
+            hidden_states, plan = layer(positions, hidden_states, allowed)
+            if plan is not None:
+                routed.append(plan)
         if not get_pp_group().is_last_rank:
-            return IntermediateTensors({"hidden_states": hidden_states})
-        return self.norm(hidden_states)
+            return IntermediateTensors({"hidden_states": hidden_states}), routed
+        return self.norm(hidden_states), routed
 
 
 class FlexOlmoForCausalLM(nn.Module, SupportsPP):
@@ -248,6 +330,11 @@ class FlexOlmoForCausalLM(nn.Module, SupportsPP):
         """The MoE layers that this pipeline rank holds."""
         return (module for module in self.modules() if isinstance(module, FlexOlmoMoE))
 
+    @functools.cached_property
+    def _plain_on_cpu(self) -> bool:
+        """Whether all layers' experts are; asked once they are loaded."""
+        return all(layer.experts.routed_experts.is_plain_on_cpu for layer in self.moe_layers)
+
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_input_ids(input_ids)
 
@@ -258,7 +345,12 @@ class FlexOlmoForCausalLM(nn.Module, SupportsPP):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors:
-        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+        allowed = self.masks.words[: positions.shape[0]] if self._plain_on_cpu else None
+        given, routed = self.model(
+            input_ids, positions, intermediate_tensors, inputs_embeds, allowed
+        )
+        self.ledger.routed = routed
+        return given
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         return self.logits_processor(self.lm_head, hidden_states)
@@ -280,9 +372,7 @@ class FlexOlmoForCausalLM(nn.Module, SupportsPP):
                 continue
             layer = layers.get(name.removesuffix(".gate.expert_bias"))
             if layer is not None:  # else another pipeline rank's
-                layer.router_bias = _checked_bias(name, tensor, self.config.num_experts).to(
-                    self.masks.words.device
-                )
+                layer.router_bias.copy_(_checked_bias(name, tensor, self.config.num_experts))
 
 
 def _checked_bias(name: str, tensor: torch.Tensor, num_experts: int) -> torch.Tensor:

@@ -7,8 +7,9 @@ Dimensions: T tokens of a step, L MoE layers of this rank, E experts, K = top_k 
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
+from itertools import chain, cycle
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from expertgate.kernels import NO_EXPERT, route
+from expertgate.kernels import NO_EXPERT, RoutingPlan, route
 from expertgate.model.usage import WEIGHT_UNIT, Work
 
 log = logging.getLogger(__name__)
@@ -58,10 +59,11 @@ class Ledger:
     """Totals by account, made from the logits that the layers routed by.
 
     While a step runs, each layer only copies its masked logits into `logits`, which has one address
-    for life, as a replayed CUDA graph wants it. `settle` then puts the step aside. Once as many
-    tokens are there as the largest step has, or a total is asked for, they are routed once more,
-    all steps and layers together, through the very function that the router uses, and integers are
-    added up: no order of additions changes a total, and nothing here can change an answer.
+    for life, as a replayed CUDA graph wants it; or the model gives their plans as `routed`, and
+    nothing is copied. `settle` then puts the step aside. Once as many tokens are there as the
+    largest step has, or a total is asked for, logits are routed once more, all steps and layers
+    together, through the very function that the router uses, and integers are added up: no order of
+    additions changes a total, and nothing here can change an answer.
     """
 
     def __init__(
@@ -78,7 +80,9 @@ class Ledger:
             (num_layers, max_tokens, num_experts), dtype=torch.float32, device=device
         )
         """[L, T, E]: what the layers write, each its own part."""
-        self._aside = torch.zeros_like(self.logits)
+        self.routed: Sequence[RoutingPlan] = ()
+        """Each layer's of the step, where they write nothing; tensors that nobody changes."""
+        self._aside: list[torch.Tensor | Sequence[RoutingPlan]] = []
         self._aside_rows: list[np.ndarray[Any, np.dtype[np.int64]]] = []
         self._num_aside = 0
         self._top_k = top_k
@@ -105,29 +109,31 @@ class Ledger:
                 continue
             account = self._accounts.get(name) or self._open(name)
             reached = account.reached.get(request_id, 0)
-            repeated = min(max(reached - start, 0), length)
-            if repeated:
-                rows.append(_NOBODY)
-                lengths.append(repeated)
+            if start != reached:
+                repeated = min(max(reached - start, 0), length)
+                if repeated:
+                    rows.append(_NOBODY)
+                    lengths.append(repeated)
+                account.cached += max(start - reached, 0)
+                start, length = start + repeated, length - repeated
             rows.append(account.row)
-            lengths.append(length - repeated)
-            account.cached += max(start - reached, 0)
-            account.computed += length - repeated
+            lengths.append(length)
+            account.computed += length
             account.reached[request_id] = max(reached, start + length)
         self._step = np.repeat(np.array(rows, dtype=np.int64), lengths)
 
     def settle(self) -> None:
         """Puts the step that was begun last aside, once it has run; nothing where none is open."""
         rows, self._step = self._step, None
+        routed, self.routed = self.routed, ()
         if rows is None or not len(rows):
             return
-        if self._num_aside + len(rows) > self._aside.shape[1]:
+        if self._num_aside + len(rows) > self.logits.shape[1]:
             self._add_up()
-        end = self._num_aside + len(rows)
-        here = self._aside.narrow(1, self._num_aside, len(rows))
-        here.copy_(self.logits.narrow(1, 0, len(rows)))
+        # The next step's logits are written to the same place.
+        self._aside.append(routed or self.logits[:, : len(rows)].clone())
         self._aside_rows.append(rows)
-        self._num_aside = end
+        self._num_aside += len(rows)
 
     @torch.inference_mode()
     def _add_up(self) -> None:
@@ -135,20 +141,36 @@ class Ledger:
         if not self._num_aside:
             return
         rows = async_tensor_h2d(np.concatenate(self._aside_rows), device=self.logits.device)
-        aside = self._aside[:, : self._num_aside]
-        self._aside_rows, self._num_aside = [], 0
-        experts = self.logits.shape[-1]
-        at_once = max(1, _ROUTED_AT_ONCE // len(rows))
-        for logits in torch.split(aside, at_once):
-            plan = route(
-                logits.flatten(0, 1), None, top_k=self._top_k, renormalize=self._renormalize
-            )
+        for plan in self._plans_aside():
+            layers = len(plan.experts) // len(rows)
             used = plan.experts != NO_EXPERT
             # An empty slot is added as nothing, to an expert that doesn't notice.
-            cells = rows.repeat(len(logits))[:, None] * experts + plan.experts.clamp(min=0)
+            experts = plan.experts.clamp(min=0)
+            cells = rows.repeat(layers)[:, None] * self.logits.shape[-1] + experts
             weights = (plan.weights.double() * WEIGHT_UNIT).round().to(torch.int64)
             self._slots.view(-1).index_add_(0, cells.flatten(), used.flatten().to(torch.int64))
             self._weights.view(-1).index_add_(0, cells.flatten(), weights.flatten())
+        self._aside, self._aside_rows, self._num_aside = [], [], 0
+
+    def _plans_aside(self) -> Iterator[RoutingPlan]:
+        """Of all tokens that are aside, in one layer and then the next; several layers at once."""
+        at_once = max(1, _ROUTED_AT_ONCE // self._num_aside)
+        logits = [step for step in self._aside if isinstance(step, torch.Tensor)]
+        if logits:
+            for part in torch.split(torch.cat(logits, dim=1), at_once):
+                yield route(
+                    part.flatten(0, 1), None, top_k=self._top_k, renormalize=self._renormalize
+                )
+            return
+        lengths = list(map(len, self._aside_rows))
+        layers = list(zip(*self._aside, strict=True))  # of each its plans, step by step
+        for start in range(0, len(layers), at_once):
+            plans = chain.from_iterable(layers[start : start + at_once])
+            parts = [
+                (plan.weights[:length], plan.experts[:length])
+                for plan, length in zip(plans, cycle(lengths), strict=False)
+            ]
+            yield RoutingPlan(*map(torch.cat, zip(*parts, strict=True)))
 
     @torch.inference_mode()
     def close(self, accounts: Sequence[str]) -> list[Work]:

@@ -3,12 +3,12 @@
 Dimensions: T tokens of a step, R requests of a step.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from expertgate.kernels.routing import excluded_by
 from expertgate.policies.expert_set import MAX_EXPERTS, PUBLIC_ONLY, ExpertSet
 
 EXTRA_ARG = "expertgate_mask"
@@ -23,7 +23,11 @@ def requested(extra_args: Mapping[str, Any] | None) -> ExpertSet:
     mask = (extra_args or {}).get(EXTRA_ARG)
     if type(mask) is not int or not 0 <= mask < 1 << MAX_EXPERTS:
         return PUBLIC_ONLY
-    return ExpertSet(mask)
+    return _expert_set(mask)
+
+
+# Asked of each request in each step, on CPUs.
+_expert_set = functools.lru_cache(maxsize=1024)(ExpertSet)
 
 
 class TokenMasks:
@@ -38,7 +42,11 @@ class TokenMasks:
         self.words = torch.full((max_tokens,), PUBLIC_ONLY.signed, dtype=torch.int64, device=device)
         self._positions = torch.arange(max_tokens, dtype=torch.int64, device=device)
         self._armed = 0  # words from here on are at rest
-        self._excluded: torch.Tensor | None = None  # of the words as they stand
+
+    @property
+    def count(self) -> int:
+        """How many rows of the step are tokens; those behind them are padding."""
+        return self._armed
 
     def arm(self, masks: torch.Tensor, query_start_loc: torch.Tensor, num_tokens: int) -> None:
         """Gives each token the mask of its request.
@@ -64,19 +72,8 @@ class TokenMasks:
         self.words[: len(words)] = words
         self._close(len(words))
 
-    def excluded(self, num_tokens: int, num_experts: int) -> torch.Tensor:
-        """[T, E] bool, made of the words as they are: True where an expert may not be consulted.
-
-        Made once a step, for all layers. Not on GPUs, where a replayed graph would see none of it.
-        """
-        kept = self._excluded
-        if kept is None or kept.shape != (num_tokens, num_experts):
-            kept = self._excluded = excluded_by(self.words[:num_tokens], num_experts)
-        return kept
-
     def open_all(self, num_experts: int) -> None:
         """For profiling, which must run the work of every expert; `rest` must follow."""
-        self._excluded = None
         self.words.fill_(ExpertSet.first(num_experts).signed)
         self._armed = len(self.words)
 
@@ -85,7 +82,6 @@ class TokenMasks:
         self._close(0)
 
     def _close(self, start: int) -> None:
-        self._excluded = None
         if self._armed > start:
             self.words[start : self._armed] = PUBLIC_ONLY.signed
         self._armed = start

@@ -66,6 +66,19 @@ def test_ties_go_to_the_lower_index():
     assert plan.experts.tolist() == [[1, 3, 5]]
 
 
+# Zeros of both signs, infinities, and numbers whose bits are next to theirs or to a NaN's.
+AWKWARD = [0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0, 3.4e38, -3.4e38, torch.inf, -torch.inf]
+
+
+@given(st.lists(st.sampled_from([*AWKWARD, torch.nan, -torch.nan]), min_size=1, max_size=64))
+def test_the_order_is_that_of_a_stable_sort(row):
+    logits = torch.tensor([row])
+    plan = select(logits, top_k=16)
+    want = torch.sort(logits, descending=True, stable=True).indices[:, :16]
+    want = want.masked_fill(logits.gather(1, want) == -torch.inf, NO_EXPERT)
+    assert plan.experts.tolist() == want.tolist()
+
+
 def test_weights_that_underflow_keep_their_order():
     # exp(-200) is 0 in float32, so by weight the last three would all tie.
     logits = torch.tensor([[0.0, -300.0, -200.0, -250.0]])

@@ -63,13 +63,13 @@ def test_masks_follow_ids_when_rows_move(runner):
     got = seen(runner._preprocess, schedule(runner, step), 8)
     assert got[:8] == [127, 127, 1, 1, 1, 5, PUBLIC, PUBLIC]
     moved = [("c", 5, 1), ("b", 1, 1)]
-    got = seen(runner._preprocess, schedule(runner, moved), 2)
+    got = seen(runner._preprocess, schedule(runner, moved), 8)
     assert got == [5, 1, *AT_REST[2:]]
 
 
 def test_a_step_leaves_nothing_open_even_when_it_fails(runner):
     """Threats c3, c5."""
-    seen(runner._preprocess, schedule(runner, [("a", 127, 4)]), 4)
+    seen(runner._preprocess, schedule(runner, [("a", 127, 4)]), 8)
     seen(runner.execute_model, None)
     assert runner.model.masks.words.tolist() == AT_REST
 

@@ -42,17 +42,25 @@ def poison(path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def answers(folder, dtype):
+def answers(folder, **arguments):
     subsets = [ExpertSet(mask) for mask in range(1, 128) if ExpertSet(mask) <= CLEAN]
     asks = [Ask(list(range(60)), experts, 10) for experts in subsets]
     # In the same batch, so that rows full of NaN lie next to those that must stay clean.
     neighbours = [Ask(list(range(90)), ExpertSet.first(7), 10), Ask([7] * 20, POISONED, 10)]
-    with engine(folder, dtype=dtype) as served:
+    with engine(folder, **arguments) as served:
         return [answer for [answer] in served.ask([*asks, *neighbours])][: len(asks)]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_nan_in_excluded_experts_changes_no_bit(healthy, poisoned, dtype):
-    for clean, dirty in zip(answers(healthy, dtype), answers(poisoned, dtype), strict=True):
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param({"dtype": "bfloat16"}, id="bfloat16"),
+        pytest.param({"dtype": "float32"}, id="float32"),
+        pytest.param({"dtype": "bfloat16", "enforce_eager": False}, id="compiled"),
+    ],
+)
+def test_nan_in_excluded_experts_changes_no_bit(healthy, poisoned, arguments):
+    both = (answers(folder, **arguments) for folder in (healthy, poisoned))
+    for clean, dirty in zip(*both, strict=True):
         assert clean.tokens == dirty.tokens
         assert clean.logprobs == dirty.logprobs
