@@ -1,7 +1,7 @@
 """From the times of tokens to figures, and from the figures of several rounds to ratios."""
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import Any
@@ -11,7 +11,7 @@ PERCENTILES = (50, 90, 99)
 
 @dataclass(frozen=True)
 class Figures:
-    """One workload through one contender, once. Times in ms, memory and weights in GB (10⁹)."""
+    """One workload through one contender. Times in ms, memory and weights in GB (10⁹)."""
 
     tokens_per_s: float
     requests_per_s: float
@@ -45,6 +45,26 @@ def figures(times: Sequence[Sequence[float]], peak_bytes: int, weight_bytes: int
         inter_token_ms=_percentiles(gaps),
         peak_memory_gb=peak_bytes / 1e9,
         weights_gb=weight_bytes / 1e9,
+    )
+
+
+def middle(runs: Sequence[Figures]) -> Figures:
+    """Of several runs of the same: the median of each figure, and the highest peak of memory.
+
+    The first is left out, being cold, where there are others.
+    """
+    runs = runs[1:] or runs
+
+    def percentiles(of: Callable[[Figures], Mapping[str, float]]) -> dict[str, float]:
+        return {key: statistics.median(of(run)[key] for run in runs) for key in of(runs[0])}
+
+    return Figures(
+        tokens_per_s=statistics.median(run.tokens_per_s for run in runs),
+        requests_per_s=statistics.median(run.requests_per_s for run in runs),
+        ttft_ms=percentiles(lambda run: run.ttft_ms),
+        inter_token_ms=percentiles(lambda run: run.inter_token_ms),
+        peak_memory_gb=max(run.peak_memory_gb for run in runs),
+        weights_gb=runs[0].weights_gb,
     )
 
 

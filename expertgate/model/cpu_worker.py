@@ -50,7 +50,7 @@ class MaskedCPUModelRunner(CPUModelRunner):
             )
         by_token = np.repeat(np.array(words, dtype=np.int64), lengths)
         own = self._own
-        own.masks.arm_tokens(torch.from_numpy(by_token), num_input_tokens)
+        own.masks.arm_tokens(by_token, num_input_tokens)
         own.ledger.begin(step)
         return super()._preprocess(scheduler_output, num_input_tokens, *rest)
 

@@ -75,6 +75,8 @@ class FlexOlmoMoE(nn.Module):
         self.ledger_part: torch.Tensor  # [T, E] of its logits; set once all layers are there
         self.prefix = prefix
         self._plain_kernel: Kernel | None = None
+        self.router_bias: torch.Tensor
+        self.expert_bits: torch.Tensor
         self.top_k = config.num_experts_per_tok
         self.renormalize = config.norm_topk_prob
         self.tensor_parallel = get_tensor_model_parallel_world_size() > 1
@@ -246,8 +248,8 @@ class FlexOlmoModel(nn.Module):
         intermediate_tensors: IntermediateTensors | None,
         inputs_embeds: torch.Tensor | None = None,
         allowed: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor | IntermediateTensors, list[RoutingPlan]]:
-        """What this rank gives, and with `allowed` whom each of its layers consulted.
+    ) -> tuple[torch.Tensor | IntermediateTensors, RoutingPlan | None]:
+        """What this rank gives, and with `allowed` whom its layers consulted, [layers, T, K].
 
         `allowed` [T] int64, the masks, is an input as the tokens are, and so nothing that a
         compiler could keep. None where the layers are to look at the masks by themselves.
@@ -260,11 +262,12 @@ class FlexOlmoModel(nn.Module):
         else:
             assert input_ids is not None
             hidden_states = self.embed_input_ids(input_ids)
-        routed = []
+        plans = []
         for layer in islice(self.layers, self.start_layer, self.end_layer):
             hidden_states, plan = layer(positions, hidden_states, allowed)
             if plan is not None:
-                routed.append(plan)
+                plans.append(plan)
+        routed = RoutingPlan(*map(torch.stack, zip(*plans, strict=True))) if plans else None
         if not get_pp_group().is_last_rank:
             return IntermediateTensors({"hidden_states": hidden_states}), routed
         return self.norm(hidden_states), routed

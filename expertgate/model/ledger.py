@@ -9,7 +9,6 @@ Dimensions: T tokens of a step, L MoE layers of this rank, E experts, K = top_k 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
-from itertools import chain, cycle
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,9 +79,9 @@ class Ledger:
             (num_layers, max_tokens, num_experts), dtype=torch.float32, device=device
         )
         """[L, T, E]: what the layers write, each its own part."""
-        self.routed: Sequence[RoutingPlan] = ()
-        """Each layer's of the step, where they write nothing; tensors that nobody changes."""
-        self._aside: list[torch.Tensor | Sequence[RoutingPlan]] = []
+        self.routed: RoutingPlan | None = None
+        """Of the step [L, T, K], where the layers write nothing; tensors that nobody changes."""
+        self._aside: list[torch.Tensor | RoutingPlan] = []
         self._aside_rows: list[np.ndarray[Any, np.dtype[np.int64]]] = []
         self._num_aside = 0
         self._top_k = top_k
@@ -125,13 +124,13 @@ class Ledger:
     def settle(self) -> None:
         """Puts the step that was begun last aside, once it has run; nothing where none is open."""
         rows, self._step = self._step, None
-        routed, self.routed = self.routed, ()
+        routed, self.routed = self.routed, None
         if rows is None or not len(rows):
             return
         if self._num_aside + len(rows) > self.logits.shape[1]:
             self._add_up()
         # The next step's logits are written to the same place.
-        self._aside.append(routed or self.logits[:, : len(rows)].clone())
+        self._aside.append(self.logits[:, : len(rows)].clone() if routed is None else routed)
         self._aside_rows.append(rows)
         self._num_aside += len(rows)
 
@@ -153,24 +152,25 @@ class Ledger:
         self._aside, self._aside_rows, self._num_aside = [], [], 0
 
     def _plans_aside(self) -> Iterator[RoutingPlan]:
-        """Of all tokens that are aside, in one layer and then the next; several layers at once."""
+        """Of all tokens that are aside, in one layer and then the next; some layers at a time."""
         at_once = max(1, _ROUTED_AT_ONCE // self._num_aside)
-        logits = [step for step in self._aside if isinstance(step, torch.Tensor)]
+        logits, weights, experts = [], [], []
+        for step, rows in zip(self._aside, self._aside_rows, strict=True):
+            if isinstance(step, torch.Tensor):
+                logits.append(step)
+            else:
+                padded = step.experts.shape[1] > len(rows)
+                weights.append(step.weights[:, : len(rows)] if padded else step.weights)
+                experts.append(step.experts[:, : len(rows)] if padded else step.experts)
         if logits:
-            for part in torch.split(torch.cat(logits, dim=1), at_once):
+            for part in torch.split(torch.cat(logits, 1), at_once):
                 yield route(
                     part.flatten(0, 1), None, top_k=self._top_k, renormalize=self._renormalize
                 )
-            return
-        lengths = list(map(len, self._aside_rows))
-        layers = list(zip(*self._aside, strict=True))  # of each its plans, step by step
-        for start in range(0, len(layers), at_once):
-            plans = chain.from_iterable(layers[start : start + at_once])
-            parts = [
-                (plan.weights[:length], plan.experts[:length])
-                for plan, length in zip(plans, cycle(lengths), strict=False)
-            ]
-            yield RoutingPlan(*map(torch.cat, zip(*parts, strict=True)))
+        else:
+            both = (torch.split(torch.cat(parts, 1), at_once) for parts in (weights, experts))
+            for chosen in zip(*both, strict=True):
+                yield RoutingPlan(*(part.flatten(0, 1) for part in chosen))
 
     @torch.inference_mode()
     def close(self, accounts: Sequence[str]) -> list[Work]:

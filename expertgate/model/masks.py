@@ -7,9 +7,12 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from expertgate.policies.expert_set import MAX_EXPERTS, PUBLIC_ONLY, ExpertSet
+
+IntArray = np.ndarray[Any, np.dtype[np.int64]]
 
 EXTRA_ARG = "expertgate_mask"
 """The key of `SamplingParams.extra_args` under which the guarded engine writes a request's mask."""
@@ -41,6 +44,8 @@ class TokenMasks:
     def __init__(self, max_tokens: int, device: torch.device) -> None:
         self.words = torch.full((max_tokens,), PUBLIC_ONLY.signed, dtype=torch.int64, device=device)
         self._positions = torch.arange(max_tokens, dtype=torch.int64, device=device)
+        # The same memory. What PyTorch takes to write a few words is seen in a small model's steps.
+        self._written: Any = self.words.numpy() if device.type == "cpu" else self.words
         self._armed = 0  # words from here on are at rest
 
     @property
@@ -62,14 +67,14 @@ class TokenMasks:
         padded = torch.cat([masks, masks.new_full((1,), PUBLIC_ONLY.signed)])
         self.arm_tokens(padded[row], num_tokens)
 
-    def arm_tokens(self, words: torch.Tensor, num_tokens: int) -> None:
+    def arm_tokens(self, words: torch.Tensor | IntArray, num_tokens: int) -> None:
         """The same where each token's mask is known already: `words` [T], padding not among them.
 
         Raises ValueError where the step has more rows than the buffer.
         """
         if num_tokens > len(self.words):
             raise ValueError(f"{num_tokens} tokens scheduled, but masks for {len(self.words)}")
-        self.words[: len(words)] = words
+        self._written[: len(words)] = words
         self._close(len(words))
 
     def open_all(self, num_experts: int) -> None:
@@ -83,5 +88,5 @@ class TokenMasks:
 
     def _close(self, start: int) -> None:
         if self._armed > start:
-            self.words[start : self._armed] = PUBLIC_ONLY.signed
+            self._written[start : self._armed] = PUBLIC_ONLY.signed
         self._armed = start

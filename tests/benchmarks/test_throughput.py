@@ -13,7 +13,7 @@ from transformers import FlexOlmoForCausalLM
 
 from benchmarks import report
 from benchmarks.checkpoints import DEMO, SHAPES, locate, weight_bytes, without_others
-from benchmarks.figures import figures, ratio
+from benchmarks.figures import figures, middle, ratio
 from benchmarks.machine import PeakMemory
 from benchmarks.throughput import CONTENDERS, OURS
 from benchmarks.workloads import ABOUT, Size, tenant_sets, workloads
@@ -149,6 +149,18 @@ def test_the_report_says_all_of_it(tmp_path):
     assert saved["about"] == facts
     assert len(saved["runs"][OURS]["tenant mix"]) == 2
     assert (tmp_path / "figures.png").stat().st_size > 10_000
+
+
+def test_of_several_runs_the_first_is_left_out_as_cold():
+    runs = [
+        figures([[0.0, 0.1, 0.1 + seconds]], 10**9 * peak, 10**9)
+        for seconds, peak in ((9.9, 1), (0.1, 3), (0.3, 2), (0.2, 1))
+    ]
+    found = middle(runs)
+    assert found.tokens_per_s == pytest.approx(2 / 0.3)
+    assert found.inter_token_ms == pytest.approx({"p50": 200, "p90": 200, "p99": 200})
+    assert found.peak_memory_gb == 3
+    assert middle(runs[:1]) == runs[0]
 
 
 def test_rounds_are_added_to_what_was_measured_on_the_same_machine(tmp_path):
