@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +122,10 @@ def measure(name: str, options: argparse.Namespace, folder: Path, seed: int) -> 
                 continue
             runs: list[Figures] = []
             until = time.monotonic() + options.seconds
+            memory = PeakMemory([process.pid for process in processes])
             while not runs or time.monotonic() < until:
-                with PeakMemory([process.pid for process in processes]) as memory:
+                # In the first alone: reading how much memory they have holds the processes up.
+                with nullcontext() if runs else memory:
                     for process in processes:
                         assert process.stdin is not None
                         print(workload.name, file=process.stdin, flush=True)
