@@ -1,12 +1,6 @@
 """The `vllm.general_plugins` entry point; vLLM calls it in every process it starts."""
 
-import ctypes
-import sys
-
 ARCHITECTURE = "FlexOlmoForCausalLM"
-
-_PR_SET_TIMERSLACK = 29
-_SLACK_NS = 1000
 
 
 def register() -> None:
@@ -30,7 +24,3 @@ def _wait_without_yielding() -> None:
     from vllm.distributed import utils
 
     utils.USE_SCHED_YIELD = False
-    # Linux lets a sleep take 50 µs longer than asked, twice in each step of a few ms. Where this is
-    # refused they stay that long.
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, _SLACK_NS, 0, 0, 0)
