@@ -34,7 +34,10 @@ OUTPUT_TOKENS = range(32, 97)
 
 
 class SwitchableWorker(_MaskedWorker):
-    """Does without all that counting adds to a step, while it is switched off."""
+    """Does without what counting adds to a step, while it is switched off.
+
+    On CPUs all but the stacking of the layers' plans, which the model gives either way.
+    """
 
     def switch_counting(self, on: bool) -> None:
         layer: Any = FlexOlmoMoE

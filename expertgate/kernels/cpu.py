@@ -63,7 +63,8 @@ def experts(
     tokens.
     """
     if isinstance(w_gate_up, Packed) and isinstance(w_down, Packed):
-        return run_used(x, plan, _kernel(w_gate_up, w_down))
+        packed = (w_gate_up.values, w_down.values, w_down.instructions)
+        return run_used(x, plan, partial(run_packed, *packed))
     assert isinstance(w_gate_up, torch.Tensor)
     assert isinstance(w_down, torch.Tensor)
     if not deterministic:
@@ -133,22 +134,27 @@ def _run_pairs(
     return total.to(x.dtype)
 
 
-def _kernel(w_gate_up: Packed, w_down: Packed) -> Kernel:
-    def run(x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-        out = torch.empty_like(x)
-        torch.ops._C.cpu_fused_moe(
-            out,
-            x,
-            w_gate_up.values,
-            w_down.values,
-            None,  # no biases
-            None,
-            weights,
-            experts,
-            False,  # the weights are applied here
-            "silu",
-            w_down.instructions,
-        )
-        return out
-
-    return run
+def run_packed(
+    w_gate_up: torch.Tensor,
+    w_down: torch.Tensor,
+    instructions: str,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    experts: torch.Tensor,
+) -> torch.Tensor:
+    """The kernel of vLLM, on weights that are `Packed`; as `Kernel` has the rest."""
+    out = torch.empty_like(x)
+    torch.ops._C.cpu_fused_moe(
+        out,
+        x,
+        w_gate_up,
+        w_down,
+        None,  # no biases
+        None,
+        weights,
+        experts,
+        False,  # the weights are applied here
+        "silu",
+        instructions,
+    )
+    return out

@@ -3,9 +3,12 @@
 Dimensions: T tokens, E experts, K = top_k slots, H hidden.
 """
 
+import functools
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
@@ -22,8 +25,9 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from expertgate.kernels import NO_EXPERT, RoutingPlan, route
-from expertgate.kernels.cpu import Kernel, run_used
+from expertgate.kernels.cpu import Kernel, run_packed, run_used
 from expertgate.model.masked_experts import MaskedExperts
+from expertgate.model.masks import TokenMasks
 from expertgate.model.moe_kernel import wanted
 
 
@@ -53,6 +57,9 @@ class MaskedRouter(BaseRouter):
 
 class MaskedRoutedExperts(RoutedExperts):
     """Expert weights that are read for the slots that name an expert, and for no others."""
+
+    masks: TokenMasks | None = None
+    """Of the model, which know how many rows of a step are tokens."""
 
     def _get_quant_method(self, *args: Any) -> FusedMoEMethodBase:
         """A hook of vLLM's: what holds the weights, and whose kernels read them."""
@@ -96,52 +103,34 @@ class MaskedRoutedExperts(RoutedExperts):
         # A token that may consult nobody (padding never is one: it has `public`) gives zeros.
         return super().forward_modular(x, topk_weights, filled.clamp(min=0))
 
-    @property
-    def is_plain_on_cpu(self) -> bool:
-        """Whether vLLM's kernel for CPUs has all experts here, unquantised; asked once loaded."""
-        kernel = self.kernel
-        return (
-            isinstance(kernel, CPUUnquantizedExperts)
-            and not kernel._use_zentorch
-            and self.expert_map is None
-        )
+    @functools.cached_property
+    def plain_on_cpu(self) -> str | None:
+        """The instructions of vLLM's kernel for CPUs, where it has all experts here, unquantised.
 
-    def plain_kernel(self) -> Kernel:
-        """Of experts that are: vLLM's kernel, arguments as `forward_modular` has them.
-
-        Without the steps around it, which prepare for other ranks' tokens and for quantised inputs.
-        A compiler sees through them in stock models, but not in an opaque operation, where they
-        took as long as the kernel.
+        None elsewhere. Asked once weights are loaded.
         """
-        kernel, weights, act = self.kernel, self._parameters, self.activation.value
-        multiply = torch.ops._C.cpu_fused_moe.default
-
-        def run(
-            x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
-        ) -> torch.Tensor:
-            out = torch.empty_like(x)
-            multiply(
-                out,
-                x,
-                weights["w13_weight"],
-                weights["w2_weight"],
-                None,  # no biases
-                None,
-                topk_weights,
-                topk_ids,
-                False,  # the weights are applied here
-                act,
-                kernel.isa,
-            )
-            return out
-
-        return run
+        kernel = self.kernel
+        plain = isinstance(kernel, CPUUnquantizedExperts) and not kernel._use_zentorch
+        return kernel.isa if plain and self.expert_map is None else None
 
     def run_used(
         self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
     ) -> torch.Tensor:
-        """By vLLM's kernels, which are given no empty slot; shapes as in `forward_modular`."""
-        return run_used(x, RoutingPlan(topk_weights, topk_ids), super().forward_modular)
+        """By vLLM's kernels, which are given no empty slot; shapes as in `forward_modular`.
+
+        Padding has no work, and zeros.
+        """
+        run: Kernel = super().forward_modular
+        if self.plain_on_cpu is not None:
+            # Without the steps around the kernel, which prepare for other ranks' tokens and for
+            # quantised inputs. A compiler sees through them in stock models, but not in an opaque
+            # operation, where they took as long as the kernel.
+            run = partial(run_packed, self.w13_weight, self.w2_weight, self.plain_on_cpu)
+        count, rows = self.masks.count if self.masks else 0, x.shape[0]
+        if not 0 < count < rows:  # at rest, as with vLLM's own worker, nobody knows
+            return run_used(x, RoutingPlan(topk_weights, topk_ids), run)
+        plan = RoutingPlan(topk_weights[:count], topk_ids[:count])
+        return nn.functional.pad(run_used(x[:count], plan, run), (0, 0, 0, rows - count))
 
 
 def _used_slots(

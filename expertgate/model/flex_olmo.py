@@ -42,7 +42,6 @@ from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from expertgate.kernels import RoutingPlan, mask_logits
-from expertgate.kernels.cpu import Kernel, run_used
 from expertgate.kernels.routing import exclude, expert_bits, select
 from expertgate.model.experts import MaskedRoutedExperts, MaskedRouter
 from expertgate.model.ledger import Ledger
@@ -74,7 +73,6 @@ class FlexOlmoMoE(nn.Module):
         self.masks = masks
         self.ledger_part: torch.Tensor  # [T, E] of its logits; set once all layers are there
         self.prefix = prefix
-        self._plain_kernel: Kernel | None = None
         self.router_bias: torch.Tensor
         self.expert_bits: torch.Tensor
         self.top_k = config.num_experts_per_tok
@@ -107,6 +105,7 @@ class FlexOlmoMoE(nn.Module):
             routed_experts_cls=MaskedRoutedExperts,
             prefix=f"{prefix}.experts",
         )
+        self.experts.routed_experts.masks = masks
 
     def masked_logits(self, router_logits: torch.Tensor) -> torch.Tensor:
         """`uncounted_logits`, left in the ledger too: usage is counted once the step has run."""
@@ -117,22 +116,6 @@ class FlexOlmoMoE(nn.Module):
     def uncounted_logits(self, router_logits: torch.Tensor) -> torch.Tensor:
         """`router_logits` [T, E] → float32, -inf where a token may not consult the expert."""
         return mask_logits(router_logits, self.masks.words[: len(router_logits)], self.router_bias)
-
-    def used_experts(
-        self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor
-    ) -> torch.Tensor:
-        """On CPUs: the layer's answer [T, H], of tokens that are routed; the plan is [T, K].
-
-        Padding has no work, and zeros.
-        """
-        kernel = self._plain_kernel
-        if kernel is None:
-            kernel = self._plain_kernel = self.experts.routed_experts.plain_kernel()
-        count, rows = self.masks.count, x.shape[0]
-        if not 0 < count < rows:  # at rest, as with vLLM's own worker, nobody knows
-            return run_used(x, RoutingPlan(weights, experts), kernel)
-        plan = RoutingPlan(weights[:count], experts[:count])
-        return nn.functional.pad(run_used(x[:count], plan, kernel), (0, 0, 0, rows - count))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[T, H] → [T, H]; the layer looks at the masks by itself."""
@@ -152,7 +135,9 @@ class FlexOlmoMoE(nn.Module):
         router_logits, _ = self.gate(hidden_states)
         masked = exclude(router_logits, allowed, self.expert_bits, self.router_bias)
         plan = select(masked, top_k=self.top_k, renormalize=self.renormalize)
-        out = torch.ops.vllm.expertgate_used_experts(hidden_states, *plan, self.prefix)
+        out = torch.ops.vllm.expertgate_used_slots(
+            hidden_states, *plan, self.experts.routed_experts.layer_name
+        )
         return tensor_model_parallel_all_reduce(out) if self.tensor_parallel else out, plan
 
 
@@ -167,28 +152,6 @@ def _mask_logits_fake(router_logits: torch.Tensor, layer_name: str) -> torch.Ten
 
 direct_register_custom_op(
     op_name="expertgate_mask_logits", op_func=_mask_logits, fake_impl=_mask_logits_fake
-)
-
-
-def _used_experts(
-    x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, layer_name: str
-) -> torch.Tensor:
-    layer = get_forward_context().no_compile_layers[layer_name]
-    return layer.used_experts(x, weights, experts)
-
-
-def _used_experts_fake(
-    x: torch.Tensor,
-    weights: torch.Tensor,  # noqa: ARG001
-    experts: torch.Tensor,  # noqa: ARG001
-    layer_name: str,  # noqa: ARG001
-) -> torch.Tensor:
-    return torch.empty_like(x)
-
-
-# Opaque, because how many slots are used is known only when it runs.
-direct_register_custom_op(
-    op_name="expertgate_used_experts", op_func=_used_experts, fake_impl=_used_experts_fake
 )
 
 
@@ -336,7 +299,7 @@ class FlexOlmoForCausalLM(nn.Module, SupportsPP):
     @functools.cached_property
     def _plain_on_cpu(self) -> bool:
         """Whether all layers' experts are; asked once they are loaded."""
-        return all(layer.experts.routed_experts.is_plain_on_cpu for layer in self.moe_layers)
+        return all(layer.experts.routed_experts.plain_on_cpu for layer in self.moe_layers)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_input_ids(input_ids)
