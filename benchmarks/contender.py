@@ -27,7 +27,10 @@ class Vllm:
     def __init__(self, options: argparse.Namespace, *, masked: bool) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
+
+        from expertgate.model import cpu_process
 
         self._masked = masked
         arguments: dict[str, Any] = {
@@ -41,8 +44,12 @@ class Vllm:
             "use_tqdm_on_load": False,
         }
         if masked and current_platform.is_cpu():
+            # As `expertgate serve` starts it.
             arguments["worker_cls"] = "expertgate.model.cpu_worker.MaskedCPUWorker"
-        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+            arguments["distributed_executor_backend"] = cpu_process.EXECUTOR
+        config = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
+        with cpu_process.openmp(config):
+            self._engine = AsyncLLM.from_vllm_config(config)
 
     async def run(self, asked: Sequence[Request]) -> Times:
         await self._engine.reset_prefix_cache()

@@ -15,9 +15,11 @@ from typing import Any
 
 import psutil
 from vllm import LLM, SamplingParams
+from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
 from benchmarks.machine import about
+from expertgate.model import cpu_process
 from expertgate.model.flex_olmo import FlexOlmoMoE
 from expertgate.model.ledger import ACCOUNT_ARG, Ledger
 from expertgate.model.masks import EXTRA_ARG
@@ -102,16 +104,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
     options = parser.parse_args()
     count = json.loads((Path(options.model) / "config.json").read_text())["num_experts"]
-    llm = LLM(
-        options.model,
-        worker_cls="benchmarks.usage.SwitchableWorker",
-        max_model_len=1024,
-        max_num_seqs=RUNNING,
+    arguments: dict[str, Any] = {
+        "model": options.model,
+        "worker_cls": "benchmarks.usage.SwitchableWorker",
+        "distributed_executor_backend": cpu_process.EXECUTOR,
+        "max_model_len": 1024,
+        "max_num_seqs": RUNNING,
         # A captured graph would keep what it was captured with, so there is none.
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        kv_cache_memory_bytes=1 << 28,
-    )
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "kv_cache_memory_bytes": 1 << 28,
+    }
+    with cpu_process.openmp(EngineArgs(**arguments).create_engine_config()):
+        llm = LLM(**arguments)
     setting = about() | {
         "command": f"python -m benchmarks.usage --rounds {options.rounds}",
         "model": "the demo model" if options.model == str(default) else Path(options.model).name,

@@ -19,6 +19,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.executor.abstract import Executor
 
+from expertgate.model import cpu_process
 from expertgate.model.flex_olmo import FlexOlmoForCausalLM
 from expertgate.model.moe_kernel import DEFAULT, OPTION
 from expertgate.model.plugin import ARCHITECTURE
@@ -89,6 +90,8 @@ def start(model: Path, name: str, arguments: Mapping[str, object], grants: Grant
         "additional_config": {OPTION: kernel},
     }
     given.pop("moe_kernel", None)
+    if worker == CPU_WORKER and _is_alone(arguments):
+        given["distributed_executor_backend"] = cpu_process.EXECUTOR
     try:
         # By this vLLM chooses how large batches may be, where nobody says.
         config = AsyncEngineArgs(**given).create_engine_config(UsageContext.OPENAI_API_SERVER)
@@ -101,12 +104,13 @@ def start(model: Path, name: str, arguments: Mapping[str, object], grants: Grant
         _check_memory(model, psutil.virtual_memory().available)
         _check_compiler(os.environ)
     try:
-        engine = AsyncLLM(
-            vllm_config=config,
-            executor_class=Executor.get_class(config),
-            log_stats=not arguments.get("disable_log_stats", False),
-            log_requests=False,
-        )
+        with cpu_process.openmp(config):
+            engine = AsyncLLM(
+                vllm_config=config,
+                executor_class=Executor.get_class(config),
+                log_stats=not arguments.get("disable_log_stats", False),
+                log_requests=False,
+            )
     except Exception as error:
         raise EngineError(
             f"the engine did not start: {_first_line(error)} (if it lacked memory: lower "
@@ -138,6 +142,14 @@ def _check_compiler(environ: Mapping[str, str]) -> None:
             "name another by CXX, or have nothing compiled by TORCH_COMPILE_DISABLE=1 and "
             "`enforce_eager: true` under `engine:`"
         )
+
+
+def _is_alone(arguments: Mapping[str, object]) -> bool:
+    """Whether there is one worker, and nobody asks for a process of its own."""
+    ranks = ("tensor_parallel_size", "pipeline_parallel_size")
+    return all(arguments.get(name, 1) == 1 for name in ranks) and arguments.get(
+        "distributed_executor_backend"
+    ) in (None, "uni")
 
 
 def _worker() -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from vllm.usage.usage_lib import UsageContext
 
+from expertgate.model import cpu_process
 from expertgate.model.moe_kernel import OPTION
 from expertgate.server import engine
 from expertgate.server.grants import Grants
@@ -54,6 +55,29 @@ def test_batches_are_as_large_as_in_vllms_own_server(monkeypatch):
 
 def test_the_first_request_does_not_choose_how_schemas_are_compiled(given):
     assert given()["structured_outputs_config"] == {"backend": "xgrammar"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ({}, cpu_process.EXECUTOR),
+        ({"distributed_executor_backend": "uni"}, cpu_process.EXECUTOR),
+        ({"tensor_parallel_size": 1, "pipeline_parallel_size": 1}, cpu_process.EXECUTOR),
+        ({"distributed_executor_backend": "mp"}, "mp"),
+        ({"tensor_parallel_size": 2}, None),
+        ({"pipeline_parallel_size": 2}, None),
+    ],
+)
+def test_on_a_cpu_a_worker_that_is_alone_shares_the_engines_process(
+    given, monkeypatch, arguments, wanted
+):
+    monkeypatch.setattr(engine, "_worker", lambda: engine.CPU_WORKER)
+    assert given(**arguments).get("distributed_executor_backend") == wanted
+
+
+def test_on_a_gpu_vllm_chooses_the_processes(given, monkeypatch):
+    monkeypatch.setattr(engine, "_worker", lambda: engine.GPU_WORKER)
+    assert "distributed_executor_backend" not in given()
 
 
 def test_vllms_moe_kernels_are_the_default(given):

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import httpx
 import openai
 import pytest
+import torch
 import yaml
 
 from tests.server.running import (
@@ -555,6 +556,20 @@ def gone(processes):
             return False
         time.sleep(0.1)
     return True
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU vLLM chooses the processes")
+def test_on_cpus_the_worker_lives_in_the_engines_process_and_has_its_cores(server):
+    titles = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in server.children()}
+    assert not [title for title in titles.values() if "Worker" in title]
+    (engine,) = [pid for pid, title in titles.items() if "EngineCore" in title]
+    names = {line.partition("=")[0] for line in _environment_of(engine)}
+    assert "OMP_NUM_THREADS" in names
+    assert names & {"GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES"}
+
+
+def _environment_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/environ").read_text().split("\0")
 
 
 def test_sigterm_lets_streams_finish_cuts_off_the_longest_and_leaves_no_orphans(tmp_path):

@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
+from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
+from expertgate.model import cpu_process
 from expertgate.model.ledger import ACCOUNT_ARG
 from expertgate.model.masks import EXTRA_ARG
 from expertgate.model.usage import Work
 from expertgate.policies.expert_set import ExpertSet
+
+PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size")
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,12 @@ def engine(folder: Path, **arguments: Any) -> Iterator[Engine]:
     }
     if current_platform.is_cpu():
         settings["worker_cls"] = "expertgate.model.cpu_worker.MaskedCPUWorker"
-    llm = LLM(str(folder), **(settings | arguments))
+        if all(arguments.get(name, 1) == 1 for name in PARALLEL):
+            settings["distributed_executor_backend"] = cpu_process.EXECUTOR
+    settings |= arguments
+    config = EngineArgs(str(folder), **settings).create_engine_config()
+    with cpu_process.openmp(config):
+        llm = LLM(str(folder), **settings)
     try:
         yield Engine(llm)
     finally:
