@@ -93,7 +93,8 @@ def expertgate(folder: Path, checkpoint: Path, engine: Mapping[str, Any]) -> Ite
 def stock(folder: Path, checkpoint: Path, engine: Mapping[str, Any]) -> Iterator[Server]:
     """vLLM's, its Transformers backend, with the same arguments; it checks keys, and no more."""
     folder.mkdir(parents=True)
-    keys = [secrets.token_urlsafe(32) for _ in range(KEYS)]
+    # In hex: vLLM would take one that begins with a dash for a flag.
+    keys = [secrets.token_hex(32) for _ in range(KEYS)]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

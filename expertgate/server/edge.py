@@ -10,15 +10,14 @@ import time
 import uuid
 from typing import Any
 
-from opentelemetry import propagate
 from opentelemetry.trace import SpanKind
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from expertgate.server import tracing
 from expertgate.server.errors import bad_request
 from expertgate.server.logs import FACTS, request_id
-from expertgate.server.tracing import tracer
 
 HEADER = "X-Request-Id"
 
@@ -63,9 +62,9 @@ class Edge:
             message = f"{HEADER} stands once, with 1 to 128 letters, digits and . _ : / + = -"
             error = bad_request(message, HEADER)
             app = JSONResponse(error.body(), error.status)
-        method, above = scope["method"], propagate.extract(headers)
+        method, above = scope["method"], tracing.context_in(headers)
         try:
-            with tracer.start_as_current_span(method, above, SpanKind.SERVER) as span:
+            with tracing.span(method, above, SpanKind.SERVER) as span:
                 await app(scope, receive, sending)
                 route = getattr(scope.get("route"), "path", None)
                 if route is not None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from vllm.utils.gc_utils import freeze_gc_heap
 
 from expertgate.server.audit.writer import Record
 from expertgate.server.config import TlsConfig
@@ -186,6 +187,9 @@ async def _open(
     engine.on_work = partial(count_work, names)
     service.handlers = make_handlers(engine)
     service.liveness = Liveness(engine, service.grants, record)
+    # What has been made by now stays. The collector would look through it again and again while
+    # requests wait, which took more time than they did.
+    freeze_gc_heap()
     service.engine = engine
 
 

@@ -21,7 +21,7 @@ from expertgate.server.liveness import Liveness
 from expertgate.server.metrics import DECISION_SECONDS
 from expertgate.server.namespaces import Namespaces
 from expertgate.server.selection import Selection, effective
-from expertgate.server.tracing import tracer
+from expertgate.server.tracing import span
 from expertgate.server.turns import Turns
 
 SUSPENDED = "suspended"
@@ -92,7 +92,7 @@ class Service:
         none of the three can be out of date when the grant is there to be withdrawn.
         """
         principal = await self.identity.identify(connection)
-        with tracer.start_as_current_span("policy"):
+        with span("policy"):
             decision = self.decide(principal, context)
             experts = effective(selection, decision.granted, self.catalogue)
         self.namespaces.note(principal, context, experts)

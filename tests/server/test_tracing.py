@@ -20,8 +20,10 @@ exporter = InMemorySpanExporter()
 def provider():
     made = TracerProvider()
     made.add_span_processor(SimpleSpanProcessor(exporter))
-    trace.set_tracer_provider(made)  # once in a process; nobody else here sets one
-    return made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracing, "_tracer", None)
+        tracing.send_to(made)  # OpenTelemetry takes one in a process; nobody else here sets one
+        yield made
 
 
 @pytest.fixture
@@ -94,8 +96,16 @@ def test_no_span_tells_what_was_asked_or_by_whom(ask, script):
 )
 def test_the_standard_variables_decide(monkeypatch, environment, sends):
     monkeypatch.setattr(trace, "set_tracer_provider", lambda provider: None)
+    monkeypatch.setattr(tracing, "_tracer", None)
     provider = tracing.set_up({**environment, "OTEL_SERVICE_NAME": "gate"})
     assert (provider is not None) == sends
     if provider is not None:
         assert provider.resource.attributes["service.name"] == "gate"
         provider.shutdown()
+
+
+def test_without_an_exporter_there_are_no_spans(ask, script, monkeypatch):
+    monkeypatch.setattr(tracing, "_tracer", None)
+    script.result = failed(400)
+    assert ask({"traceparent": f"00-{'1' * 32}-{'2' * 16}-01"}).status_code == 400
+    assert spans() == {}

@@ -17,7 +17,7 @@ from opentelemetry.trace import Span
 from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-from expertgate.server import answers, responses, schemas
+from expertgate.server import answers, responses, schemas, tracing
 from expertgate.server.admission import Visit
 from expertgate.server.audit.entry import CLIENT_GONE, Entry
 from expertgate.server.circumstances import context_of
@@ -31,7 +31,6 @@ from expertgate.server.responses import ResponsesRequest
 from expertgate.server.schemas import RECEIPT_HEADER, Body, ChatRequest, TextRequest
 from expertgate.server.selection import select
 from expertgate.server.service import Service
-from expertgate.server.tracing import EXPERTS, tracer
 
 
 async def chat(request: Request) -> Response:
@@ -52,7 +51,7 @@ async def _generate(
     request: Request, kind: type[Body], handler: Callable[[Handlers], Callable[..., Any]]
 ) -> Response:
     service: Service = request.app.state.service
-    with tracer.start_as_current_span("identity"):
+    with tracing.span("identity"):
         # A refusal's record will name them.
         request.state.principal = await service.identity.identify(request)
     service.running()
@@ -95,10 +94,10 @@ async def _answer(
     )
     REQUESTS.labels(len(names)).inc()
     headers = {"X-Experts-Effective": shown_names}
-    span = tracer.start_span("engine", attributes={EXPERTS: names})
+    span = tracing.begin("engine", {tracing.EXPERTS: names})
     try:
         async with grant.while_given():
-            with tracer.start_as_current_span("audit"):
+            with tracing.span("audit"):
                 await entry.begin()
             result = await _unless_gone(_first(handler(handlers)(body)), request)
     except BaseException as error:
