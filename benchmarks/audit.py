@@ -69,10 +69,12 @@ def server(folder: Path, *, audited: bool) -> Iterator[tuple[httpx.Client, int]]
 
     folder.mkdir()
     shutil.copytree(DEMO / "policies", folder / "policies")
+    shutil.copy(DEMO / "model" / "experts.json", folder)
     key = create_key(folder / "keys.yaml", "nurse", ["clinical"], None)
     engine = {"max_model_len": 1024, "max_num_seqs": CLIENTS, "kv_cache_memory_bytes": 1 << 28}
     config: dict[str, Any] = {
         "model": str(DEMO / "model"),
+        "catalogue": "experts.json",
         "identity": {"api_keys": "keys.yaml"},
         "policies": "policies",
         "audit": {"enabled": audited},

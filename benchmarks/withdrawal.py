@@ -2,8 +2,8 @@
 
 `python -m benchmarks.withdrawal` starts `expertgate serve` on the demo model. In each round streams
 run that use one expert; then a file is replaced, and the clock runs, from before it is written,
-until each client has read `expert_withdrawn`. In turn a policy forbids the expert, the key is
-revoked, and the expert is suspended.
+until each client has read `expert_withdrawn`. In turn a policy forbids the expert, the catalogue
+takes the tag from it that a policy asks for, the key is revoked, and the expert is suspended.
 """
 
 import argparse
@@ -94,18 +94,27 @@ def main() -> None:
     }
     for key, value in setting.items():
         print(f"{key}: {value}")
-    took: dict[str, list[float]] = {"policy": [], "key": [], "suspension": []}
+    took: dict[str, list[float]] = {}
     with (
         tempfile.TemporaryDirectory() as name,
         server(Path(name) / "site", audited=True) as (client, _),
     ):
         site = Path(name) / "site"
         policies, keys = site / "policies" / "taken.cedar", site / "keys.yaml"
+        catalogue = site / "experts.json"
+        tagged = catalogue.read_text()
+        untagged = json.loads(tagged)
+        (taken,) = [one for one in untagged["experts"] if one["name"] == EXPERT]
+        taken["tags"] = []
         kept = keys.read_text()
         revoked = yaml.safe_load(kept)
         revoked[0]["revoked"] = "2020-01-01T00:00:00Z"
         changes: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
             "policy": (lambda: replaced(policies, _FORBIDS), policies.unlink),
+            "catalogue": (
+                lambda: replaced(catalogue, json.dumps(untagged)),
+                lambda: replaced(catalogue, tagged),
+            ),
             "key": (
                 lambda: replaced(keys, yaml.safe_dump(revoked)),
                 lambda: replaced(keys, kept),
@@ -118,7 +127,7 @@ def main() -> None:
         for _ in range(options.rounds):
             for kind, (take, give_back) in changes.items():
                 until_granted(client)
-                took[kind] += one_round(client, take)
+                took.setdefault(kind, []).extend(one_round(client, take))
                 give_back()
         until_granted(client)
     figures: dict[str, Any] = {}

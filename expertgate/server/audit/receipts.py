@@ -10,7 +10,7 @@ import json
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -49,9 +49,10 @@ class _Kept:
 class Receipts:
     """Those of requests that have ended lately; none is signed before it is asked for."""
 
-    def __init__(self, key: SigningKey, *, hashed: bool) -> None:
-        """`hashed`: principals are named by a salted hash."""
+    def __init__(self, key: SigningKey, hurry: Callable[[], None], *, hashed: bool) -> None:
+        """`hurry` has the log written; `hashed`: principals are named by a salted hash."""
         self._key = key
+        self._hurry = hurry
         self._hashed = hashed
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
 
@@ -129,6 +130,7 @@ class Receipts:
             raise ApiError(404, "not_found", "there is no such receipt, or no longer")
         result = kept.result
         if isinstance(result, Future):
+            self._hurry()
             try:
                 # Shielded: whoever asks may leave, and the next one still wants to know.
                 waiting = asyncio.shield(asyncio.wrap_future(result))

@@ -54,7 +54,9 @@ class Trail:
     ) -> None:
         """`hashed`: receipts name principals by a salted hash."""
         self.log = audit_log
-        self.receipts = None if audit_log is None else Receipts(audit_log.key, hashed=hashed)
+        self.receipts = (
+            None if audit_log is None else Receipts(audit_log.key, audit_log.hurry, hashed=hashed)
+        )
         self._catalogue = catalogue
         self.catalogue_digest = _digest(catalogue)
         self._refused: Counter[str | None] = Counter()

@@ -1,8 +1,9 @@
 """Appends records to the log; whoever must know waits until theirs is on disk.
 
 One thread writes. What comes while it waits for the disk is written together next time, so that
-many requests share one fsync. What can't be written leaves no trace in the files: they are cut
-back to what is known to be on disk, and the chain goes on from there.
+many requests share one fsync; what nobody waits for goes with the next that somebody does, or after
+a moment. What can't be written leaves no trace in the files: they are cut back to what is known to
+be on disk, and the chain goes on from there.
 """
 
 import asyncio
@@ -33,6 +34,8 @@ _MAX_KEPT = 16384
 _WRITE_TIMEOUT_S = 5.0
 _TOO_SLOW = f"the disk took more than {_WRITE_TIMEOUT_S:.0f} s"
 _TICK_S = 1.0
+_MOMENT_S = 0.05
+"""For so long a record that nobody waits for may wait for others to be written with."""
 _MAX_LINE_BYTES = 1 << 20
 _SIGN_AFTER_S = 10.0
 """A quiet log is signed up to its end after this time."""
@@ -100,6 +103,8 @@ class AuditLog:
         self.fail_open = fail_open
         self._wake = threading.Condition()  # around a lock that its holder may take again
         self._queue: deque[_Entry] = deque()
+        self._urgent = False  # somebody waits for what is in the queue
+        self._asleep = False  # the thread, until something comes
         self._closing = False
         self._fault = ""
         self._began: float | None = None
@@ -185,6 +190,12 @@ class AuditLog:
         except TimeoutError:
             raise AuditUnavailable(_TOO_SLOW) from None
 
+    def hurry(self) -> None:
+        """Somebody waits for what is in the queue."""
+        with self._wake:
+            self._urgent = True
+            self._wake.notify()
+
     def close(self) -> None:
         """Writes and signs what is left. Waits for the disk."""
         with self._wake:
@@ -202,15 +213,16 @@ class AuditLog:
                 self._lose(entry, "more records than can be kept wait for the disk")
                 return
             self._queue.append(entry)
-            self._wake.notify()
+            self._urgent = self._urgent or entry.waits
+            if self._urgent or self._asleep:
+                self._wake.notify()
 
     def _work(self) -> None:
         closing = False
         while not closing:
             with self._wake:
-                if not self._queue and not self._closing:
-                    self._wake.wait(_TICK_S)
-                entries, self._queue = list(self._queue), deque()
+                self._rest()
+                entries, self._queue, self._urgent = list(self._queue), deque(), False
                 closing = self._closing
             quiet = time.monotonic() - self._signed_at >= _SIGN_AFTER_S
             self._commit(entries, sign=closing or quiet)
@@ -218,6 +230,20 @@ class AuditLog:
                 # Nothing new comes meanwhile but what is kept, so there is no need to hurry.
                 with self._wake:
                     self._wake.wait_for(lambda: self._closing, _TICK_S)
+
+    def _rest(self) -> None:
+        """Until there is something to write, or a tick has passed. Holds the lock."""
+
+        def pressed() -> bool:
+            return self._urgent or self._closing
+
+        if self._wake.wait_for(pressed, _MOMENT_S) or self._queue:
+            return
+        self._asleep = True
+        self._wake.wait(_TICK_S)
+        self._asleep = False
+        if self._queue:
+            self._wake.wait_for(pressed, _MOMENT_S)
 
     def _commit(self, entries: list[_Entry], *, sign: bool) -> None:
         """Writes entries, and a head behind them where it is time, or none of it."""

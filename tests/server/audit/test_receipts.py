@@ -191,7 +191,7 @@ def test_nor_does_a_record_that_was_changed(tmp_path):
     ]
     assert "mallo" in "".join(lines)
     path.write_text("".join(lines))
-    kept = receipts.Receipts(signing_key(tmp_path), hashed=False)
+    kept = receipts.Receipts(signing_key(tmp_path), lambda: None, hashed=False)
     kept.restore(lately(tmp_path / "audit", public_keys(tmp_path)), KNOWN)
     assert set(kept._kept) == {answers[2].headers["x-request-id"]}
 
@@ -218,7 +218,7 @@ def test_after_a_restart_they_are_kept_no_longer_and_are_no_more(tmp_path, monke
     log.close()
 
     def restored(known=KNOWN):
-        kept = receipts.Receipts(signing_key(tmp_path), hashed=False)
+        kept = receipts.Receipts(signing_key(tmp_path), lambda: None, hashed=False)
         kept.restore(lately(tmp_path / "audit", public_keys(tmp_path)), known)
         return list(kept._kept)
 

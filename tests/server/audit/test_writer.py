@@ -100,6 +100,35 @@ def test_nothing_is_told_before_fsync_has_returned(tmp_path, disk):
     log.close()
 
 
+def test_what_nobody_waits_for_is_written_with_the_next_that_somebody_does(
+    tmp_path, disk, monkeypatch
+):
+    monkeypatch.setattr(writer, "_MOMENT_S", 1000)
+    log = open_log(tmp_path)
+    log.record("request", n=1)
+    before = disk.syncs
+    result = log.note("result", n=1)
+    time.sleep(0.1)
+    assert not result.done()
+    log.record("request", n=2)
+    assert result.result(20).seq == 2
+    assert disk.syncs == before + 1
+    log.close()
+
+
+def test_what_nobody_waits_for_is_written_after_a_moment_or_when_somebody_asks(
+    tmp_path, monkeypatch
+):
+    log = open_log(tmp_path)
+    assert log.note("result").result(20).seq == 1
+    monkeypatch.setattr(writer, "_MOMENT_S", 1000)
+    log.record("request")
+    result = log.note("result")
+    log.hurry()
+    assert result.result(20).seq == 3
+    log.close()
+
+
 def test_metrics_show_what_waits_and_how_long_the_disk_took(tmp_path, disk):
     def sample(name):
         return REGISTRY.get_sample_value(f"expertgate_audit_{name}")
