@@ -1,7 +1,8 @@
 """What only operators may see and do, on a listener of its own: metrics, and suspending experts."""
 
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -14,6 +15,7 @@ from expertgate.server.errors import ApiError, invalid_credential
 from expertgate.server.oversight import Oversight
 from expertgate.server.routes import about
 from expertgate.server.service import Service
+from expertgate.server.suspensions import SuspensionError
 
 
 def create_admin(service: Service, oversight: Oversight, token: str) -> FastAPI:
@@ -46,11 +48,13 @@ def create_admin(service: Service, oversight: Oversight, token: str) -> FastAPI:
 
     async def suspend(request: Request) -> Response:
         name = _expert(request, service)
-        return _changed(name, suspended=True, changed=await oversight.suspend(name))
+        with _told():
+            return _changed(name, suspended=True, changed=await oversight.suspend(name))
 
     async def resume(request: Request) -> Response:
         name = _expert(request, service)
-        return _changed(name, suspended=False, changed=await oversight.resume(name))
+        with _told():
+            return _changed(name, suspended=False, changed=await oversight.resume(name))
 
     for path, change in (("suspend", suspend), ("resume", resume)):
         app.add_api_route(
@@ -63,6 +67,15 @@ def create_admin(service: Service, oversight: Oversight, token: str) -> FastAPI:
     app.add_api_route("/metrics", guarded(scrape), methods=["GET"], response_model=None)
     public.show_errors(app)
     return app
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """An operator has to know that nothing has changed, and may know which file is why."""
+    try:
+        yield
+    except SuspensionError as error:
+        raise ApiError(503, "suspension_failed", f"nothing was changed: {error}") from None
 
 
 def _expert(request: Request, service: Service) -> str:

@@ -13,6 +13,7 @@ from expertgate.server.changes import PoliciesLoaded, PoliciesRefused, Withdrawn
 from expertgate.server.config import AdminConfig, ConfigError
 from expertgate.server.listening import ListenError, listen, listen_at
 from expertgate.server.metrics import WITHDRAWALS
+from expertgate.server.suspensions import SuspensionError
 
 TOKEN = "f" * 64
 
@@ -71,6 +72,20 @@ def test_an_expert_is_suspended_and_resumed(client, oversight):
     assert "expert-2" in response.json()["error"]["message"]
     assert client.post("/admin/experts/expert-1/suspend").status_code == 401
     assert oversight.suspended == set()
+
+
+@pytest.mark.parametrize("what", ["suspend", "resume"])
+def test_a_list_that_cannot_be_written_is_told(client, oversight, monkeypatch, what):
+    async def fail(name):
+        raise SuspensionError("/etc/suspended.yaml: Read-only file system")
+
+    monkeypatch.setattr(oversight, what, fail)
+    response = client.post(
+        f"/admin/experts/expert-1/{what}", headers={"Authorization": f"Bearer {TOKEN}"}
+    )
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "suspension_failed"
+    assert "nothing was changed: /etc/suspended.yaml: Read-only" in response.text
 
 
 def test_changes_are_counted(client, oversight):
