@@ -17,7 +17,6 @@ from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.executor.abstract import Executor
 
@@ -105,7 +104,6 @@ def start(model: Path, name: str, arguments: Mapping[str, object], grants: Grant
     refuse_config(config, worker, str(model), str(arguments.get("tokenizer") or model))
     if current_platform.is_cpu():
         _check_memory(model, psutil.virtual_memory().available)
-        _check_share(config)
         _check_batch(config)
         _check_compiler(os.environ)
     try:
@@ -135,25 +133,6 @@ def _check_memory(model: Path, available: int) -> None:
         raise SettingError(
             f"the weights in {model} are {weights / 1e9:.1f} GB, and {available / 1e9:.1f} GB of "
             "memory are free: end what takes it, or serve on a larger machine"
-        )
-
-
-def _check_share(config: VllmConfig) -> None:
-    """A worker that lacks its share of the machine's memory says so in a traceback alone.
-
-    Several ranks take theirs of several nodes, which is left to them.
-    """
-    cache = config.cache_config
-    if cache.kv_cache_memory_bytes is not None or config.parallel_config.world_size > 1:
-        return
-    memory = get_memory_node_info(get_allowed_cpu_list()[0].numa_node)
-    wanted = memory.total_memory * cache.gpu_memory_utilization
-    if wanted > memory.available_memory:
-        raise SettingError(
-            f"vLLM would take {wanted / 1e9:.1f} GB, gpu_memory_utilization "
-            f"({cache.gpu_memory_utilization}) of this machine's memory, and "
-            f"{memory.available_memory / 1e9:.1f} GB are free: under `engine:` set "
-            "kv_cache_memory_bytes, how much the KV cache takes, or a lower gpu_memory_utilization"
         )
 
 

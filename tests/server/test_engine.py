@@ -115,33 +115,17 @@ def test_weights_that_do_not_fit_are_a_line(tmp_path):
         engine._check_memory(tmp_path, 2999)
 
 
-def config(*, fixed=None, share=0.92, ranks=1, batch=2048):
-    return SimpleNamespace(
-        cache_config=SimpleNamespace(kv_cache_memory_bytes=fixed, gpu_memory_utilization=share),
-        parallel_config=SimpleNamespace(world_size=ranks),
-        scheduler_config=SimpleNamespace(max_num_batched_tokens=batch),
-    )
-
-
-def test_a_share_of_memory_that_is_not_free_is_a_line(monkeypatch):
-    free = SimpleNamespace(total_memory=10_000_000_000, available_memory=9_000_000_000)
-    monkeypatch.setattr(engine, "get_memory_node_info", lambda node: free)
-    engine._check_share(config(share=0.9))
-    engine._check_share(config(fixed=1 << 30))
-    engine._check_share(config(ranks=2))
-    with pytest.raises(
-        SettingError, match=r"take 9\.2 GB, .* \(0\.92\).* 9\.0 GB are free: .*kv_c"
-    ):
-        engine._check_share(config())
+def config(batch):
+    return SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=batch))
 
 
 def test_a_batch_smaller_than_a_step_is_a_line(monkeypatch):
     monkeypatch.setattr(engine, "least_rows", lambda: 8)
-    engine._check_batch(config(batch=8))
+    engine._check_batch(config(8))
     with pytest.raises(
         SettingError, match="max_num_batched_tokens=7: on this processor at least 8"
     ):
-        engine._check_batch(config(batch=7))
+        engine._check_batch(config(7))
 
 
 def test_a_machine_without_a_compiler_is_a_line():
