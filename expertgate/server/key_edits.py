@@ -70,9 +70,14 @@ def rotate_key(
         now = _now()
         if expires is None and key.state(now) == "expired":
             raise KeysError(f"{path}: key {id!r} is expired; say when the new secret expires")
-        # A secret that is replaced twice doesn't come back: each keeps the end that it was given.
-        ends = min(now + grace, key.expires or datetime.max.replace(tzinfo=UTC))
-        old = [*key.previous, Replaced(sha256=key.sha256, expires=ends)]
+        # A secret that is replaced twice doesn't come back: each keeps the end that it was given,
+        # or that of the key, which may have another one now.
+        end = key.expires or datetime.max.replace(tzinfo=UTC)
+        ends = min(now + grace, end)
+        old = [
+            *(Replaced(sha256=e.sha256, expires=min(e.expires, end)) for e in key.previous),
+            Replaced(sha256=key.sha256, expires=ends),
+        ]
         fields: dict[str, object] = {
             "sha256": hash_of(secret),
             "created": _text(now),

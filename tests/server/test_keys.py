@@ -404,6 +404,17 @@ def test_an_expired_key_is_rotated_only_to_a_new_end(path):
         KeyStore(path).find(old)
 
 
+def test_an_ended_key_that_is_rotated_wakes_none_of_its_old_secrets(path):
+    oldest = create_key(path, "alice", [], None)
+    old = rotate_key(path, "alice", timedelta(days=7), None)
+    expire_key(path, "alice", PAST)
+    new = rotate_key(path, "alice", timedelta(hours=24), SOON)
+    assert KeyStore(path).find(new).key.id == "alice"
+    for secret in (oldest, old):
+        with pytest.raises(BadCredential):
+            KeyStore(path).find(secret)
+
+
 @pytest.mark.parametrize(
     "text",
     [
