@@ -18,8 +18,10 @@ class NameTheUser(CustomLogger):
         headers = {"X-Forwarded-User": user_api_key_dict.user_id}
         if user_api_key_dict.team_alias:
             headers["X-Forwarded-Groups"] = user_api_key_dict.team_alias
-        # Instead of what the client may have put there.
+        # Instead of what the client may have put there, or in what LiteLLM adds to it.
         data["extra_headers"] = headers
+        for name in ("headers", "provider_specific_header"):
+            data.pop(name, None)
         return data
 
 

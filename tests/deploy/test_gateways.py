@@ -128,6 +128,21 @@ def test_envoy_takes_away_what_a_client_says_of_itself(envoy):
     assert granted(envoy, token(), **forged) == ["public"]
 
 
+@pytest.mark.parametrize("claims", [{}, {"groups": "research"}, {"groups": [{}]}])
+def test_envoy_lets_nobody_speak_for_a_token_that_it_cannot_read(envoy, claims):
+    bearer = token(**claims) if "groups" in claims else _token_of_nobody()
+    forged = {"X-Forwarded-User": "boss", "X-Forwarded-Groups": "research"}
+    response = httpx.get(
+        f"{envoy}/v1/experts", headers={"Authorization": f"Bearer {bearer}", **forged}
+    )
+    assert response.status_code in (400, 401, 403), response.text
+
+
+def _token_of_nobody():
+    claims = {"iss": "https://login.example", "aud": "expertgate", "exp": int(time.time()) + 600}
+    return jwt.encode(claims, SIGNER, "RS256", {"kid": "one"})
+
+
 def test_envoy_lets_nobody_in_without_a_good_token(envoy):
     other = generate_private_key(public_exponent=65537, key_size=2048)
     for bad in ("x", token(other), token(aud="elsewhere"), token(exp=1)):
