@@ -5,7 +5,7 @@ and worker then wait for each other twice a step, which costs a small model a te
 The variables can as well be those of the engine's process: that is what this does.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,14 @@ from vllm.utils.ompmultiprocessing import OMPProcessManager
 EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """For vLLM's `distributed_executor_backend`. On CPUs `uni` would mean `mp`; the name of the class
 does not."""
+
+
+def is_alone(arguments: Mapping[str, object]) -> bool:
+    """Whether vLLM's `arguments` make one worker, and ask for no process of its own."""
+    ranks = ("tensor_parallel_size", "pipeline_parallel_size")
+    return all(arguments.get(name, 1) == 1 for name in ranks) and arguments.get(
+        "distributed_executor_backend"
+    ) in (None, "uni")
 
 
 @contextmanager

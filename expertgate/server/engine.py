@@ -92,7 +92,7 @@ def start(model: Path, name: str, arguments: Mapping[str, object], grants: Grant
         "additional_config": {OPTION: kernel},
     }
     given.pop("moe_kernel", None)
-    if worker == CPU_WORKER and _is_alone(arguments):
+    if worker == CPU_WORKER and cpu_process.is_alone(arguments):
         given["distributed_executor_backend"] = cpu_process.EXECUTOR
     try:
         # By this vLLM chooses how large batches may be, where nobody says.
@@ -155,14 +155,6 @@ def _check_compiler(environ: Mapping[str, str]) -> None:
             "name another by CXX, or have nothing compiled by TORCH_COMPILE_DISABLE=1 and "
             "`enforce_eager: true` under `engine:`"
         )
-
-
-def _is_alone(arguments: Mapping[str, object]) -> bool:
-    """Whether there is one worker, and nobody asks for a process of its own."""
-    ranks = ("tensor_parallel_size", "pipeline_parallel_size")
-    return all(arguments.get(name, 1) == 1 for name in ranks) and arguments.get(
-        "distributed_executor_backend"
-    ) in (None, "uni")
 
 
 def _worker() -> str:

@@ -16,8 +16,6 @@ from expertgate.model.masks import EXTRA_ARG
 from expertgate.model.usage import Work
 from expertgate.policies.expert_set import ExpertSet
 
-PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size")
-
 
 @dataclass(frozen=True)
 class Ask:
@@ -117,7 +115,7 @@ def engine(folder: Path, **arguments: Any) -> Iterator[Engine]:
     }
     if current_platform.is_cpu():
         settings["worker_cls"] = "expertgate.model.cpu_worker.MaskedCPUWorker"
-        if all(arguments.get(name, 1) == 1 for name in PARALLEL):
+        if cpu_process.is_alone(arguments):
             settings["distributed_executor_backend"] = cpu_process.EXECUTOR
     settings |= arguments
     config = EngineArgs(str(folder), **settings).create_engine_config()
