@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import multiprocessing
 import signal
@@ -166,6 +167,7 @@ async def _run(
         if engine is not None:
             await asyncio.to_thread(engine.shutdown, _ENGINE_STOP_S)
         _end_children()
+        gc.unfreeze()  # or libraries report as leaked what the end would have collected
 
 
 async def _open(

@@ -609,6 +609,7 @@ def test_sigterm_lets_streams_finish_cuts_off_the_longest_and_leaves_no_orphans(
         assert own.process.wait(60) == 0
         assert gone(children)
         assert "Traceback" not in own.log
+        assert "leaked" not in own.log  # as libraries say of what is left when they end
     finally:
         stop(own)
 
