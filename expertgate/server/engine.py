@@ -25,21 +25,14 @@ from expertgate.model.cpu_dense import least_rows
 from expertgate.model.flex_olmo import FlexOlmoForCausalLM
 from expertgate.model.moe_kernel import DEFAULT, OPTION
 from expertgate.model.plugin import ARCHITECTURE
-from expertgate.server.admission import PLACES
 from expertgate.server.failures import EngineError
 from expertgate.server.grants import Grants
 from expertgate.server.guard import CacheSalts, GuardedLLM
 from expertgate.server.refusals import SettingError, refuse_arguments, refuse_config
-from expertgate.server.turns import Turns
+from expertgate.server.room import bound
 
 CPU_WORKER = "expertgate.model.cpu_worker.MaskedCPUWorker"
 GPU_WORKER = "expertgate.model.gpu_worker.MaskedGPUWorker"
-
-_MAX_QUEUED_TOKENS = 1 << 20
-"""Of the prompts that wait, where the configuration doesn't say; vLLM would take any number."""
-_AHEAD = 1.25
-"""How many choices the engine gets, of those that it runs at once: some must be at hand when others
-end. More would wait there, in order of arrival, however many are one principal's."""
 
 
 def parse_flags(flags: Sequence[str]) -> dict[str, object]:
@@ -82,8 +75,6 @@ def start(model: Path, name: str, arguments: Mapping[str, object], grants: Grant
     given: dict[str, Any] = {
         "served_model_name": name,
         "use_tqdm_on_load": False,
-        "max_num_queued_reqs": PLACES,
-        "max_num_queued_tokens": _MAX_QUEUED_TOKENS,
         **arguments,
         # The first request would choose it for all, and others compile what a client sends.
         "structured_outputs_config": {"backend": "xgrammar"},
@@ -102,6 +93,7 @@ def start(model: Path, name: str, arguments: Mapping[str, object], grants: Grant
     except Exception as error:  # vLLM raises a dozen kinds here; each says what doesn't fit
         raise SettingError(f"engine arguments: {_first_line(error)}") from None
     refuse_config(config, worker, str(model), str(arguments.get("tokenizer") or model))
+    turns = bound(config)
     if current_platform.is_cpu():
         _check_memory(model, psutil.virtual_memory().available)
         _check_batch(config)
@@ -121,8 +113,6 @@ def start(model: Path, name: str, arguments: Mapping[str, object], grants: Grant
         ) from error
     # The epoch counts changes of the weights while the process runs; nothing changes them yet.
     salts = CacheSalts(weights=f"{model} epoch 0".encode())
-    scheduler = config.scheduler_config
-    turns = Turns(int(scheduler.max_num_seqs * _AHEAD), scheduler.max_num_queued_tokens)
     return GuardedLLM(engine, grants, salts, turns)
 
 

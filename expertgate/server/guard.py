@@ -31,6 +31,7 @@ from expertgate.model.usage import Usage, Work
 from expertgate.policies.expert_set import ExpertSet
 from expertgate.server.grants import HANDLE_ARG, Grant, GrantError, Grants, Tally
 from expertgate.server.names import voucher
+from expertgate.server.progress import Progress
 from expertgate.server.reports import Reports
 from expertgate.server.turns import Turns
 
@@ -197,33 +198,30 @@ class GuardedLLM:
             )
             return generator
 
+        progress = Progress(self._engine)
         running = self._run(
             grant,
             start,
+            progress,
             hashlib.sha256(array("I", granted["prompt_token_ids"])).digest(),
             constrained=params.structured_outputs is not None,
             piecemeal=params.output_kind is RequestOutputKind.DELTA,
         )
-        return self._in_turn(grant, running, params.n, len(granted["prompt_token_ids"]))
+        return self._in_turn(grant, running, progress, params.n, len(granted["prompt_token_ids"]))
 
     async def _in_turn(
         self,
         grant: Grant,
         running: AsyncGenerator[RequestOutput, None],
+        progress: Progress,
         choices: int,
         prompt_tokens: int,
     ) -> AsyncGenerator[RequestOutput, None]:
-        begun = ""
-
-        def over() -> bool:
-            # No end to its outputs is seen here while a client doesn't read them.
-            return begun != "" and begun not in self._engine.output_processor.external_req_ids
-
-        turn = self._turns.turn(grant.tenant, choices, prompt_tokens, over)
+        turn = self._turns.turn(grant.tenant, choices, prompt_tokens, progress)
         async with turn, aclosing(running):
             grant.spend(prompt_tokens)
             async for output in running:
-                begun = output.request_id
+                progress.heard = True
                 tokens = sum(len(choice.token_ids) for choice in output.outputs)
                 self._turns.spend(grant.tenant, tokens)
                 grant.spend(tokens)
@@ -233,6 +231,7 @@ class GuardedLLM:
         self,
         grant: Grant,
         start: Callable[[str], AsyncGenerator[RequestOutput, None]],
+        progress: Progress,
         prompt_digest: bytes,
         *,
         constrained: bool,
@@ -242,7 +241,7 @@ class GuardedLLM:
         grant.check()
         if self._cut:
             raise self.dead_error
-        call_id = grant.next_call_id()
+        progress.call_id = call_id = grant.next_call_id()
         grant.prompts.append(prompt_digest)
         grant.running.add(call_id)
         self._calls.add(call_id)

@@ -32,11 +32,6 @@ def given(monkeypatch):
     return start
 
 
-def test_the_queue_has_a_bound_unless_another_is_set(given):
-    assert given()["max_num_queued_reqs"] == 1024
-    assert given(max_num_queued_reqs=8)["max_num_queued_reqs"] == 8
-
-
 def test_batches_are_as_large_as_in_vllms_own_server(monkeypatch):
     seen = []
 

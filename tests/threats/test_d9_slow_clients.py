@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import socket
 import time
+from concurrent import futures
 from types import SimpleNamespace
 
 import httpx
@@ -267,6 +268,38 @@ def test_what_the_engine_is_done_with_holds_no_turn(coreless, monkeypatch):
         answer = httpx.post(url, json={"prompt": "hi"}, headers=headers, timeout=60)
         assert answer.status_code == 200
         assert len(guard._calls) == 2  # which nobody has read to their ends
+
+
+def test_an_answer_in_one_piece_is_seen_to_have_begun(coreless):
+    """Else answers that show nothing before their ends would seem to stand in the engine's queue"""
+    guard, core = coreless.engine, coreless.core
+    guard._turns, core.most_tokens, core.step_s = Turns(10, most_ahead=1), 1000, 0.005
+    url, body = f"{coreless.url}/v1/completions", {"prompt": "hi", "max_tokens": 1000}
+    with futures.ThreadPoolExecutor() as pool:
+        long = pool.submit(httpx.post, url, json=body, headers=coreless.headers(), timeout=60)
+        while not core.work:
+            time.sleep(0.01)
+        core.most_tokens = 4
+        answer = httpx.post(url, json=body, headers=coreless.headers("bob"), timeout=60)
+        assert answer.status_code == 200
+        assert len(guard._calls) == 1  # alice's is still running
+        assert long.result().status_code == 200
+
+
+def test_what_the_engine_has_not_begun_lets_others_wait(coreless):
+    guard, core = coreless.engine, coreless.core
+    guard._turns, core.instead = Turns(10, most_ahead=1), lambda: None
+    url, body = f"{coreless.url}/v1/completions", {"prompt": "hi"}
+    with futures.ThreadPoolExecutor() as pool:
+        for n in range(3):
+            asked = pool.submit(httpx.post, url, json=body, headers=coreless.headers(), timeout=2)
+            while guard._turns.waiting < n:
+                time.sleep(0.01)
+        time.sleep(0.3)
+        assert len(guard._calls) == 1
+        assert guard._turns.waiting == 2
+        with pytest.raises(httpx.ReadTimeout):
+            asked.result()
 
 
 def test_stalled_readers_keep_nobody_from_the_engine(server):
