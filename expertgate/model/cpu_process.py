@@ -3,18 +3,24 @@
 vLLM gives it a process of its own, because OpenMP reads its variables when a process starts. Engine
 and worker then wait for each other twice a step, which costs a small model a tenth of its speed.
 The variables can as well be those of the engine's process: that is what this does.
+
+They bind the process's first thread to a core, and so all that it starts: also the threads which
+take requests and send outputs, and then wait for each step's end. Those are set free again.
 """
 
+import os
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from vllm.platforms import current_platform
 from vllm.utils.ompmultiprocessing import OMPProcessManager
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-"""For vLLM's `distributed_executor_backend`. On CPUs `uni` would mean `mp`; the name of the class
-does not."""
+EXECUTOR = f"{__name__}.SharedProcessExecutor"
+"""For vLLM's `distributed_executor_backend`: `uni` would mean `mp` on CPUs."""
 
 
 def is_alone(arguments: Mapping[str, object]) -> bool:
@@ -38,3 +44,27 @@ def openmp(config: Any) -> Iterator[None]:
         return
     with OMPProcessManager(config).configure_omp_envs(rank=0, local_rank=0):
         yield
+
+
+class SharedProcessExecutor(UniProcExecutor):
+    """vLLM's own for one worker, which knows of no OpenMP in its process."""
+
+    _seen = 0
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        if threading.active_count() != self._seen:
+            self._seen = threading.active_count()
+            _free_threads()
+        return super().execute_model(*args, **kwargs)
+
+
+def _free_threads() -> None:
+    """Lets Python's threads but the first, and those of ZeroMQ, run wherever the parent may."""
+    cpus = os.sched_getaffinity(os.getppid())
+    python = {thread.native_id for thread in threading.enumerate()}
+    for task in Path("/proc/self/task").iterdir():
+        number = int(task.name)
+        with suppress(OSError):  # it has ended
+            named = (task / "comm").read_text().startswith("ZMQbg/")
+            if named or (number in python and number != os.getpid()):
+                os.sched_setaffinity(number, cpus)

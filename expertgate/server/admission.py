@@ -138,6 +138,8 @@ class Admission:
         account, most, more = visit.account, max(1, self.places // 2), choices - visit.places
         if choices > most:
             raise bad_request(f"n times prompts is {choices}; this server takes {most}", "n")
+        if more <= 0:
+            return
         free = self.places - self._held - more
         if free < 0 or account.places + more > max(1, free):
             raise overloaded(FULL)

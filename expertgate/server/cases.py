@@ -1,14 +1,14 @@
 """Tables of who asks for what, and what they should get: a YAML file.
 
 - case: a nurse on duty            # may be missing, as may all but the principal
-principal: alice
-groups: [clinical]
-claims: {department: care}
-purpose: care
-address: 10.0.0.7
-time: 2026-11-24T12:00:00Z       # must be there where a policy reads the clock
-granted: [public, formulary]     # exactly these
-denied: [news]                   # at least these
+  principal: alice
+  groups: [clinical]
+  claims: {department: care}
+  purpose: care
+  address: 10.0.0.7
+  time: 2026-11-24T12:00:00Z       # must be there where a policy reads the clock
+  granted: [public, formulary]     # exactly these
+  denied: [news]                   # at least these
 """
 
 from datetime import UTC, datetime

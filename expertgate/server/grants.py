@@ -54,6 +54,7 @@ class Tally:
     """The tokens of one engine call: of its prompt, and those that each choice has brought."""
 
     prompt: int
+    choices: int
     generated: dict[int, int] = field(default_factory=dict)
 
 

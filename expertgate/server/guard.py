@@ -128,6 +128,11 @@ class GuardedLLM:
         return UnavailableError("the engine has stopped")
 
     @property
+    def busy(self) -> bool:
+        """Calls run in the engine, or are on their way there."""
+        return bool(self._calls)
+
+    @property
     def places(self) -> int:
         """Choices that the engine takes, running and waiting."""
         return int(self.vllm_config.scheduler_config.max_num_queued_reqs)
@@ -185,7 +190,7 @@ class GuardedLLM:
         grant.granted += 1
 
         def start(call_id: str) -> AsyncGenerator[RequestOutput, None]:
-            grant.tallies[call_id] = Tally(len(granted["prompt_token_ids"]))
+            grant.tallies[call_id] = Tally(len(granted["prompt_token_ids"]), params.n)
             # A new dictionary: the one that is there is what the caller wrote.
             params.extra_args = {EXTRA_ARG: grant.experts.mask, ACCOUNT_ARG: call_id}
             generator: AsyncGenerator[RequestOutput, None] = self._engine.generate(
@@ -320,7 +325,13 @@ class GuardedLLM:
             raise GrantError("experts outside of the grant were consulted")
         self.on_work(work)
         tally = grant.tallies[call_id]
-        grant.told.append(Usage(tally.prompt, sum(tally.generated.values()), work))
+        generated = sum(tally.generated.values())
+        # An answer in one piece that nobody waits for any more has told of none of its tokens.
+        unseen = work.computed + work.cached - tally.choices * tally.prompt - generated
+        if unseen > 0:
+            self._turns.spend(grant.tenant, unseen)
+            grant.spend(unseen)
+        grant.told.append(Usage(tally.prompt, generated, work))
 
     async def _ask_workers(self, accounts: list[str]) -> list[Any]:
         asking = asyncio.ensure_future(
@@ -331,7 +342,16 @@ class GuardedLLM:
             if self._engine.errored:
                 asking.cancel()
                 raise self.dead_error
-        return asking.result()
+        try:
+            answers = asking.result()
+        except EngineDeadError:
+            raise self.dead_error from None
+        self.heard += 1
+        return answers
+
+    async def ask(self) -> None:
+        """Has the workers answer, which they do between two steps. Raises UnavailableError."""
+        await self._ask_workers([])
 
     async def worker_facts(self, timeout_s: float) -> list[dict[str, Any]]:
         """What each worker says of its own classes. Raises TimeoutError or UnavailableError."""

@@ -1,25 +1,25 @@
 """The configuration's part about who may ask: `identity:`.
 
 identity:
-api_keys: keys.yaml
-jwt:
-- name: corp                      # its users are corp:SUBJECT
-issuer: https://id.example.com  # `iss`, to the letter
-audience: expertgate            # `aud`; one, or a list of which the token has one
-jwks_url: https://id.example.com/keys  # or jwks_file; else by OpenID Connect discovery
-algorithms: [RS256, ES256]      # the default
-leeway_s: 30                    # the default; how far clocks may differ
-user: sub                       # the default
-groups:
-- claim: [realm_access, roles]
-values: {ds-research: research}
-- {claim: teams, prefix: team-}
-claims: [department]            # for policies; the top-level claims have types
-certificates:                       # of clients, by tls.client_ca
-name: mesh                      # its users are mesh:NAME, by the subject's common name
-groups:                         # as a token's; claims are the subject's attributes
-- {claim: organizationalUnitName, values: {R&D: research}}
-anonymous: false                    # the default
+  api_keys: keys.yaml
+  jwt:
+    - name: corp                      # its users are corp:SUBJECT
+      issuer: https://id.example.com  # `iss`, to the letter
+      audience: expertgate            # `aud`; one, or a list of which the token has one
+      jwks_url: https://id.example.com/keys  # or jwks_file; else by OpenID Connect discovery
+      algorithms: [RS256, ES256]      # the default
+      leeway_s: 30                    # the default; how far clocks may differ
+      user: sub                       # the default
+      groups:
+        - claim: [realm_access, roles]
+          values: {ds-research: research}
+        - {claim: teams, prefix: team-}
+      claims: [department]            # for policies; the top-level claims have types
+  certificates:                       # of clients, by tls.client_ca
+    name: mesh                        # its users are mesh:NAME, by the subject's common name
+    groups:                           # as a token's; claims are the subject's attributes
+      - {claim: organizationalUnitName, values: {R&D: research}}
+  anonymous: false                    # the default
 """
 
 import ipaddress
@@ -165,7 +165,9 @@ class IdentityConfig(_Part):
     @model_validator(mode="after")
     def _somebody(self) -> "IdentityConfig":
         if not (self.api_keys or self.jwt or self.certificates or self.anonymous):
-            raise ValueError("lets nobody in; name at least one of api_keys, jwt and anonymous")
+            raise ValueError(
+                "lets nobody in; name at least one of api_keys, jwt, certificates and anonymous"
+            )
         for field in ("name", "issuer"):
             values = [getattr(issuer, field) for issuer in self.jwt]
             if len(set(values)) < len(values):

@@ -34,6 +34,8 @@ COOLDOWN_S = 10.0
 MAX_AGE_S = 3600.0
 """How long fetched keys are used where the issuer can't be reached any more."""
 TIMEOUT_S = 5.0
+KNOWN_S = 0.25
+"""How long a key that is known waits for newer ones: an issuer that is slow holds nobody up."""
 MAX_BYTES = 1 << 18
 _MAX_KEYS = 100
 
@@ -105,8 +107,10 @@ class JwksUrl:
 
     async def key(self, kid: str, algorithm: str) -> PyJWK | None:
         fresh = time.monotonic() - self._fetched < TTL_S
-        if self._keys is None or not fresh or (kid, algorithm) not in self._keys:
-            await self._fetch()
+        known = self._keys is not None and (kid, algorithm) in self._keys
+        if not (known and fresh):
+            too_old = time.monotonic() - self._fetched >= MAX_AGE_S
+            await self._fetch(KNOWN_S if known and not too_old else None)
         if self._keys is None or time.monotonic() - self._fetched >= MAX_AGE_S:
             raise NoKeys
         return self._keys.get((kid, algorithm))
@@ -116,28 +120,27 @@ class JwksUrl:
         before, self._told = self._told, now
         return _changes(before, now) if now is not before else ()
 
-    async def _fetch(self) -> None:
+    async def _fetch(self, patience_s: float | None) -> None:
         """All who wait for keys wait for the same fetch, and none of them ends it by leaving."""
         if self._fetching is None or self._fetching.done():
             if time.monotonic() - self._tried < COOLDOWN_S:
                 return
             self._tried = time.monotonic()
             self._fetching = asyncio.create_task(self._load())
-        await asyncio.shield(self._fetching)
+        await asyncio.wait({self._fetching}, timeout=patience_s)
 
     async def _load(self) -> None:
         began = time.monotonic()
         try:
             # Of the whole: an issuer that sends a byte now and then is never idle.
-            async with (
-                asyncio.timeout(TIMEOUT_S),
-                httpx.AsyncClient(verify=_trusted(), timeout=TIMEOUT_S) as client,
-            ):
-                url = self._config.jwks_url or await _discovered(client, self._config.issuer)
-                raw = await _get(client, url)
+            async with asyncio.timeout(TIMEOUT_S):
+                url = self._config.jwks_url or await _discovered(self._config.issuer)
+                raw = await _get(url)
             keys = parse_jwks(raw, self._config.algorithms, url)
-        except (JwksError, TimeoutError) as error:
-            fault = str(error) or f"no answer within {TIMEOUT_S:.0f} s"
+        except Exception as error:  # also of a kind that nobody thought of: the old ones stay
+            fault = str(error) if isinstance(error, JwksError) else repr(error)
+            if isinstance(error, TimeoutError):
+                fault = f"no answer within {TIMEOUT_S:.0f} s"
             if fault != self._fault:
                 log.error("no new keys of %s: %s", self._config.issuer, fault)
             self._fault = fault
@@ -211,11 +214,11 @@ def _trusted() -> ssl.SSLContext:
     return httpx.create_ssl_context()
 
 
-async def _discovered(client: httpx.AsyncClient, issuer: str) -> str:
+async def _discovered(issuer: str) -> str:
     """The issuer's `jwks_uri` (OpenID Connect Discovery 1.0, §4). Raises JwksError."""
     place = issuer.removesuffix("/") + "/.well-known/openid-configuration"
     try:
-        document = json.loads(await _get(client, place))
+        document = json.loads(await _get(place))
         said, url = document["issuer"], document["jwks_uri"]
         if said != issuer or not isinstance(url, str):
             raise JwksError(f"{place}: is of another issuer, or has no jwks_uri")
@@ -228,12 +231,18 @@ async def _discovered(client: httpx.AsyncClient, issuer: str) -> str:
         ) from None
 
 
-async def _get(client: httpx.AsyncClient, url: str) -> bytes:
+async def _get(url: str) -> bytes:
     """What is at `url` itself: a redirect is not followed. Raises JwksError."""
+    # Not compressed, so that what is counted is what is kept.
+    headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
     try:
-        # Not compressed, so that what is counted is what is kept.
-        headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
-        async with client.stream("GET", url, headers=headers) as response:
+        async with (
+            # A proxy that the environment names may be passed what https:// protects, not this.
+            httpx.AsyncClient(
+                verify=_trusted(), timeout=TIMEOUT_S, trust_env=url.startswith("https:")
+            ) as client,
+            client.stream("GET", url, headers=headers) as response,
+        ):
             if response.status_code != httpx.codes.OK:
                 raise JwksError(f"{url}: answered with status {response.status_code}, not 200")
             body = b""

@@ -60,6 +60,10 @@ def _time(value: object) -> datetime:
         raise ValueError("must be an ISO 8601 time, such as 2027-01-01T00:00:00Z") from None
     if time.tzinfo is None:
         raise ValueError(f"has no time zone; write {time.isoformat()}Z if UTC is meant")
+    try:
+        time.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("is no time in UTC, whose years are 1 to 9999") from None
     return time
 
 

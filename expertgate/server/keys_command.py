@@ -43,6 +43,10 @@ def _expiry(_: click.Context, __: click.Parameter, value: str | None) -> datetim
             ) from None
     if time.tzinfo is None:
         raise click.BadParameter(f"{value!r} has no time zone; add Z if UTC is meant")
+    try:
+        time = time.astimezone(UTC)
+    except OverflowError:
+        raise click.BadParameter(f"{value!r} is too far away") from None
     if time <= now:
         raise click.BadParameter(f"{value!r} is not in the future")
     return time
@@ -146,7 +150,8 @@ def revoke(id: str, path: Path) -> None:  # noqa: A002
 
 def _row(key: Key, now: datetime) -> tuple[str, str, str, str, str]:
     state = key.state(now)
-    old = [replaced.expires for replaced in key.previous if replaced.expires > now]
+    _, *replaced = key.secrets()
+    old = [ends for _, _, ends in replaced if ends is not None and ends > now]
     if state == "active" and old:
         state = f"active, and its old secret until {_shown(max(old))}"
     groups = ", ".join(sorted(key.groups)) or "-"

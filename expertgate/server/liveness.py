@@ -11,9 +11,9 @@ from expertgate.server.guard import GuardedLLM, UnavailableError
 from expertgate.server.proof import one_token
 
 _QUIET_S = 5.0
-"""An engine from which nothing has come for so long is asked for a token."""
+"""An engine from which nothing has come for so long is asked for a token, or for a word if busy."""
 _LATE_S = 30.0
-"""One that has not given it after so long takes no requests."""
+"""One that has given neither after so long is not ready."""
 
 
 class Liveness:
@@ -49,7 +49,11 @@ class Liveness:
 
     async def _ask(self) -> None:
         with contextlib.suppress(UnavailableError):  # which is said elsewhere
-            await one_token(self._engine, self._grants, self._record)
+            if self._engine.busy:
+                # A token would stand behind what runs, which may show nothing before its end.
+                await self._engine.ask()
+            else:
+                await one_token(self._engine, self._grants, self._record)
 
     def _look(self) -> float:
         if self._engine.heard != self._heard:

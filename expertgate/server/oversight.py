@@ -120,14 +120,15 @@ class Oversight:
     async def look_at_credentials(self) -> None:
         """Puts in force what they are judged by, and ends what lives longer than its own."""
         async for change in self._service.identity.refresh():
+            vouchers = change.vouchers
             # Before anybody who is told from now on who they are finds what was cached before; and
             # once more for what open grants cache until they have been judged.
-            self._forget_of(change.vouchers)
+            self._forget_of(vouchers)
             self._tell(change)
             for grant in self._service.grants:
-                if voucher(grant.tenant) in change.vouchers:
+                if voucher(grant.tenant) in vouchers:
                     await self._judge(grant)
-            self._forget_of(change.vouchers)
+            self._forget_of(vouchers)
         now = datetime.now(UTC)
         for grant in self._service.grants:
             expires = None if grant.basis is None else grant.basis.principal.expires

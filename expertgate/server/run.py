@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 _CUT_S = 5
 """In which what was cut off must have told its clients so."""
 _ENGINE_STOP_S = 10
+_PROOF_S = 600
+"""For a dozen tokens, of the first of which an engine may have to compile something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,12 +177,15 @@ async def _open(
 ) -> None:
     try:
         record = await service.audit.probe()
-        await prove(engine, service.grants, len(service.catalogue), record)
-        service.fault = await _fault(engine, service, record)
+        async with asyncio.timeout(_PROOF_S):
+            await prove(engine, service.grants, len(service.catalogue), record)
+            service.fault = await _fault(engine, service, record)
     except ApiError as error:
         raise ProofError(f"the engine was not tried: {error}") from None
-    except (UnavailableError, TimeoutError) as error:
+    except UnavailableError as error:
         raise ProofError(f"the engine stopped while it was tried: {error}") from None
+    except TimeoutError:
+        raise ProofError(f"the engine didn't prove itself within {_PROOF_S} s") from None
     if service.fault is not None:
         log.error("not ready, and will not be: %s", service.fault)
         return

@@ -36,8 +36,9 @@ class Progress(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Account:
-    """`spent`: tokens since somebody waits, or what it was lifted to; `tokens`: of the prompts that
-    wait; `calls`: run or wait.
+    """Of one principal, while it has calls here, `waiting` or not, or somebody else waits.
+
+    `spent`: tokens since somebody waits, or what it was lifted to. `tokens`: of what waits.
     """
 
     spent: int = 0

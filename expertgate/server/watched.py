@@ -28,7 +28,6 @@ class WatchedFile(Generic[T]):
         What is still being written waits for another look. Between the change of `value` and the
         return nothing is awaited. Only one may look at a time.
         """
-        # Before it is read: what is written meanwhile changes the stamp once more.
         found = stamp(self.path)
         settled, self._seen = found == self._seen, found
         if found == self._stamp:
@@ -43,10 +42,13 @@ class WatchedFile(Generic[T]):
             # The stamp stays the old one: what can't be read now is tried at the next look.
             self._failed(f"{self.path}: {error.strerror or error}")
             return False
-        except ValueError as error:
+        except Exception as error:  # also of a kind that `parse` should not raise
             self._stamp = found
-            self._failed(str(error).replace("\n", "; "))
+            words = str(error) if isinstance(error, ValueError) else f"{self.path}: {error!r}"
+            self._failed(words.replace("\n", "; "))
             return False
+        if stamp(self.path) != found:
+            return False  # what was read may be half of each
         self._stamp, self._fault, self.value = found, "", value
         log.info("%s: changed, read again and in force", self.path)
         return True

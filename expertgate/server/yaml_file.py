@@ -16,6 +16,10 @@ from pydantic import TypeAdapter, ValidationError
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 
+_CORE = "tag:yaml.org,2002:"
+_KINDS = {"null": "a null", "bool": "a bool", "int": "an int", "float": "a float", "str": "text"}
+"""Tags of scalars that become values, and how to say so."""
+
 T = TypeVar("T")
 Place = tuple[str | int, ...]
 
@@ -112,20 +116,26 @@ class _Reader:
             return [self.value(item, (*place, index)) for index, item in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, place)
-        if node.tag == "tag:yaml.org,2002:timestamp":
+        name = node.tag.removeprefix(_CORE)
+        if name == "timestamp":
             return node.value
+        place_in_file = f"{self._path}:{_line(node.start_mark)}"
+        if name not in _KINDS:
+            shown = f"!!{name}" if node.tag.startswith(_CORE) else node.tag
+            raise YamlError(f"{place_in_file}: the tag {shown} can't be read here")
         try:
             return self._scalars.construct_object(node)
-        except (yaml.YAMLError, ValueError):
-            line = _line(node.start_mark)
-            raise YamlError(f"{self._path}:{line}: {node.tag} can't be read here") from None
+        except (yaml.YAMLError, ValueError, LookupError):  # of a tag that is written out
+            shown = f"{node.value[:40]!r} can't be read as {_KINDS[name]}"
+            raise YamlError(f"{place_in_file}: {shown}") from None
 
     def _mapping(self, node: yaml.MappingNode, place: Place) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in node.value:
             line = _line(key.start_mark)
-            if key.tag != "tag:yaml.org,2002:str":
-                shown = f"{key.value!r} " if isinstance(key, yaml.ScalarNode) else ""
+            scalar = isinstance(key, yaml.ScalarNode)
+            if not scalar or key.tag != f"{_CORE}str":
+                shown = f"{key.value!r} " if scalar else ""
                 raise YamlError(f"{self._path}:{line}: the key {shown}is not text; quote it")
             if key.value in found:
                 raise YamlError(f"{self._path}:{line}: {key.value}: is given twice")

@@ -78,6 +78,15 @@ def test_a_place_for_each_choice():
         visit.take(10)
 
 
+def test_who_was_let_in_is_not_refused_for_whoever_comes_after():
+    admission = Admission(places=100)
+    mine = fill(admission, ALICE)
+    fill(admission, BOB)
+    for visit in mine:
+        visit.take(1)
+    assert refused(mine[0].take, 2).status == 429
+
+
 def test_more_choices_than_can_ever_be_held_are_not_a_matter_of_waiting():
     with Admission(places=20).enter(ALICE) as visit:
         error = refused(visit.take, 11)

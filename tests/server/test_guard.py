@@ -368,3 +368,23 @@ def test_what_is_cut_off_ends_with_an_error_and_what_waits_does_not_begin(grants
         assert len(engine.calls) == 1
 
     asyncio.run(go())
+
+
+@pytest.mark.parametrize(("outputs", "computed", "charged"), [(3, 10, 10), (1, 2, 3), (3, 2, 3)])
+def test_what_was_written_and_never_seen_is_charged_too(grants, outputs, computed, charged):
+    """As of an answer in one piece whose client leaves before its end."""
+    engine = FakeEngine(outputs)
+    engine.computed = computed
+    guard = GuardedLLM(engine, grants, CacheSalts(b"w"))
+    spent = []
+
+    async def go():
+        grant = grants.issue(MATH, "alice", record=RECORD)
+        grant.spend = spent.append
+        call = guard.generate(PROMPT, params(grant.handle), "a")
+        await anext(call)
+        await call.aclose()
+        await guard.end(grant)
+
+    asyncio.run(go())
+    assert sum(spent) == charged

@@ -683,3 +683,15 @@ def test_mistakes_are_one_line_each(tmp_path):
         "policies: policies\nidentity: {api_keys: keys.yaml}\n"
     )
     assert "no model" in mistake(tmp_path, "serve")
+
+
+def test_threads_of_the_engine_that_take_and_send_run_where_the_server_may(server):
+    """OpenMP binds the first of them to a core, where they would wait for each step's end."""
+    server.complete("alice")
+    tasks = [t for pid in server.children() for t in Path(f"/proc/{pid}/task").iterdir()]
+    found = {
+        frozenset(os.sched_getaffinity(int(task.name)))
+        for task in tasks
+        if (task / "comm").read_text().startswith("ZMQbg/IO")
+    }
+    assert found == {frozenset(os.sched_getaffinity(server.process.pid))}

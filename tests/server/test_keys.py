@@ -472,6 +472,7 @@ ENTRY = f"- id: a\n  sha256: {HASH}\n"
         (f"{ENTRY}  groups: [1]\n", ":3: [0].groups[0]: Input should be a valid string"),
         (f"{ENTRY}  expires: 2027-01-01T00:00:00\n", ":3: [0].expires: has no time zone; write "),
         (f"{ENTRY}  expires: 2027-01-01\n", ":3: [0].expires: has no time zone; write "),
+        (f"{ENTRY}  expires: 9999-12-31T23:59:59-01:00\n", ":3: [0].expires: is no time in UTC"),
         (f"{ENTRY}  expires: soon\n", ":3: [0].expires: must be an ISO 8601 time"),
         # A number would be seconds since 1970 to a parser that guesses.
         (f"{ENTRY}  expires: 2027\n", ":3: [0].expires: must be an ISO 8601 time"),

@@ -48,6 +48,7 @@ def test_expiry(run, tmp_path, given, days):
         ("-1d", "neither a time span"),
         ("99999d", "neither a time span"),
         ("soon", "neither a time span"),
+        ("9999-12-31T23:59:59-01:00", "too far away"),
     ],
 )
 def test_an_expiry_that_cannot_be_meant_makes_no_key(run, tmp_path, expires, words):
@@ -87,6 +88,16 @@ def test_a_list_shows_every_key_and_no_secret(run, tmp_path):
     for secret in (result.stdout.strip() for result in (*made, rotated)):
         assert secret not in shown.stdout + text
     assert not any(entry["sha256"] in shown.stdout for entry in yaml.safe_load(text))
+
+
+def test_an_old_secret_is_shown_to_end_with_its_key(run, tmp_path):
+    now = datetime.now(UTC).replace(microsecond=0)
+    soon, later = ((now + timedelta(hours=n)).isoformat() for n in (1, 9))
+    old = {"sha256": "b" * 64, "expires": later}  # as somebody wrote it by hand
+    entry = {"id": "alice", "sha256": "a" * 64, "expires": soon, "previous": [old]}
+    (tmp_path / "keys.yaml").write_text(yaml.safe_dump([entry]))
+    state = call("list").stdout.splitlines()[1].split("  ")[1]
+    assert state == f"active, and its old secret until {soon.replace('+00:00', 'Z')}"
 
 
 def test_an_empty_list(run, tmp_path):

@@ -5,10 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from expertgate.model.catalogue import Catalogue
+from expertgate.server import run
+from expertgate.server.audit.trail import Trail
 from expertgate.server.failures import ProofError
 from expertgate.server.grants import Grants
 from expertgate.server.guard import CacheSalts, GuardedLLM
 from expertgate.server.proof import prove_namespaces
+from expertgate.server.service import Service
 from tests.server.audit.logs import RECORD
 from tests.server.fakes import FakeEngine
 
@@ -74,3 +78,17 @@ def test_a_cache_that_is_off_has_nothing_to_show():
     grants = Grants()
     asyncio.run(prove_namespaces(guard(engine, grants), grants, 4, RECORD))
     assert engine.calls == []
+
+
+def test_an_engine_that_never_answers_is_given_up(monkeypatch):
+    monkeypatch.setattr(run, "_PROOF_S", 0.05)
+
+    class Silent(FakeEngine):
+        async def collective_rpc(self, method):
+            await asyncio.Event().wait()
+
+    catalogue = Catalogue.default(3)
+    service = Service(catalogue, None, None, Trail(None, catalogue))
+    with pytest.raises(ProofError, match=r"didn't prove itself within 0.05 s"):
+        asyncio.run(run._open(service, guard(Silent(), service.grants), lambda _: None))
+    assert service.engine is None

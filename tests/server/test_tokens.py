@@ -430,6 +430,41 @@ def test_all_who_wait_wait_for_one_fetch(identity, issuer):
     assert len(issuer.asked) == 1
 
 
+def test_a_slow_issuer_holds_up_no_key_that_is_known(identity, issuer, monkeypatch):
+    ask(identity, issuer.token())
+    monkeypatch.setattr(jwks, "TTL_S", 0.0)
+    monkeypatch.setattr(jwks, "COOLDOWN_S", 0.0)
+    monkeypatch.setattr(jwks, "KNOWN_S", 0.1)
+    held = threading.Event()
+    issuer.answers = lambda handler: held.wait(10) and None
+    began = time.monotonic()
+    try:
+        assert ask(identity, issuer.token()).id == "corp:ada"
+        assert time.monotonic() - began < jwks.TIMEOUT_S / 2  # or it was waited for to its end
+    finally:
+        held.set()
+
+
+def test_a_proxy_is_not_asked_for_what_is_on_this_machine(issuer, monkeypatch):
+    """Without https:// anybody could answer there; on the way to a loopback address nobody is."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert ask(trusting(issuer), issuer.token()).id == "corp:ada"
+    assert ask(trusting(issuer, jwks_url=None), issuer.token()).id == "corp:ada"
+
+
+def test_a_fault_that_nobody_thought_of_leaves_the_old_keys_in_force(
+    identity, issuer, monkeypatch, caplog, no_cooldown
+):
+    ask(identity, issuer.token())
+    monkeypatch.setattr(jwks, "TTL_S", 0.0)
+    monkeypatch.setattr(jwks, "parse_jwks", lambda *_: {}["nosuch"])
+    assert ask(identity, issuer.token()).id == "corp:ada"
+    assert "no new keys" in caplog.text
+
+
 def redirect(elsewhere):
     def answer(handler):
         handler.send_response(302)
@@ -495,6 +530,7 @@ def test_a_bad_day_leaves_the_old_keys_in_force_and_is_told_once(
 ):
     ask(identity, issuer.token())
     monkeypatch.setattr(jwks, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(jwks, "KNOWN_S", 10.0)
     issuer.answers = answers
     monkeypatch.setattr(jwks, "TTL_S", 0.0)
     for _ in range(2):

@@ -33,6 +33,12 @@ def test_values_and_their_lines():
         (b"a: &x [*x]\n", "a.yaml:1: aliases are not read"),
         (b"[" * 100_000, "a.yaml:1: is nested more than 32 deep"),
         (b"a: !!python/object/apply:os.system [id]\nb: !!python/name:os.system\n", "a.yaml:"),
+        (b"a: !!bool maybe\n", "a.yaml:1: 'maybe' can't be read as a bool"),
+        (b"a:\n  !!int ''\n", "a.yaml:2: '' can't be read as an int"),
+        (b"a: !!float x\n", "a.yaml:1: 'x' can't be read as a float"),
+        (b"a: !!binary aGk=\n", "a.yaml:1: the tag !!binary can't be read here"),
+        (b"!!str [a]: b\n", "a.yaml:1: the key is not text"),
+        (b"!!str {a: b}: c\n", "a.yaml:1: the key is not text"),
         (b"a: 1\n---\nb: 2\n", "a.yaml:2: but found another document"),
         (b"a: \xff\n", "a.yaml: is not UTF-8"),
         (b"a: \x00\n", "a.yaml: "),
@@ -55,7 +61,18 @@ def test_aliases_that_would_multiply_are_refused_at_the_first():
         YamlFile.parse(bomb.encode(), PATH)
 
 
-@given(st.binary(max_size=60) | st.text("ab:-[]{},'\"&*!|>?#%@ \n\t1", max_size=60).map(str.encode))
+_PARTS = (
+    "!!str !!int !!bool !!float !!null !!binary !!timestamp !!set !!map !!seq !x a '' 1 . - : _ 0x "
+    "[ ] { } ? ,"
+).split()
+_TAGGED = st.lists(st.sampled_from([*_PARTS, "\n"]), max_size=12).map(" ".join)
+
+
+@given(
+    st.binary(max_size=60)
+    | _TAGGED.map(str.encode)
+    | st.text("ab:-[]{},'\"&*!|>?#%@ \n\t1", max_size=60).map(str.encode)
+)
 def test_any_bytes_are_read_or_refused(raw):
     with contextlib.suppress(YamlError):
         assert YamlFile.parse(raw, PATH).lines[()] >= 1

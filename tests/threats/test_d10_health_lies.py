@@ -15,6 +15,7 @@ from expertgate.server.liveness import Liveness
 from tests.server.audit.logs import RECORD
 from tests.server.fakes import FakeEngine
 from tests.server.running import Server, make_key, prepare, start, stop
+from tests.server.test_guard import MATH, PROMPT, params
 
 
 class Stalled(FakeEngine):
@@ -22,13 +23,19 @@ class Stalled(FakeEngine):
 
     def __init__(self):
         super().__init__()
-        self.stalled = False
+        self.busy = self.stalled = False
+        """With answers that show nothing before their ends; and altogether."""
 
     async def generate(self, *arguments, **named):
-        if self.stalled:
+        if self.busy or self.stalled:
             await asyncio.Event().wait()
         async for output in super().generate(*arguments, **named):
             yield output
+
+    async def collective_rpc(self, *arguments, **named):
+        if self.stalled:
+            await asyncio.Event().wait()
+        return await super().collective_rpc(*arguments, **named)
 
 
 class Clock:
@@ -98,6 +105,29 @@ def test_a_busy_engine_is_not_asked(clock):
             liveness._engine.heard += 1
             await after(4)
         assert engine.calls == []
+
+    watched(engine, clock, scenario)
+
+
+def test_one_that_is_full_of_answers_in_one_piece_is_ready_while_it_goes_on(clock):
+    engine = Stalled()
+    engine.busy = True
+
+    async def scenario(liveness, after):
+        guard = liveness._engine
+        with guard._grants.issue(MATH, "alice", record=RECORD) as grant:
+            asked = asyncio.create_task(anext(guard.generate(PROMPT, params(grant.handle), "a")))
+            for _ in range(4):
+                await after(29)
+                assert not liveness.late
+            assert len(guard._calls) == 1  # a token would stand behind what runs
+            engine.stalled = True
+            await after(6)
+            await after(31)
+            assert liveness.late
+            asked.cancel()
+            await asyncio.wait([asked])
+            engine.stalled = False
 
     watched(engine, clock, scenario)
 

@@ -270,6 +270,33 @@ def test_what_the_engine_is_done_with_holds_no_turn(coreless, monkeypatch):
         assert len(guard._calls) == 2  # which nobody has read to their ends
 
 
+def test_who_does_not_read_keeps_no_expert_that_is_withdrawn(coreless, monkeypatch):
+    """The word of it can't be sent either, and what runs must not wait for that."""
+    monkeypatch.setattr(protocol, "READING_S", 1e6)
+    coreless.bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    guard, core, grants = coreless.engine, coreless.core, coreless.service.grants
+    core.most_tokens, core.step_s = 1000, 0.003
+
+    def sent():
+        return [
+            sum(tally.generated.values()) for grant in grants for tally in grant.tallies.values()
+        ]
+
+    with contextlib.ExitStack() as stack:
+        stalled(stack, coreless)
+        before = None
+        while not sent() or sent() != before:  # until the socket is full
+            before = sent()
+            time.sleep(0.1)
+        assert guard._engine.output_processor.request_states
+        (grant,) = grants
+        loop = guard._engine.output_handler.get_loop()
+        loop.call_soon_threadsafe(grant.withdraw)
+        time.sleep(0.5)
+        assert not guard._calls
+        assert not guard._engine.output_processor.request_states
+
+
 def test_an_answer_in_one_piece_is_seen_to_have_begun(coreless):
     """Else answers that show nothing before their ends would seem to stand in the engine's queue"""
     guard, core = coreless.engine, coreless.core

@@ -54,7 +54,7 @@ async def _answer(
     request: Request, method: str, read: Callable[[bytes, int, int], Any]
 ) -> JSONResponse:
     service: Service = request.app.state.service
-    principal = await service.identity.identify(request)
+    request.state.principal = principal = await service.identity.identify(request)
     engine, handlers = service.running()
     with service.admission.enter(principal):
         raw = await read_body(request)

@@ -92,13 +92,13 @@ async def _answer(
     request.state.facts.update(
         principal=grant.tenant, experts=shown_names, response=body.request_id
     )
-    REQUESTS.labels(len(names)).inc()
     headers = {"X-Experts-Effective": shown_names}
     span = tracing.begin("engine", {tracing.EXPERTS: names})
     try:
         async with grant.while_given():
             with tracing.span("audit"):
                 await entry.begin()
+            REQUESTS.labels(len(names)).inc()
             result = await _unless_gone(_first(handler(handlers)(body)), request)
     except BaseException as error:
         span.end()
@@ -284,6 +284,7 @@ class _GrantedStream(StreamingResponse):
                     await send({"type": "http.response.body", **part})
                     sent += event.count("\n\n")  # an event has no other line breaks in a row
         except WithdrawnError as error:
+            await self._events.aclose()  # now: a client that doesn't read holds up what is sent
             shown = withdrawn(error)
             self._entry.ended(200, shown.code)
             last = self._ending(shown, sent)

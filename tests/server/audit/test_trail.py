@@ -22,6 +22,7 @@ from expertgate.server.changes import (
     Suspended,
     Withdrawn,
 )
+from expertgate.server.metrics import REQUESTS
 from tests.server.audit.application import BODY, CATALOGUE, service_of
 from tests.server.audit.logs import check, open_log, records, signing_key
 from tests.server.fakes import FakeEngine
@@ -55,6 +56,11 @@ def client(service):
 def ask(client, user="alice", **body):
     headers = {} if user is None else {"user": user}
     return client.post("/v1/chat/completions", json={**BODY, **body}, headers=headers)
+
+
+def let_through():
+    (counter,) = REQUESTS.collect()
+    return sum(sample.value for sample in counter.samples if sample.name.endswith("_total"))
 
 
 def told(log, folder, *kinds):
@@ -169,14 +175,16 @@ def test_refusals_are_told(client, log, tmp_path):
     ask(client, experts=["math"])
     ask(client, experts=[])
     client.get("/v1/experts")
+    client.post("/tokenize", content="{}", headers={"user": "alice", "Content-Type": "text/plain"})
     found = told(log, tmp_path, "refused", "request", "result")
     assert [(r["kind"], r["principal"], r["status"], r["code"]) for r in found] == [
         ("refused", None, 401, "invalid_credential"),
         ("refused", "alice", 403, "expert_not_permitted"),
         ("refused", "alice", 400, "invalid_experts"),
         ("refused", None, 401, "invalid_credential"),
+        ("refused", "alice", 415, "unsupported_media_type"),
     ]
-    assert found[3]["route"] == "/v1/experts"
+    assert [record["route"] for record in found[3:]] == ["/v1/experts", "/tokenize"]
 
 
 def test_a_flood_of_refusals_fills_no_disk(client, log, service, tmp_path, monkeypatch):
@@ -229,6 +237,7 @@ def full_disk(monkeypatch):
 def test_a_full_disk_stops_generation_and_an_emptied_one_starts_it(
     client, log, engine, full_disk, tmp_path
 ):
+    before = let_through()
     for stream in (False, True):
         response = ask(client, stream=stream)
         assert response.status_code == 503
@@ -238,12 +247,14 @@ def test_a_full_disk_stops_generation_and_an_emptied_one_starts_it(
         assert client.get("/ready").status_code == 503
     assert client.get("/health").status_code == 200  # a new process would find the same disk
     assert engine.calls == []
+    assert let_through() == before
     full_disk.full = False
     deadline = time.monotonic() + 20
     while client.get("/ready").status_code != 200:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert ask(client).status_code == 200
+    assert let_through() == before + 1
     assert len(told(log, tmp_path, "request")) == 1
 
 
