@@ -8,7 +8,7 @@ LOCKS := requirements/$(VARIANT).txt requirements/dev.txt
 STAMP := $(VENV)/installed-$(VARIANT)
 ARGS ?=
 
-.PHONY: install demo serve test check bench demo-model lock clean
+.PHONY: install demo serve test check bench demo-model litellm lock clean
 
 install: $(STAMP)
 
@@ -33,6 +33,13 @@ check: install  ## edits nothing
 
 bench: install  ## beside what people have today, on this machine; ARGS="--help" says what
 	$(BIN)/python -m benchmarks.throughput $(ARGS)
+
+litellm: build/litellm/installed  ## LiteLLM's proxy, in an environment of its own, for its test
+
+build/litellm/installed: requirements/litellm.txt
+	"$(PYTHON)" -m venv build/litellm
+	build/litellm/bin/pip --disable-pip-version-check install --quiet --no-deps -r $<
+	@touch $@
 
 demo-model: install  ## trains the demo model anew, as its card tells; under 30 minutes, into build/demo
 	$(BIN)/python -m expertgate.forge.demo --out build/demo $(ARGS)

