@@ -23,7 +23,7 @@ HUNG_S = 120.0
 
 @dataclass(frozen=True)
 class Job:
-    """Completions of a fixed length, streamed, greedy. The keys take turns.
+    """Completions of given lengths, streamed, greedy. The keys take turns.
 
     Either so many `streams`, each of which asks again when it has its answer, or arrivals at a
     `rate` a second, whatever becomes of those before (Poisson, from `seed`).
@@ -33,7 +33,8 @@ class Job:
     model: str
     keys: list[str]
     prompts: list[list[int]]
-    output_tokens: int
+    output_tokens: list[int]
+    """Of each prompt's answer."""
     streams: int | None = None
     rate: float | None = None
     seed: int = 0
@@ -112,10 +113,11 @@ def _arrivals(count: int, rate: float, seed: int) -> Sequence[float]:
 
 async def _ask(session: aiohttp.ClientSession, job: Job, place: int, due: float) -> Answer:
     await asyncio.sleep(max(0.0, due - time.time()))
+    length = job.output_tokens[place]
     body = {
         "model": job.model,
         "prompt": job.prompts[place],
-        "max_tokens": job.output_tokens,
+        "max_tokens": length,
         "ignore_eos": True,
         "temperature": 0,
         "stream": True,
@@ -134,7 +136,7 @@ async def _ask(session: aiohttp.ClientSession, job: Job, place: int, due: float)
                     last = line
                 elif line.startswith(b"data: [DONE]"):
                     whole = b'"finish_reason":"length"' in last
-                    times += times[-1:] * (1 + job.output_tokens - len(times))
+                    times += times[-1:] * (1 + length - len(times))
                     return Answer(200, times, whole)
             return Answer(200, times)
     except (TimeoutError, aiohttp.ClientError):

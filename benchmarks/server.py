@@ -4,13 +4,16 @@
 arguments: ours with API keys, policy, audit log (on disk before the engine is asked) and usage by
 expert; vLLM's with its Transformers backend and keys. Both stay up, one is asked at a time, and
 which comes first changes from round to round, so that whatever else the machine does meets both.
-A client in a process of its own asks for streamed completions of a fixed length, with as many
-streams at once as the table says; then arrivals come at twice the rate that the server had at best
+A client in a process of its own asks for streamed completions, with as many streams as the table
+says: in some rows all begin at once, and ask again in step, for answers of one length; in the
+others each goes at its own time, with answers of half to one and a half of that length, and the
+first of each stream isn't counted. Then arrivals come at twice the rate that the server had at best
 in that round, whatever becomes of those before.
 """
 
 import argparse
 import json
+import random
 import signal
 import statistics
 import sys
@@ -51,8 +54,8 @@ Cost = Mapping[str, float]
 """CPU milliseconds a token: of the process that speaks HTTP, and of the engine's."""
 
 
-def name_of(streams: int) -> str:
-    return "1 stream" if streams == 1 else f"{streams} streams"
+def name_of(streams: int, apart: bool) -> str:
+    return f"{streams} stream{'s' * (streams > 1)}{' apart' * apart}"
 
 
 class Bench:
@@ -74,20 +77,23 @@ class Bench:
     def warm(self) -> None:
         self._whole(self._job(32, seed=-1, streams=8))
 
-    def run(self, streams: int, seed: int) -> str:
+    def run(self, streams: int, apart: bool, seed: int) -> str:
         """Each stream asks several times. Says what came of it."""
-        requests = max(_LEAST_REQUESTS, streams * self._options.turns)
-        job = self._job(requests, seed, streams=streams)
+        turns = self._options.turns * (1 + apart)
+        job = self._job(max(_LEAST_REQUESTS, streams * turns), seed, streams=streams, apart=apart)
         before = self._server.cpu_s()
         answers = self._whole(job)
         after = self._server.cpu_s()
-        tokens = requests * job.output_tokens
-        found = figures([answer.times for answer in answers], self._memory(), self._weights)
+        tokens = sum(job.output_tokens)
+        # Who asks first, where streams go apart, does so with all others.
+        times = [answer.times for answer in answers[streams * apart :]]
+        found = figures(times, self._memory(), self._weights)
         cost = {part: 1000 * (after[part] - before[part]) / tokens for part in after}
-        self.runs.setdefault(name_of(streams), []).append(found)
-        self.costs.setdefault(name_of(streams), []).append(cost)
+        name = name_of(streams, apart)
+        self.runs.setdefault(name, []).append(found)
+        self.costs.setdefault(name, []).append(cost)
         return (
-            f"{name_of(streams)}: {found.tokens_per_s:.0f} tokens/s, first after"
+            f"{name}: {found.tokens_per_s:.0f} tokens/s, first after"
             f" {found.ttft_ms['p50']:.1f} ms, CPU ms a token {_cost([cost])}"
         )
 
@@ -122,16 +128,22 @@ class Bench:
         self.costs = {name: found[:rounds] for name, found in self.costs.items()}
 
     def _job(
-        self, requests: int, seed: int, streams: int | None = None, rate: float | None = None
+        self,
+        requests: int,
+        seed: int,
+        streams: int | None = None,
+        rate: float | None = None,
+        apart: bool = False,
     ) -> Job:
         size = Size(requests, self._options.prompt, self._options.output, 0)
         # The first of the workloads asks for all experts, which is all that vLLM can.
         every = workloads(num_experts(self._folder), self._vocabulary, size, seed)[0]
         prompts = [list(request.prompt) for request in every.requests]
+        dice = random.Random(seed)
+        half = size.output // 2 if apart else 0
+        lengths = [size.output + dice.randint(-half, half) for _ in prompts]
         server = self._server
-        return Job(
-            server.url, servers.MODEL, server.keys, prompts, size.output, streams, rate, seed
-        )
+        return Job(server.url, servers.MODEL, server.keys, prompts, lengths, streams, rate, seed)
 
     def _whole(self, job: Job) -> list[Answer]:
         answers = self._client.do(job)
@@ -155,9 +167,10 @@ def rate_between(answers: Sequence[Answer], start: float, end: float) -> float:
 def one_round(found: Mapping[str, Bench], streams: Sequence[int], turn: int) -> None:
     # Which comes first changes.
     order = list(found) if turn % 2 else list(found)[::-1]
-    for number in streams:
-        for key in order:
-            print(f"  {key}, {found[key].run(number, seed=turn)}", flush=True)
+    for apart in (False, True):
+        for number in streams:
+            for key in order:
+                print(f"  {key}, {found[key].run(number, apart, seed=turn)}", flush=True)
     for key in order:
         print(f"  {key}, {found[key].overload(seed=turn)}", flush=True)
 
@@ -231,7 +244,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder, _ = locate(options.model)
     engine: dict[str, Any] = {
-        "max_model_len": options.prompt + options.output + 8,
+        "max_model_len": options.prompt + options.output * 3 // 2 + 8,
         "max_num_seqs": 128,
         "max_num_batched_tokens": 4096,
         # All may ask again while their last answers still end; a third of it stays free then.
@@ -271,7 +284,11 @@ def main() -> None:
         bench.keep(done)
     page = Page(
         "The server beside stock vLLM's, over HTTP",
-        {name_of(n): "requests at once, all experts" for n in options.streams},
+        {
+            name_of(n, apart): f"{'each at its own time' if apart else 'at once'}, all experts"
+            for apart in (False, True)
+            for n in options.streams
+        },
         notes(found[OURS], found[STOCK]),
         {key: {"cpu_ms_per_token": b.costs, "overload": b.overloads} for key, b in found.items()},
     )

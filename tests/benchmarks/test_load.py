@@ -54,7 +54,7 @@ def test_what_comes_of_a_request(told):
     keys = [*EVENTS, "429"]
     prompts = [[n, n] for n in range(len(keys))]
     with client() as process:
-        answers = process.do(Job(url, "m", keys, prompts, 3, streams=2))
+        answers = process.do(Job(url, "m", keys, prompts, [3] * len(prompts), streams=2))
         assert [(a.status, a.whole, a.retry_after, len(a.times)) for a in answers] == [
             (200, True, False, 4),
             (200, True, False, 4),
@@ -63,7 +63,7 @@ def test_what_comes_of_a_request(told):
             (429, False, True, 1),
         ]
         # Arrivals: none waits for those before.
-        due = process.do(Job(url, "m", keys[:1], prompts, 3, rate=100.0, seed=1))
+        due = process.do(Job(url, "m", keys[:1], prompts, [3] * len(prompts), rate=100.0, seed=1))
     starts = [answer.times[0] for answer in due]
     assert starts == sorted(starts)
     assert all(answer.whole for answer in due)
@@ -75,7 +75,7 @@ def test_a_server_that_is_gone_gives_no_answer():
     with socket.create_server(("127.0.0.1", 0)) as bound:
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"
     with client() as process:
-        [answer] = process.do(Job(url, "m", ["k"], [[1]], 3, streams=1))
+        [answer] = process.do(Job(url, "m", ["k"], [[1]], [3], streams=1))
     assert answer == Answer(0, answer.times)
 
 
