@@ -2,9 +2,11 @@
 
 `python -m benchmarks.audit` starts `expertgate serve` twice on the demo model, one with `audit:
 {enabled: false}`, and asks them in alternating rounds, so that whatever else the machine does meets
-both. Where other programs share the machine, its clock tells little; so the seconds that all of a
-server's processes are on a CPU are told as well, per request. `--log-only` measures the log by
-itself, without an engine: how long a record takes to be on disk while so many wait.
+both. Throughput is what a server gives whose engine always has somebody waiting, so twice as many
+ask as it runs; what a request takes longer is measured with one that asks alone. Where other
+programs share the machine, its clock tells little; so the seconds that all of a server's processes
+are on a CPU are told as well, per request. `--log-only` measures the log by itself, without an
+engine: how long a record takes to be on disk while so many wait.
 """
 
 import argparse
@@ -18,17 +20,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 
+from benchmarks.load import Client, Job, client
 from benchmarks.machine import about
 
-CLIENTS = 16
-REQUESTS = 96
+RUNNING = 16
+CLIENTS = 2 * RUNNING
+REQUESTS = 192
+PROMPT_TOKENS = 16
 OUTPUT_TOKENS = 32
 RECORDS = 2000
 WAITING = (1, 16, 64)
@@ -62,8 +65,8 @@ def log_alone(folder: Path, waiting: int) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def server(folder: Path, *, audited: bool) -> Iterator[tuple[httpx.Client, int]]:
-    """A server of the demo model: a client that may ask it, and its process id."""
+def server(folder: Path, *, audited: bool) -> Iterator[tuple[str, str, int]]:
+    """A server of the demo model: its URL, a key, and its process id."""
     from expertgate.server.demo import DEMO
     from expertgate.server.key_edits import create_key
 
@@ -71,7 +74,7 @@ def server(folder: Path, *, audited: bool) -> Iterator[tuple[httpx.Client, int]]
     shutil.copytree(DEMO / "policies", folder / "policies")
     shutil.copy(DEMO / "model" / "experts.json", folder)
     key = create_key(folder / "keys.yaml", "nurse", ["clinical"], None)
-    engine = {"max_model_len": 1024, "max_num_seqs": CLIENTS, "kv_cache_memory_bytes": 1 << 28}
+    engine = {"max_model_len": 1024, "max_num_seqs": RUNNING, "kv_cache_memory_bytes": 1 << 28}
     config: dict[str, Any] = {
         "model": str(DEMO / "model"),
         "catalogue": "experts.json",
@@ -97,10 +100,7 @@ def server(folder: Path, *, audited: bool) -> Iterator[tuple[httpx.Client, int]]
                 raise SystemExit(f"the server did not come up:\n{text[-2000:]}")
             time.sleep(0.2)
         url = "http://" + text.partition(" at http://")[2].split()[0]
-        limits = httpx.Limits(max_connections=CLIENTS)
-        headers = {"Authorization": f"Bearer {key}"}
-        with httpx.Client(base_url=url, headers=headers, limits=limits, timeout=120) as client:
-            yield client, process.pid
+        yield url, key, process.pid
     finally:
         process.terminate()
         process.wait()
@@ -113,59 +113,59 @@ def cpu_s(pid: int) -> float:
     return float(sum(time.user + time.system for time in times))
 
 
-def one_round(client: httpx.Client, clients: int, requests: int) -> tuple[float, float]:
+def one_round(asking: Client, url: str, key: str, clients: int) -> tuple[float, float]:
     """Requests per second, and the median milliseconds of one."""
-
-    def ask(number: int) -> float:
-        body = {
-            "prompt": f"{number} bottles",
-            "max_tokens": OUTPUT_TOKENS,
-            "ignore_eos": True,
-            "temperature": 0,
-        }
-        began = time.perf_counter()
-        client.post("/v1/completions", json=body).raise_for_status()
-        return (time.perf_counter() - began) * 1e3
-
+    count = REQUESTS if clients > 1 else REQUESTS // 16
+    prompts = [[2 + (7 * n + 13 * m) % 200 for m in range(PROMPT_TOKENS)] for n in range(count)]
+    lengths = [OUTPUT_TOKENS] * count
     began = time.perf_counter()
-    with ThreadPoolExecutor(clients) as pool:
-        took = list(pool.map(ask, range(requests)))
-    return requests / (time.perf_counter() - began), statistics.median(took)
+    answers = asking.do(Job(url, "model", [key], prompts, lengths, streams=clients))
+    seconds = time.perf_counter() - began
+    if not all(answer.whole for answer in answers):
+        raise SystemExit(f"statuses {sorted({answer.status for answer in answers})}")
+    took = [(answer.times[-1] - answer.times[0]) * 1e3 for answer in answers]
+    return count / seconds, statistics.median(took)
 
 
 def beside(folder: Path, rounds: int) -> dict[str, Any]:
-    """The audited server's figures over the other's, round by round."""
-    with (
-        server(folder / "with", audited=True) as audited,
-        server(folder / "without", audited=False) as plain,
-    ):
-        for client, _ in (audited, plain):
-            one_round(client, CLIENTS, REQUESTS)  # warm
+    """The audited servers' figures over the others', round by round.
+
+    Two of each: of two servers that are alike one may be some percent faster as long as it runs.
+    """
+    with contextlib.ExitStack() as stack:
+        asking = stack.enter_context(client())
+        running = [
+            (audited, *stack.enter_context(server(folder / f"server-{place}", audited=audited)))
+            for place, audited in enumerate((True, False, False, True))
+        ]
+        for _, url, key, _ in running:
+            one_round(asking, url, key, CLIENTS)  # warm
         rates: list[float] = []
         adds: list[float] = []
-        costs: dict[int, list[float]] = {audited[1]: [], plain[1]: []}
+        costs: dict[bool, list[float]] = {True: [], False: []}
         for turn in range(rounds):
-            found, alone = {}, {}
-            # Each goes first in half of the rounds.
-            for client, pid in [audited, plain] if turn % 2 else [plain, audited]:
+            speed, wait, cost = ({True: 0.0, False: 0.0} for _ in range(3))
+            # Each goes first in as many rounds.
+            for audited, url, key, pid in running[turn % 4 :] + running[: turn % 4]:
                 used = cpu_s(pid)
-                found[pid] = one_round(client, CLIENTS, REQUESTS)
-                costs[pid].append((cpu_s(pid) - used) / REQUESTS * 1e3)
-                alone[pid] = one_round(client, 1, REQUESTS // 8)
-            rates.append(found[audited[1]][0] / found[plain[1]][0])
-            adds.append(alone[audited[1]][1] - alone[plain[1]][1])
-            with_ms, without_ms = costs[audited[1]][-1], costs[plain[1]][-1]
+                speed[audited] += one_round(asking, url, key, CLIENTS)[0] / 2
+                cost[audited] += (cpu_s(pid) - used) / REQUESTS * 1e3 / 2
+                wait[audited] += one_round(asking, url, key, 1)[1] / 2
+            rates.append(speed[True] / speed[False])
+            adds.append(wait[True] - wait[False])
+            for audited in costs:
+                costs[audited].append(cost[audited])
             print(
                 f"round {turn + 1}: throughput x{rates[-1]:.3f}, median {adds[-1]:+.2f} ms, "
-                f"CPU {with_ms:.2f} against {without_ms:.2f} ms a request"
+                f"CPU {cost[True]:.2f} against {cost[False]:.2f} ms a request",
+                flush=True,
             )
-    ratio = [a / b for a, b in zip(costs[audited[1]], costs[plain[1]], strict=True)]
     return {
         "throughput_ratio": rates,
         "added_median_ms": adds,
-        "cpu_ms_audited": costs[audited[1]],
-        "cpu_ms_plain": costs[plain[1]],
-        "cpu_ratio": ratio,
+        "cpu_ms_audited": costs[True],
+        "cpu_ms_plain": costs[False],
+        "cpu_ratio": [a / b for a, b in zip(costs[True], costs[False], strict=True)],
     }
 
 

@@ -1,9 +1,9 @@
 """What counting usage by expert costs: output tokens by second and CPU second, with and without.
 
 `python -m benchmarks.usage` runs one engine and switches its counting off and on between runs, so
-that whatever else the machine does meets both. With it, every call that ends is asked for at once,
-by a question of its own; the server lets calls that end together share one. Seconds of the engine's
-processes on a CPU tell more than seconds on the clock where other programs share the machine.
+that whatever else the machine does meets both. With it, calls that end are asked for at once, those
+of a step by one question, as the server does. Seconds of the engine's processes on a CPU tell more
+than seconds on the clock where other programs share the machine.
 """
 
 import argparse
@@ -87,9 +87,9 @@ def measure(llm: LLM, experts: ExpertSet, counting: bool) -> dict[str, float]:
         core.add_request(str(i), prompt, params)
     began, used = time.perf_counter(), cpu_s()
     while core.has_unfinished_requests():
-        for output in core.step():
-            if output.finished and counting:
-                llm.collective_rpc("expertgate_usage", args=([output.request_id],))
+        ended = [output.request_id for output in core.step() if output.finished]
+        if ended and counting:
+            llm.collective_rpc("expertgate_usage", args=(ended,))
     return {
         "tokens_per_s": total / (time.perf_counter() - began),
         "tokens_per_cpu_s": total / (cpu_s() - used),

@@ -97,7 +97,13 @@ def main() -> None:
     took: dict[str, list[float]] = {}
     with (
         tempfile.TemporaryDirectory() as name,
-        server(Path(name) / "site", audited=True) as (client, _),
+        server(Path(name) / "site", audited=True) as (url, key, _),
+        httpx.Client(
+            base_url=url,
+            headers={"Authorization": f"Bearer {key}"},
+            limits=httpx.Limits(max_connections=STREAMS),
+            timeout=120,
+        ) as client,
     ):
         site = Path(name) / "site"
         policies, keys = site / "policies" / "taken.cedar", site / "keys.yaml"

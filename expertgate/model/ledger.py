@@ -8,7 +8,7 @@ Dimensions: T tokens of a step, L MoE layers of this rank, E experts, K = top_k 
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,9 +84,11 @@ class Ledger:
         self._aside: list[torch.Tensor | RoutingPlan] = []
         self._aside_rows: list[np.ndarray[Any, np.dtype[np.int64]]] = []
         self._num_aside = 0
+        self._one = torch.ones(1, dtype=torch.int64, device=device)
         self._top_k = top_k
         self._renormalize = renormalize
-        self._slots = self._weights = torch.empty(0)
+        self._totals = torch.empty((2, 0, num_experts + 1), dtype=torch.int64, device=device)
+        """[2, A, 1 + E]: slots, and weights in 1/WEIGHT_UNIT; first what went to no expert."""
         self._free: list[int] = []
         self._accounts: dict[str, _Account] = {}
         self._step: np.ndarray[Any, np.dtype[np.int64]] | None = None  # [T], its account's row
@@ -139,16 +141,18 @@ class Ledger:
         """Adds what is aside to the totals."""
         if not self._num_aside:
             return
-        rows = async_tensor_h2d(np.concatenate(self._aside_rows), device=self.logits.device)
+        # Few operations on purpose: each takes longer to begin than it has to do here.
+        columns = self._totals.shape[2]
+        firsts = np.concatenate(self._aside_rows) * columns - NO_EXPERT
+        cells_at = async_tensor_h2d(firsts, device=self.logits.device)[:, None]
+        slots, weights = self._totals.view(2, -1)
         for plan in self._plans_aside():
-            layers = len(plan.experts) // len(rows)
-            used = plan.experts != NO_EXPERT
-            # An empty slot is added as nothing, to an expert that doesn't notice.
-            experts = plan.experts.clamp(min=0)
-            cells = rows.repeat(layers)[:, None] * self.logits.shape[-1] + experts
-            weights = (plan.weights.double() * WEIGHT_UNIT).round().to(torch.int64)
-            self._slots.view(-1).index_add_(0, cells.flatten(), used.flatten().to(torch.int64))
-            self._weights.view(-1).index_add_(0, cells.flatten(), weights.flatten())
+            layers = len(plan.experts) // len(firsts)
+            cells = (plan.experts.view(layers, len(firsts), -1) + cells_at).flatten()
+            # Exact: a float32 times a power of two is one, and so is its rounding.
+            units = (plan.weights * WEIGHT_UNIT).round_().to(torch.int64)
+            slots.index_add_(0, cells, self._one.expand(len(cells)))
+            weights.index_add_(0, cells, units.flatten())
         self._aside, self._aside_rows, self._num_aside = [], [], 0
 
     def _plans_aside(self) -> Iterator[RoutingPlan]:
@@ -183,11 +187,11 @@ class Ledger:
         closed = [self._accounts.pop(name, None) for name in accounts]
         rows = [account.row for account in closed if account is not None]
         where = torch.tensor(rows, dtype=torch.int64, device=self.logits.device)
-        counted = torch.stack([self._slots[where], self._weights[where]], 1).tolist()
-        self._slots[where] = self._weights[where] = 0
+        counted = self._totals[:, where, 1:].tolist()
+        self._totals[:, where] = 0
         self._free += rows
         nothing = (0,) * self.logits.shape[-1]
-        layers, taken, works = len(self.logits), iter(counted), []
+        layers, taken, works = len(self.logits), zip(*counted, strict=True), []
         for account in closed:
             if account is None:
                 works.append(Work(layers, 0, 0, nothing, nothing))
@@ -202,19 +206,16 @@ class Ledger:
             self.close([next(iter(self._accounts))])
             log.error("an account was never closed; its usage is lost")
         if not self._free:
-            self._grow(2 * len(self._slots))
+            self._grow(2 * self._totals.shape[1])
         account = self._accounts[name] = _Account(self._free.pop())
         return account
 
     @torch.inference_mode()
     def _grow(self, rows: int) -> None:
-        had = len(self._slots)
-        grown = torch.zeros(
-            (2, rows, self.logits.shape[-1]), dtype=torch.int64, device=self.logits.device
-        )
-        if had:
-            grown[0, :had], grown[1, :had] = self._slots, self._weights
-        self._slots, self._weights = grown
+        had, columns = self._totals.shape[1:]
+        grown = self._totals.new_zeros((2, rows, columns))
+        grown[:, :had] = self._totals
+        self._totals = grown
         self._free += range(rows - 1, max(had, _NOBODY + 1) - 1, -1)
 
 
@@ -232,4 +233,4 @@ class ReportsUsage:
         works = self.model_runner.get_model().ledger.close(accounts)
         if get_tensor_model_parallel_rank() != 0:
             return None
-        return [astuple(work) for work in works]
+        return [(w.layers, w.computed, w.cached, w.slots, w.weights) for w in works]
