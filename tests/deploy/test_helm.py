@@ -472,7 +472,8 @@ def test_several_nodes_form_one_server():
         {"resources": {"limits": {"memory": None}}},
         {"ingress": {"enabled": True}},
         {"httpRoute": {"enabled": True}},
-        {"multiNode": {"enabled": True}, "gpus": 0},
+        {"multiNode": {"enabled": True}, "audit": {"existingClaim": "logs"}, "gpus": 0},
+        {"multiNode": {"enabled": True}},  # and so a log that would go with the pod
         {"service": {"type": "NodePort"}},
         {"audit": {"existingClaim": "shared"}},
         {"serviceMonitor": {"enabled": True}},
@@ -484,6 +485,10 @@ def test_several_nodes_form_one_server():
 def test_values_that_make_no_sense_are_refused(wrong):
     with pytest.raises(helm.HelmError):
         render(wrong)
+
+
+def test_several_nodes_may_do_without_a_log_that_is_off():
+    render({"multiNode": {"enabled": True}, "config": {"audit": {"enabled": False}}})
 
 
 def test_names_follow_the_release():

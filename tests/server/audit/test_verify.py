@@ -5,8 +5,10 @@ import os
 
 import pytest
 import rfc8785
+from click.testing import CliRunner
 
 from expertgate.server.audit.chain import AuditError, digest, line_of
+from expertgate.server.audit.command import audit
 from expertgate.server.audit.folder import HEAD_FILE
 from expertgate.server.audit.signing import SigningKey
 from expertgate.server.audit.verify import verify
@@ -248,3 +250,12 @@ def test_a_running_log_is_signed_in_part(tmp_path):
 def test_lines_are_canonical_json_of_rfc_8785(folder):
     for line in lines_of(folder):
         assert rfc8785.dumps(json.loads(line)) == line[:-1]
+
+
+def test_of_many_faults_the_first_are_told_and_that_there_may_be_more(folder):
+    for place in range(2, 40):  # a file for each, or the first fault ends the reading
+        (folder / "audit" / f"{place:016}.jsonl").write_bytes(b"junk\n")
+    result = CliRunner().invoke(audit, ["verify", str(folder / "audit")])
+    lines = result.stderr.splitlines()
+    assert len(lines) == 21
+    assert lines[-1] == "there may be more: stopped after 20 faults"
