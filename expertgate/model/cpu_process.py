@@ -60,6 +60,8 @@ class SharedProcessExecutor(UniProcExecutor):
 
 def _free_threads() -> None:
     """Lets Python's threads but the first, and those of ZeroMQ, run wherever the parent may."""
+    if not hasattr(os, "sched_setaffinity"):
+        return  # where there is none, nothing was bound
     cpus = os.sched_getaffinity(os.getppid())
     python = {thread.native_id for thread in threading.enumerate()}
     for task in Path("/proc/self/task").iterdir():
