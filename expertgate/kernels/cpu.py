@@ -1,6 +1,6 @@
 """The layer on a CPU: vLLM's own kernel, never given an empty slot, or the obvious loop.
 
-Dimensions: T tokens, E experts, K slots, H hidden, I inner, P (token, expert) pairs.
+Dimensions: T tokens, E experts, K slots, H hidden, I inner.
 """
 
 import platform
@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from expertgate.kernels import reference
-from expertgate.kernels.routing import NO_EXPERT, RoutingPlan
+from expertgate.kernels.routing import NO_EXPERT, RoutingPlan, expert_bits
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """x [N, H], weights [N, S] and experts [N, S], none of them empty → [N, H]."""
@@ -20,6 +20,11 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 _MAX_PAIRS_A_CALL = 16384
 # What H and I must be multiples of there.
 _MULTIPLE = 32
+# To read an expert's weights takes as long as the work of so many (token, expert) pairs, and a
+# call, with the copies for it, as that of so many more: between what was measured with vector
+# instructions and with AMX's matrices (docs/kernels-log.md).
+_READ = 16
+_CALL = 8
 
 
 @dataclass(frozen=True)
@@ -82,12 +87,13 @@ def run_used(
     plan: RoutingPlan,
     run: Kernel,
 ) -> torch.Tensor:
-    """The work of the slots that name an expert, and of no other; [T, H] in x's dtype.
+    """The work of the slots that name an expert, and of no other expert; [T, H] in x's dtype.
 
-    `run` knows no empty slots. Tokens whose K slots are all used go to it as they are; the others
-    as P (token, expert) pairs, with S = 1, whose results are added up here. Which of the two a
-    token is depends on that token alone, so its result does not depend on which others are in the
-    batch.
+    `run` knows no empty slots. Tokens that use equally many go to it together, with as many slots;
+    where that is dearer than to fill the slots that some leave empty (`_together`), with those that
+    use more. What fills a slot is the token's best expert once more, at weight 0, which adds
+    nothing: `run` adds up slot by slot, so a token's result has the same bits with whomever it
+    goes. (A sum that overflowed to infinity could become NaN.)
     """
     rows, slots = plan.experts.shape
     at_once = _MAX_PAIRS_A_CALL // slots
@@ -98,40 +104,59 @@ def run_used(
         return torch.empty_like(x)
     if int(plan.experts.min()) != NO_EXPERT:
         return run(x, *plan)
-    full = plan.experts.amin(1) != NO_EXPERT
-    out = torch.empty_like(x)
-    for tokens, work in ((full, run), (~full, partial(_run_pairs, run=run))):
-        [place] = torch.nonzero(tokens, as_tuple=True)
-        if len(place):
-            done = work(x[place], plan.weights[place], plan.experts[place])
-            out.index_copy_(0, place, done)
+    used = (plan.experts != NO_EXPERT).sum(1)
+    least, most = int(used.min()), int(used.max())
+    calls = _together(*_tally(plan.experts, used)) if least != most else []
+    if least and len(calls) < 2:
+        return run(x, *_filled(plan, most))
+    out = torch.zeros_like(x)
+    for counts in calls:
+        [here] = torch.nonzero((used >= counts.start) & (used < counts.stop), as_tuple=True)
+        part = RoutingPlan(*(of_all.index_select(0, here) for of_all in plan))
+        done = run(x.index_select(0, here), *_filled(part, counts.stop - 1))
+        out.index_copy_(0, here, done)
     return out
 
 
-def _run_pairs(
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    experts: torch.Tensor,
-    run: Kernel,
-) -> torch.Tensor:
-    """Arguments as `run` has them, but with empty slots, and as `run` gives it: [N, H]."""
+def _filled(plan: RoutingPlan, slots: int) -> RoutingPlan:
+    """The first `slots` of each token, which uses at least one; none is left empty."""
+    experts = plan.experts[:, :slots]
+    filled = torch.where(experts == NO_EXPERT, experts[:, :1], experts)
+    return RoutingPlan(plan.weights[:, :slots].contiguous(), filled)
+
+
+def _tally(experts: torch.Tensor, used: torch.Tensor) -> tuple[list[int], list[int]]:
+    """How many tokens use 0, 1, ... K slots, and which experts those name, as bits.
+
+    `experts` [T, K], of 64 experts at most; `used` [T].
+    """
     slots = experts.shape[1]
-    used = torch.nonzero(experts.flatten() != NO_EXPERT)[:, 0]
-    parts = x.new_zeros(experts.numel(), x.shape[1])
-    if len(used):
-        pairs = run(
-            x.index_select(0, used // slots),
-            weights.reshape(-1, 1).index_select(0, used),
-            experts.reshape(-1, 1).index_select(0, used),
-        )
-        parts.index_copy_(0, used, pairs)
-    # Slot by slot: `index_add_` and `sum` start threads even for a few rows, and their waiting for
-    # one another takes longer than the sums.
-    first, *others = parts.view(len(x), slots, -1).unbind(1)
-    total = first.float()
-    for part in others:
-        total += part
-    return total.to(x.dtype)
+    # Row: slots used; column: the expert, after one for the slots without.
+    cells = (used[:, None] * 65 + experts + 1).flatten()
+    named = torch.bincount(cells, minlength=(slots + 1) * 65).view(slots + 1, 65)[:, 1:] > 0
+    bits = (named * expert_bits(64)).sum(1).tolist()
+    return torch.bincount(used, minlength=slots + 1).tolist(), bits
+
+
+def _together(tokens: list[int], experts: list[int]) -> list[range]:
+    """Which numbers of used slots go to the kernel in one call, at the least cost; from `_tally`.
+
+    A call does as many pairs of each of its tokens as its last number says.
+    """
+    present = [count for count, some in enumerate(tokens) if count and some]
+    # The cheapest way for the first n numbers that are present: its cost, and its calls.
+    best: list[tuple[int, list[range]]] = [(0, [])]
+    for end in range(1, len(present) + 1):
+        most, rows, read, ways = present[end - 1], 0, 0, []
+        for start in reversed(range(end)):
+            count = present[start]
+            rows += tokens[count]
+            read |= experts[count] % (1 << 64)
+            cost = _CALL + _READ * read.bit_count() + most * rows
+            before, calls = best[start]
+            ways.append((before + cost, [*calls, range(count, most + 1)]))
+        best.append(min(ways, key=lambda way: way[0]))
+    return best[-1][1]
 
 
 def run_packed(

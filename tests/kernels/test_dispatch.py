@@ -77,6 +77,57 @@ def test_more_pairs_than_one_call_takes(run, monkeypatch):
     case.check(run(case))
 
 
+@every_example_alike
+@given(case=layers(T=(2, 12), E=(4, 7), sizes=(32, 64)))
+def test_no_bit_depends_on_which_tokens_share_a_call(case):
+    """Reading weights for nothing, every count of slots has its own call; for a fortune, one."""
+    pytest.importorskip("vllm._custom_ops")
+    if not hasattr(torch.ops._C, "cpu_fused_moe"):
+        pytest.skip("this vLLM has no CPU kernels")
+    w_gate_up, w_down = pack(case.w_gate_up), pack(case.w_down)
+    plan = route(case.router_logits, case.allowed, **case.options)
+    outs, calls = [], []
+    for price in (0, 1 << 40):
+        seen: list[list[int]] = []
+
+        def run(x, weights, experts, seen=seen):
+            assert (experts >= 0).all()
+            seen.append(list(experts.shape))
+            return cpu.run_packed(
+                w_gate_up.values, w_down.values, w_down.instructions, x, weights, experts
+            )
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cpu, "_READ", price)
+            patch.setattr(cpu, "_CALL", price)
+            outs.append(cpu.run_used(case.x, plan, run))
+        calls.append(seen)
+    assert torch.equal(*outs)
+    case.check(outs[0])
+    counts = (plan.experts >= 0).sum(1)
+    assert len(calls[0]) == len(set(counts.tolist()) - {0})
+    assert sum(rows * slots for rows, slots in calls[0]) == counts.sum()
+    assert len(calls[1]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "calls"),
+    [
+        ([0, 0, 9], [0, 0, 0b111], [range(2, 3)]),
+        ([3, 0, 0], [0, 0, 0], []),
+        # Public alone beside all seven: to fill three slots is cheaper than to read it twice.
+        ([0, 3, 0, 4], [0, 1, 0, 127], [range(1, 4)]),
+        ([0, 300, 0, 4], [0, 1, 0, 127], [range(1, 2), range(3, 4)]),
+        # Those in the middle go with whom they cost least.
+        ([0, 300, 2, 300], [0, 1, 3, 127], [range(1, 2), range(2, 4)]),
+        # The last of 64 experts is the sign.
+        ([0, 1, 1], [0, -(1 << 63), 1], [range(1, 3)]),
+    ],
+)
+def test_tokens_share_a_call_where_it_is_cheaper(tokens, experts, calls):
+    assert cpu._together(tokens, experts) == calls
+
+
 def test_vllms_kernel_takes_what_is_packed():
     """So that the tests above have tried it."""
     pytest.importorskip("vllm._custom_ops")
