@@ -153,7 +153,11 @@ ROUTES: tuple[Route, ...] = (
         path="/v1/receipts/{request_id}",
         endpoint=about.receipt,
         summary="A receipt",
-        says="That of a request of the caller's own which has ended within the hour.",
+        says=(
+            "That of a request of the caller's own which has ended within the hour. The ID is the"
+            " answer's own `id` without what stands before its first `-` or `_`; it isn't"
+            " `X-Request-Id`, which a client may choose."
+        ),
         answer="Receipt",
         codes=(*_ASKED, "not_found", "audit_unavailable"),
         headers=_IDENTITY,
