@@ -76,22 +76,30 @@ def hide(found: dict[str, Any]) -> None:
 
 
 async def events(
-    chunks: AsyncGenerator[str, None], experts: Callable[[], Mapping[str, Any]], *, totals: bool
+    first: str,
+    rest: AsyncGenerator[str, None],
+    experts: Callable[[], Mapping[str, Any]],
+    *,
+    totals: bool,
 ) -> AsyncGenerator[str, None]:
-    """The events of a stream, with `experts` in the one that carries the usage.
+    """The events of a stream, `first` and `rest`, with `experts` in the one that has the usage.
 
     `totals`: the client asked for usage, so a last event without choices follows; else each
     choice's last event tells. `experts` is asked when such an event is there, and not before.
     """
     mark = _TOTALS if totals else _FINISHED
-    async with aclosing(chunks):
-        async for chunk in chunks:
-            if (error := from_event(chunk)) is not None:
-                yield _event(error.body())
-            elif mark in chunk:
-                yield _event({**_parsed(chunk), "experts": dict(experts())})
-            else:
-                yield chunk
+    async with aclosing(rest):
+        yield _told(first, mark, experts)
+        async for chunk in rest:
+            yield _told(chunk, mark, experts)
+
+
+def _told(chunk: str, mark: str, experts: Callable[[], Mapping[str, Any]]) -> str:
+    if (error := from_event(chunk)) is not None:
+        return _event(error.body())
+    if mark in chunk:
+        return _event({**_parsed(chunk), "experts": dict(experts())})
+    return chunk
 
 
 def ending(error: ApiError, _: int) -> bytes:

@@ -178,7 +178,6 @@ class GuardedLLM:
             raise self.dead_error
 
         params = copy.copy(sampling_params)
-        params.skip_clone = False  # so that the engine clones what the shallow copy shares
         granted: dict[str, Any] = {
             "type": "token",
             "prompt_token_ids": prompt["prompt_token_ids"],

@@ -229,18 +229,22 @@ def ending(error: ApiError, sent: int) -> bytes:
 
 
 async def events(
-    texts: AsyncGenerator[str, None], experts: Callable[[], Mapping[str, Any]]
+    first: str, rest: AsyncGenerator[str, None], experts: Callable[[], Mapping[str, Any]]
 ) -> AsyncGenerator[str, None]:
-    """The events of a stream, with `experts` in the response that the last one carries."""
+    """The events of a stream, `first` and `rest`, with `experts` in the last one's response."""
+    async with aclosing(rest):
+        yield _with_experts(first, experts)
+        async for text in rest:
+            yield _with_experts(text, experts)
+
+
+def _with_experts(text: str, experts: Callable[[], Mapping[str, Any]]) -> str:
     mark = f"event: {_COMPLETED}\n"
-    async with aclosing(texts):
-        async for text in texts:
-            if not text.startswith(mark):
-                yield text
-                continue
-            event = json.loads(text.partition("\ndata: ")[2])
-            event["response"] = answers.told(event["response"], experts())
-            yield f"{mark}data: {json.dumps(event, ensure_ascii=False)}\n\n"
+    if not text.startswith(mark):
+        return text
+    event = json.loads(text.partition("\ndata: ")[2])
+    event["response"] = answers.told(event["response"], experts())
+    return f"{mark}data: {json.dumps(event, ensure_ascii=False)}\n\n"
 
 
 def with_receipt(last: str, receipt: str | None) -> str:

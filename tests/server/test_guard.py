@@ -51,7 +51,6 @@ def test_the_engine_gets_the_mask_of_the_grant_and_nothing_of_the_callers(guard,
                            data_parallel_rank=3, trace_headers={"traceparent": "x"}))  # fmt: skip
     (call,) = engine.calls
     assert call.params.extra_args == {EXTRA_ARG: MATH.mask, ACCOUNT_ARG: call.request_id}
-    assert not call.params.skip_clone
     assert "client" not in call.request_id
     assert not {"priority", "session_id", "data_parallel_rank", "trace_headers"} & set(call.rest)
     # What the caller holds is unchanged: the same parameters may serve several prompts.

@@ -2,11 +2,10 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from expertgate.model.catalogue import Expert
 from expertgate.model.usage import Usage
 from expertgate.policies.expert_set import ExpertSet
 from expertgate.server.audit.receipts import Receipts, statement
@@ -29,10 +28,13 @@ class Entry:
         audit_log: AuditLog | None,
         receipts: Receipts | None,
         grant: Grant,
-        experts: Sequence[Expert],
+        experts: Sequence[Mapping[str, Any]],
         fields: dict[str, Any],
     ) -> None:
-        """`experts`: of the effective set; `fields`: what the record of the request says."""
+        """`experts`: of the effective set, as receipts describe them.
+
+        `fields`: what the record of the request says.
+        """
         self.grant = grant
         self._experts = experts
         self.request_id: str = fields["request"]
@@ -66,7 +68,7 @@ class Entry:
         if self._log is None or not self.begun or self.result is not None:
             return
         grant = self.grant
-        names = [expert.name for expert in self._experts]
+        names = [expert["name"] for expert in self._experts]
         usage = None if grant.usage is None else _told(grant.usage, grant.experts, names)
         ended = {
             "status": self.status,
@@ -82,7 +84,7 @@ class Entry:
             **ended,
         )
         if self._receipts is not None and grant.basis is not None:
-            said = statement(ended, [one.model_dump() for one in self._experts], self._fields)
+            said = statement(ended, self._experts, self._fields)
             self._receipts.keep(
                 self.request_id, grant.basis.principal, grant.record, self.result, said
             )

@@ -43,6 +43,7 @@ class SigningKey:
         self.private = private
         self.jwk = jwk_of(private.public_key())
         self.id: str = self.jwk["kid"]
+        self._derived: dict[bytes, bytes] = {}
 
     @classmethod
     def create(cls, path: Path) -> "SigningKey":
@@ -76,9 +77,10 @@ class SigningKey:
 
     def keyed_digest(self, purpose: bytes, data: bytes) -> str:
         """A digest that only whoever has this key can compare with a text that they guess."""
-        seed = self.private.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())
-        key = hmac.digest(seed, purpose, "sha256")
-        return hmac.digest(key, data, "sha256").hex()
+        if purpose not in self._derived:
+            seed = self.private.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())
+            self._derived[purpose] = hmac.digest(seed, purpose, "sha256")
+        return hmac.digest(self._derived[purpose], data, "sha256").hex()
 
     def sign_head(self, head: Record) -> dict[str, Any]:
         """The head with its signature, which is over all else that it says."""

@@ -59,6 +59,7 @@ class Trail:
         )
         self._catalogue = catalogue
         self.catalogue_digest = _digest(catalogue)
+        self._described = _described(catalogue)
         self._refused: Counter[str | None] = Counter()
         self._uncounted: Counter[tuple[int, str]] = Counter()
         self._refused_since = time.monotonic()
@@ -125,7 +126,7 @@ class Trail:
             "policy_version": decision.version,
             "catalogue": self.catalogue_digest,
         }
-        experts = [catalogue.experts[index] for index in grant.experts]
+        experts = [self._described[index] for index in grant.experts]
         return Entry(self.log, self.receipts, grant, experts, fields)
 
     def changed(self, change: Change) -> None:
@@ -146,15 +147,12 @@ class Trail:
             return
         self._catalogue = catalogue
         self.catalogue_digest = _digest(catalogue)
+        self._described = _described(catalogue)
         if self.log is not None:
             self.log.note("catalogue", **self._experts())
 
     def _experts(self) -> dict[str, Any]:
-        experts = [
-            {"name": one.name, "owner": one.owner, "sha256": one.sha256}
-            for one in self._catalogue.experts
-        ]
-        return {"catalogue": self.catalogue_digest, "experts": experts}
+        return {"catalogue": self.catalogue_digest, "experts": self._described}
 
     def refused(
         self, route: str, principal: Principal | None, address: str | None, error: ApiError
@@ -203,6 +201,13 @@ _KINDS: Mapping[type[Change], str] = {
 def _digest(catalogue: Catalogue) -> str:
     """SHA-256 of the catalogue's canonical form, weight hashes and all."""
     return digest(line_of(catalogue.model_dump(mode="json")))
+
+
+def _described(catalogue: Catalogue) -> list[dict[str, Any]]:
+    """What records and receipts say of each expert."""
+    return [
+        {"name": one.name, "owner": one.owner, "sha256": one.sha256} for one in catalogue.experts
+    ]
 
 
 def _plain(value: Any) -> Any:

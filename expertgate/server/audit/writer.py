@@ -167,7 +167,8 @@ class AuditLog:
             return Waived(str(error))
         self._push(entry)
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(entry.place), _WRITE_TIMEOUT_S)
+            async with asyncio.timeout(_WRITE_TIMEOUT_S):
+                return await asyncio.wrap_future(entry.place)
         except (AuditUnavailable, TimeoutError) as error:
             # After a timeout the record still waits, or is being written.
             words = str(error) or self.fault or _TOO_SLOW

@@ -4,9 +4,8 @@ The order is the same for all: who asks, is there room, what is asked, which exp
 only then is there a grant, without which the engine runs nothing.
 """
 
-import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,6 +25,7 @@ from expertgate.server.grants import HANDLE_ARG, Grant, WithdrawnError
 from expertgate.server.guard import GuardedLLM
 from expertgate.server.handlers import Handlers
 from expertgate.server.metrics import REQUESTS
+from expertgate.server.presence import ClientGone, while_there
 from expertgate.server.reading import read_body
 from expertgate.server.responses import ResponsesRequest
 from expertgate.server.schemas import RECEIPT_HEADER, Body, ChatRequest, TextRequest
@@ -94,12 +94,15 @@ async def _answer(
     )
     headers = {"X-Experts-Effective": shown_names}
     span = tracing.begin("engine", {tracing.EXPERTS: names})
+    result: Any = None
     try:
         async with grant.while_given():
             with tracing.span("audit"):
                 await entry.begin()
             REQUESTS.labels(len(names)).inc()
-            result = await _unless_gone(_first(handler(handlers)(body)), request)
+            with suppress(ClientGone):
+                async with while_there(request.receive):
+                    result = await _first(handler(handlers)(body))
     except BaseException as error:
         span.end()
         await engine.end(grant)
@@ -113,9 +116,9 @@ async def _answer(
         raise shown from None
     if isinstance(result, _Stream):
         closed = partial(_close, engine, grant, entry) if wants_receipt else None
-        events = _until_ended(_told_to(entry, _events(body, result, told), closed), span)
+        events = _told_to(entry, _events(body, result, told), closed)
         ending = responses.ending if kind is ResponsesRequest else answers.ending
-        return _GrantedStream(events, ending, engine, grant, entry, visit, headers)
+        return _GrantedStream(events, ending, engine, grant, entry, visit, span, headers)
     span.end()
     await engine.end(grant)
     if result is not None:
@@ -133,18 +136,10 @@ def _events(
     body: Any, stream: "_Stream", told: Callable[[], Mapping[str, Any]]
 ) -> AsyncGenerator[str, None]:
     if isinstance(body, ResponsesRequest):
-        return responses.events(stream.chunks(), told)
+        return responses.events(stream.first, stream.rest, told)
     options = body.stream_options
-    return answers.events(stream.chunks(), told, totals=bool(options and options.include_usage))
-
-
-async def _until_ended(events: AsyncGenerator[str, None], span: Span) -> AsyncGenerator[str, None]:
-    try:
-        async with aclosing(events):
-            async for event in events:
-                yield event
-    finally:
-        span.end()
+    totals = bool(options and options.include_usage)
+    return answers.events(stream.first, stream.rest, told, totals=totals)
 
 
 @dataclass(slots=True)
@@ -153,12 +148,6 @@ class _Stream:
 
     first: str
     rest: AsyncGenerator[str, None]
-
-    async def chunks(self) -> AsyncGenerator[str, None]:
-        async with aclosing(self.rest):
-            yield self.first
-            async for chunk in self.rest:
-                yield chunk
 
 
 async def _first(answer: Awaitable[Any]) -> Any:
@@ -178,29 +167,6 @@ async def _first(answer: Awaitable[Any]) -> Any:
         await result.aclose()
         raise error
     return _Stream(first, result)
-
-
-async def _unless_gone(work: Coroutine[Any, Any, Any], request: Request) -> Any:
-    """The result of `work`, or None where the client leaves before; `work` has then ended."""
-    working = asyncio.create_task(work)
-    gone = asyncio.create_task(_disconnected(request))
-    try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
-    finally:
-        gone.cancel()
-        if not working.done():
-            working.cancel()
-            # vLLM makes an error of its own of a cancellation, and nobody is left to hear it.
-            await asyncio.wait({working})
-        if not working.cancelled():
-            working.exception()  # asyncio logs what nobody has looked at
-
-
-async def _disconnected(request: Request) -> None:
-    # The body has been read, so the next message can only be this one.
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _told_to(
@@ -260,6 +226,7 @@ class _GrantedStream(StreamingResponse):
         grant: Grant,
         entry: Entry,
         visit: Visit,
+        span: Span,
         headers: dict[str, str],
     ) -> None:
         super().__init__(events, media_type="text/event-stream", headers=headers)
@@ -269,6 +236,7 @@ class _GrantedStream(StreamingResponse):
         self._grant = grant
         self._entry = entry
         self._visit = visit
+        self._span = span
 
     async def stream_response(self, send: Send) -> None:
         start = {"status": self.status_code, "headers": self.raw_headers}
@@ -291,11 +259,15 @@ class _GrantedStream(StreamingResponse):
         await send({"type": "http.response.body", "body": last})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        del scope
         try:
-            await super().__call__(scope, receive, send)
+            with suppress(ClientGone):
+                async with while_there(receive):
+                    await self.stream_response(send)
         finally:
             try:
                 await self._events.aclose()
+                self._span.end()
                 await self._engine.end(self._grant)
                 self._entry.close()
             finally:
