@@ -21,6 +21,7 @@ from vllm.renderers.online_renderer import OnlineRenderer
 from expertgate.server.grants import WithdrawnError
 from expertgate.server.guard import GuardedLLM
 from expertgate.server.refusals import SettingError
+from expertgate.server.rendering import render_in_place
 
 
 class _ClientErrors(logging.Filter):
@@ -71,6 +72,7 @@ class Handlers:
             renderer = OnlineRenderer(config, engine.renderer, **rendering, **tools)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise SettingError(f"tool_parser {tool_parser}: {error}") from None
+        render_in_place()
         renderer.warmup()
         return cls(
             chat=OpenAIServingChat(
