@@ -5,8 +5,10 @@
 both. Throughput is what a server gives whose engine always has somebody waiting, so twice as many
 ask as it runs; what a request takes longer is measured with one that asks alone. Where other
 programs share the machine, its clock tells little; so the seconds that all of a server's processes
-are on a CPU are told as well, per request. `--log-only` measures the log by itself, without an
-engine: how long a record takes to be on disk while so many wait.
+are on a CPU are told as well, per request. Of servers that are alike some are faster for as long as
+they run, by more than the log costs; so there are two of each, and `--starts` says how often all
+four are started anew. `--log-only` measures the log by itself, without an engine: how long a record
+takes to be on disk while so many wait.
 """
 
 import argparse
@@ -128,10 +130,8 @@ def one_round(asking: Client, url: str, key: str, clients: int) -> tuple[float, 
 
 
 def beside(folder: Path, rounds: int) -> dict[str, Any]:
-    """The audited servers' figures over the others', round by round.
-
-    Two of each: of two servers that are alike one may be some percent faster as long as it runs.
-    """
+    """The audited servers' figures over the others', round by round."""
+    folder.mkdir()
     with contextlib.ExitStack() as stack:
         asking = stack.enter_context(client())
         running = [
@@ -171,20 +171,27 @@ def beside(folder: Path, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--starts", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=10, help="of each start")
     parser.add_argument("--log-only", action="store_true", help="without servers")
     parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
     options = parser.parse_args()
-    figures: dict[str, Any] = {"about": about(), "log": {}}
+    command = {"command": " ".join(["python -m benchmarks.audit", *sys.argv[1:]])}
+    figures: dict[str, Any] = {"about": about() | command, "log": {}}
     with tempfile.TemporaryDirectory(dir=".", prefix=".audit-bench-") as name:
         for waiting in WAITING:
             found = figures["log"][waiting] = log_alone(Path(name), waiting)
             print(f"{waiting:3} waiting:", ", ".join(f"{k} {v:.2f}" for k, v in found.items()))
         if not options.log_only:
-            figures["beside"] = beside(Path(name), options.rounds)
-            for key, values in figures["beside"].items():
-                low, middle, high = min(values), statistics.median(values), max(values)
-                print(f"{key}: {middle:.3f} ({low:.3f} to {high:.3f})")
+            starts = figures["beside"] = []
+            for start in range(options.starts):
+                print(f"start {start + 1} of {options.starts}", flush=True)
+                starts.append(beside(Path(name) / f"start-{start}", options.rounds))
+            for key in starts[0]:
+                of_starts = [statistics.median(start[key]) for start in starts]
+                middle = statistics.median(value for start in starts for value in start[key])
+                said = ", ".join(f"{value:.3f}" for value in of_starts)
+                print(f"{key}: median of all rounds {middle:.3f}; of each start {said}")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(figures, indent=2) + "\n")

@@ -458,6 +458,16 @@ def test_several_nodes_form_one_server():
     assert said["distributed_executor_backend"] == "ray"
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_pod_has_the_environment_that_is_given(name):
+    given = values(name).get("env", [])
+    for pod in pods(render(values(name))):
+        found = container(pod).get("env", [])
+        assert found[: len(given)] == given
+        names = [each["name"] for each in found]
+        assert len(names) == len(set(names)), "the last of two would win"
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -479,6 +489,10 @@ def test_several_nodes_form_one_server():
         {"serviceMonitor": {"enabled": True}},
         {"autoscaling": {"enabled": True}, "admin": {"existingSecret": "operators"}},
         {"config": {"admin": {"listen": "0.0.0.0:1"}}},
+        {"env": {"HTTPS_PROXY": "http://proxy"}},
+        {"env": [{"name": "HTTPS_PROXY"}]},
+        {"env": [{"name": "THREADS", "value": 4}]},
+        {"env": [{"name": "VLLM_PLUGINS", "value": "others"}]},
     ],
     ids=json.dumps,
 )

@@ -55,8 +55,11 @@ spec:
         - |
           until ray start --address="$LWS_LEADER_ADDRESS:6379" --block; do sleep 2; done
       {{- end }}
-      {{- if or (ne $role "server") .model.tokenSecret }}
+      {{- if or (ne $role "server") .model.tokenSecret .env }}
       env:
+        {{- with .env }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
         {{- if eq $role "leader" }}
         - name: POD_NAME
           valueFrom: {fieldRef: {fieldPath: metadata.name}}
