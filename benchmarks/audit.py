@@ -27,6 +27,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.checkpoints import BUILD
 from benchmarks.load import Client, Job, client
 from benchmarks.machine import about
 
@@ -178,7 +179,9 @@ def main() -> None:
     options = parser.parse_args()
     command = {"command": " ".join(["python -m benchmarks.audit", *sys.argv[1:]])}
     figures: dict[str, Any] = {"about": about() | command, "log": {}}
-    with tempfile.TemporaryDirectory(dir=".", prefix=".audit-bench-") as name:
+    BUILD.mkdir(parents=True, exist_ok=True)
+    # Beside the checkpoints, on a real file system, for an fsync that is one.
+    with tempfile.TemporaryDirectory(dir=BUILD) as name:
         for waiting in WAITING:
             found = figures["log"][waiting] = log_alone(Path(name), waiting)
             print(f"{waiting:3} waiting:", ", ".join(f"{k} {v:.2f}" for k, v in found.items()))

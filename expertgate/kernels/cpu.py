@@ -93,7 +93,8 @@ def run_used(
     where that is dearer than to fill the slots that some leave empty (`_together`), with those that
     use more. What fills a slot is the token's best expert once more, at weight 0, which adds
     nothing: `run` adds up slot by slot, so a token's result has the same bits with whomever it
-    goes. (A sum that overflowed to infinity could become NaN.)
+    goes, as long as that expert's own output is finite: where it has overflowed to infinity, alone
+    the token is infinite and with a filled slot NaN.
     """
     rows, slots = plan.experts.shape
     at_once = _MAX_PAIRS_A_CALL // slots

@@ -17,9 +17,13 @@ async def while_there(receive: Receive) -> AsyncGenerator[None, None]:
 
     The body must have been read: what `receive` gives next can then only be that.
 
-    Raises ClientGone in place of anything that was raised inside once the client had left: vLLM
-    makes errors of its own of being ended.
+    Raises ClientGone in place of anything that was raised inside once the client had left, and
+    CancelledError where the task was called off from outside: vLLM makes errors and answers of its
+    own of both.
     """
+    task = asyncio.current_task()
+    assert task is not None
+    called_off = task.cancelling()
     # What is inside stays in its own task. Between two tasks each result takes a turn of the loop
     # or two, and where every stream is busy a turn is what all of their tokens take.
     try:
@@ -30,9 +34,13 @@ async def while_there(receive: Receive) -> AsyncGenerator[None, None]:
             finally:
                 watching.cancel()
     except Exception:
+        if task.cancelling() > called_off:
+            raise asyncio.CancelledError from None
         if not limit.expired():
             raise
         raise ClientGone from None
+    if task.cancelling() > called_off:
+        raise asyncio.CancelledError
 
 
 async def _watch(receive: Receive, limit: asyncio.Timeout) -> None:

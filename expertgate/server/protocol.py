@@ -6,8 +6,9 @@ the credential is looked at.
 """
 
 import asyncio
+from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from expertgate.server.certificates import STATE
 
@@ -29,6 +30,8 @@ class PatientProtocol(HttpToolsProtocol):
     _in_head = False
     _head_bytes = 0
     """Parsed so far of the head that is being read."""
+    _answering: RequestResponseCycle | None = None
+    """The request that runs; uvicorn's own `cycle` is the last that came, maybe behind it."""
     _unparsed_bytes = 0
     """Received in a row of one head without an end: the parser gives a header when it is whole."""
 
@@ -86,6 +89,13 @@ class PatientProtocol(HttpToolsProtocol):
         self._have_headers()
         self._have_read()
         super().connection_lost(exc)
+        if self._answering is not None and not self._answering.response_complete:
+            self._answering.disconnected = True
+            self._answering.message_event.set()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _wait_for_headers(self) -> None:
         if self._asking is None:

@@ -15,9 +15,15 @@ from vllm.renderers import base
 
 async def gather(*works: Awaitable[Any]) -> list[Any]:
     """`asyncio.gather`, but one work alone runs where it is waited for."""
-    if len(works) == 1:
-        return [await works[0]]
-    return list(await asyncio.gather(*works))
+    if len(works) != 1:
+        return list(await asyncio.gather(*works))
+    result = await works[0]
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        # Before Python 3.12 `wait_for`, in which templates are rendered, may take a result that is
+        # just there for an answer to being cancelled; `asyncio.gather` doesn't.
+        raise asyncio.CancelledError
+    return [result]
 
 
 class _Asyncio(ModuleType):

@@ -16,6 +16,7 @@ from unittest import mock
 import numpy as np
 import torch
 import uvicorn
+from vllm.renderers import base as renderers
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors
@@ -35,6 +36,7 @@ from expertgate.server.identity_config import IdentityConfig
 from expertgate.server.key_edits import create_key
 from expertgate.server.listening import listen
 from expertgate.server.policy_files import resources
+from expertgate.server.rendering import gather
 from expertgate.server.run import Listener, _config
 from expertgate.server.service import Service
 from tests.server.audit.logs import open_log
@@ -155,6 +157,7 @@ class Coreless:
             engine = start(checkpoint, "toy", arguments, self.service.grants)
         self.core = engine._engine.engine_core
         self.service.handlers = Handlers.around(engine, None)
+        assert renderers.asyncio.gather is gather, "handlers render in place"
         self.service.engine = self.engine = engine
         self.bound = bound = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{bound.getsockname()[1]}"

@@ -50,22 +50,62 @@ def test_every_key_is_shown_and_no_other():
     assert {way for way in ours if "values" not in way[:-1]} - known == set()
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    re.findall(r"^(?:  )?(\w+): (\S+) +# default(?:[;, ].*)?$", EXAMPLE, re.MULTILINE),
-)
-def test_what_is_called_a_default_is_one(tmp_path, key, value):
-    path = tmp_path / "expertgate.yaml"
-    path.write_text("identity: {api_keys: keys.yaml}\npolicies: policies\n")
-    config = Config.load(path)
-    [place] = [part for part in (config, config.audit, config.identity) if hasattr(part, key)]
-    found, shown = getattr(place, key), yaml.safe_load(value)
-    assert found == (tmp_path / shown if isinstance(found, Path) else shown)
+def lines_of_defaults() -> Iterator[tuple[tuple[str, ...], str, str]]:
+    """Of each line that speaks of a default: the way to its key, its value, and what it says."""
+    way: list[tuple[int, str]] = []
+    for line in EXAMPLE.splitlines():
+        # A dash stands where an entry of a list begins, and its keys two columns further.
+        found = re.fullmatch(r"([ -]*)([^\s:]+):(?: +(.*?))??(?: +# (.*))?", line)
+        if found is None:
+            continue
+        depth, key, value, words = len(found[1]), found[2], found[3] or "", found[4] or ""
+        way = [*((d, k) for d, k in way if d < depth), (depth, key)]
+        if said := re.search(r"\bdefault\b(?:: (\w+))?", words):
+            yield tuple(k for _, k in way), value, said[1] or ""
+
+
+def default_of(way: tuple[str, ...]) -> Any:
+    """Of a key whose way is known."""
+    kind: Any = Config
+    for name in way[:-1]:
+        kind = next(_models(kind.model_fields[name].annotation))
+    return kind.model_fields[way[-1]].get_default(call_default_factory=True)
+
+
+def _models(kind: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        yield kind
+    for part in get_args(kind):
+        yield from _models(part)
+
+
+DEFAULTS = list(lines_of_defaults())
+
+
+def test_defaults_are_found_wherever_they_stand():
+    ways = {way for way, _, _ in DEFAULTS}
+    assert {("port",), ("audit", "path"), ("identity", "jwt", "leeway_s"), ("engine",)} <= ways
+
+
+@pytest.mark.parametrize(("way", "value", "said"), DEFAULTS, ids=lambda part: str(part))
+def test_what_is_called_a_default_is_one(way, value, said):
+    found = default_of(way)
+    if said:  # the example shows another value, and what is so without the key stands in words
+        assert not found or said != "none", found
+        return
+    shown = yaml.safe_load(value)
+    if isinstance(found, Path):
+        assert str(found) == shown
+    elif isinstance(found, tuple):
+        assert list(found) == (shown if isinstance(shown, list) else [shown])
+    else:
+        assert found == shown
 
 
 def test_every_command_is_named():
-    rows = "".join(re.findall(r"^\| `[^|]*\|", PAGE, re.MULTILINE))
+    cells = re.findall(r"^\| (`[^|]*) \|", PAGE, re.MULTILINE)
+    rows = {words[0]: words[1:] for words in (re.sub(r"[`,]", " ", cell).split() for cell in cells)}
+    assert rows.keys() == cli.commands.keys()
     for name, command in cli.commands.items():
-        assert f"`{name}" in rows
         if isinstance(command, click.Group):
-            assert all(re.search(rf"\b{below}`", rows) for below in command.commands), name
+            assert sorted(rows[name]) == sorted(command.commands), name

@@ -94,6 +94,28 @@ def test_an_error_while_the_client_is_there_is_raised():
     asyncio.run(run())
 
 
+async def an_error():
+    raise ValueError("Client disconnected")
+
+
+@pytest.mark.parametrize("made", [an_error, lambda: asyncio.sleep(0, "an answer")])
+def test_what_is_made_of_being_called_off_from_outside_is_no_answer(made):
+    async def run():
+        async def work():
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                return await made()
+
+        asking = asyncio.create_task(within(Client(), work()))
+        await turns()
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+
+    asyncio.run(run())
+
+
 def test_being_called_off_from_outside_is_not_the_client(caplog):
     async def run():
         withdrawn = asyncio.Event()

@@ -94,6 +94,25 @@ def test_what_fails_is_raised():
     asyncio.run(run())
 
 
+def test_being_called_off_is_not_lost_in_what_swallows_it():
+    async def run():
+        async def swallow():
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                return "rendered"
+
+        for others in ((), (asyncio.sleep(0),)):
+            asking = asyncio.create_task(gather(swallow(), *others))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            asking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asking
+
+    asyncio.run(run())
+
+
 def test_the_rest_of_the_module_is_asyncios_own(in_place):
     assert base.asyncio.sleep is asyncio.sleep
     with pytest.raises(AttributeError):

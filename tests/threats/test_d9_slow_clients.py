@@ -48,6 +48,17 @@ def served(monkeypatch):
 
         return StreamingResponse(parts())
 
+    async def slow():
+        async def parts():
+            try:
+                while True:
+                    yield b"x"
+                    await asyncio.sleep(0.01)
+            finally:
+                app.state.ended += 1
+
+        return StreamingResponse(parts())
+
     async def body(request: Request):
         return {"bytes": len(await read_body(request))}
 
@@ -58,13 +69,20 @@ def served(monkeypatch):
     app.add_api_route("/headers", headers, methods=["POST"])
     app.add_api_route("/short", short)
     app.add_api_route("/long", long)
+    app.add_api_route("/slow", slow)
     app.add_api_route("/body", body, methods=["POST"])
     show_errors(app)
 
     def run(client):
         async def go():
             with socket.create_server(("127.0.0.1", 0)) as bound:
-                config = uvicorn.Config(app, http=PatientProtocol, lifespan="off", log_config=None)
+                config = uvicorn.Config(
+                    app,
+                    http=PatientProtocol,
+                    lifespan="off",
+                    log_config=None,
+                    timeout_graceful_shutdown=1,
+                )
                 server = uvicorn.Server(config)
                 serving = asyncio.create_task(server.serve(sockets=[bound]))
                 while not server.started:
@@ -100,6 +118,20 @@ def test_a_connection_that_asks_nothing_is_closed(served):
     async def client(app, address):
         async with connected(address) as (reader, _):
             assert await ends(reader) == b""
+
+    served(client)
+
+
+@pytest.mark.parametrize("behind", [b"", ASK, ASK + ASK])
+def test_an_answer_ends_with_its_client_whatever_was_asked_behind_it(served, behind):
+    async def client(app, address):
+        async with connected(address) as (reader, writer):
+            writer.write(ASK.replace(b"short", b"slow") + behind)
+            await reader.readuntil(b"x")
+        deadline = time.monotonic() + 10
+        while not app.state.ended:
+            assert time.monotonic() < deadline, "it is told to nobody"
+            await asyncio.sleep(0.05)
 
     served(client)
 
