@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 _PREAMBLE = ("response.created", "response.in_progress")
 _COMPLETED = "response.completed"
+_LAST = f"event: {_COMPLETED}\n"
+"""How the last event of a stream begins."""
 
 
 class ResponsesRequest(_ResponsesRequest):
@@ -239,16 +241,15 @@ async def events(
 
 
 def _with_experts(text: str, experts: Callable[[], Mapping[str, Any]]) -> str:
-    mark = f"event: {_COMPLETED}\n"
-    if not text.startswith(mark):
+    if not text.startswith(_LAST):
         return text
     event = json.loads(text.partition("\ndata: ")[2])
     event["response"] = answers.told(event["response"], experts())
-    return f"{mark}data: {json.dumps(event, ensure_ascii=False)}\n\n"
+    return f"{_LAST}data: {json.dumps(event, ensure_ascii=False)}\n\n"
 
 
 def with_receipt(last: str, receipt: str | None) -> str:
     """The last event of a stream, with a receipt in the response that it carries."""
     event = json.loads(last.partition("\ndata: ")[2])
     event["response"]["receipt"] = receipt
-    return f"event: {_COMPLETED}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n"
+    return f"{_LAST}data: {json.dumps(event, ensure_ascii=False)}\n\n"
