@@ -28,6 +28,7 @@ from expertgate.model.plugin import ARCHITECTURE
 from expertgate.server.failures import EngineError
 from expertgate.server.grants import Grants
 from expertgate.server.guard import CacheSalts, GuardedLLM
+from expertgate.server.newcomers import first_tokens_first
 from expertgate.server.refusals import SettingError, refuse_arguments, refuse_config
 from expertgate.server.room import bound
 
@@ -111,6 +112,7 @@ def start(model: Path, name: str, arguments: Mapping[str, object], grants: Grant
             f"the engine did not start: {_first_line(error)} (if it lacked memory: lower "
             "max_model_len, max_num_seqs or kv_cache_memory_bytes under `engine:`)"
         ) from error
+    first_tokens_first(engine)
     # The epoch counts changes of the weights while the process runs; nothing changes them yet.
     salts = CacheSalts(weights=f"{model} epoch 0".encode())
     return GuardedLLM(engine, grants, salts, turns)

@@ -16,6 +16,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from vllm.envs import enable_envs_cache
 from vllm.utils.gc_utils import freeze_gc_heap
 
 from expertgate.server.audit.writer import Record
@@ -195,8 +196,10 @@ async def _open(
     service.handlers = make_handlers(engine)
     service.liveness = Liveness(engine, service.grants, record)
     # What has been made by now stays. The collector would look through it again and again while
-    # requests wait, which took more time than they did.
+    # requests wait, which took more time than they did; and vLLM reads the environment anew for
+    # each token, as its other processes don't.
     freeze_gc_heap()
+    enable_envs_cache()
     service.engine = engine
 
 

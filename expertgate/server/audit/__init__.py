@@ -5,7 +5,8 @@
 | `chain.py` | one record as one line, and how lines hold together |
 | `signing.py` | the Ed25519 key, its public half, signed heads |
 | `folder.py` | the files of a log, and where it ended when the server last stopped |
-| `writer.py` | appends records, many to one fsync |
+| `writer.py` | appends records, many in one write |
+| `landing.py` | lets a request wait for its record |
 | `trail.py` | what the server says to its log |
 | `entry.py` | one permitted request, from its record to its result |
 | `verify.py` | reads a log as a stranger would, and says what doesn't hold |

@@ -1,7 +1,7 @@
 """Appends records to the log; whoever must know waits until theirs is on disk.
 
 One thread writes. What comes while it waits for the disk is written together next time, so that
-many requests share one fsync; what nobody waits for goes with the next that somebody does, or after
+many requests share one write; what nobody waits for goes with the next that somebody does, or after
 a moment. What can't be written leaves no trace in the files: they are cut back to what is known to
 be on disk, and the chain goes on from there.
 """
@@ -23,6 +23,7 @@ from typing import Any
 
 from expertgate.server.audit import folder as folders
 from expertgate.server.audit.chain import VERSION, AuditError, digest, line_of
+from expertgate.server.audit.landing import Landing
 from expertgate.server.audit.signing import SigningKey, sync_folder
 
 log = logging.getLogger(__name__)
@@ -111,6 +112,7 @@ class AuditLog:
         self._head: bytes | None = None
         self._signed_at = time.monotonic()
         self._file: int | None = None
+        self._identity = (0, 0)  # of that file; while it is open no other can have the same
         self.on_commit: Callable[[float], None] = lambda _: None
         """Told, on the thread, how many seconds the disk took for what was written together."""
         self.lost = 0
@@ -168,7 +170,7 @@ class AuditLog:
         self._push(entry)
         try:
             async with asyncio.timeout(_WRITE_TIMEOUT_S):
-                return await asyncio.wrap_future(entry.place)
+                return await Landing(entry.place)
         except (AuditUnavailable, TimeoutError) as error:
             # After a timeout the record still waits, or is being written.
             words = str(error) or self.fault or _TOO_SLOW
@@ -300,12 +302,11 @@ class AuditLog:
         if self._file is None:
             self._open()
         assert self._file is not None
-        self._check_file(self._file)
+        self._check_file()
         left = memoryview(b"".join(batch.lines))
         size = self._state.size + len(left)
         while left:
             left = left[os.write(self._file, left) :]
-        os.fsync(self._file)
         self._state = replace(batch.state, path=self._state.path, size=size)
 
     def _open(self) -> None:
@@ -316,9 +317,12 @@ class AuditLog:
             path = self.folder / folders.name_of(self._state.seq + 1)
         elif not path.exists() and self._state.size:
             raise _Tampered(f"{path} is gone")
-        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        # Each write returns when it is on disk. A second call for that would wait for the
+        # interpreter's lock once more, which a busy server holds for milliseconds at a time.
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_DSYNC, 0o600)
         try:
-            if os.fstat(file).st_size < self._state.size:
+            found = os.fstat(file)
+            if found.st_size < self._state.size:
                 raise _Tampered(f"{path} was cut by someone else")
             if not fresh and not self._ends_as_left(path):
                 raise _Tampered(f"{path} was replaced by someone else")
@@ -329,7 +333,7 @@ class AuditLog:
         except BaseException:
             os.close(file)
             raise
-        self._file = file
+        self._file, self._identity = file, _identity(found)
         self._state = replace(self._state, path=path)
 
     def _ends_as_left(self, path: Path) -> bool:
@@ -341,18 +345,17 @@ class AuditLog:
             line = file.read(self._state.size - file.tell() - 1).rpartition(b"\n")[2]
         return digest(line) == self._state.hash
 
-    def _check_file(self, file: int) -> None:
+    def _check_file(self) -> None:
         """Whether what is open is still the log, and as we left it."""
         path = self._state.path
         assert path is not None
-        ours = os.fstat(file)
         try:
             there = path.stat()
         except FileNotFoundError:
             raise _Tampered(f"{path} is gone") from None
-        if (there.st_dev, there.st_ino) != (ours.st_dev, ours.st_ino):
+        if _identity(there) != self._identity:
             raise _Tampered(f"{path} was replaced by someone else")
-        if ours.st_size != self._state.size:
+        if there.st_size != self._state.size:
             raise _Tampered(f"{path} was written to by someone else")
 
     def _failed(self, error: Exception, entries: list[_Entry]) -> None:
@@ -456,6 +459,10 @@ class _Batch:
             self.state, seq=self.state.seq + 1, hash=digest(line), unsigned=unsigned
         )
         return Written(self.state.seq, self.state.hash)
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
 
 
 def _stamped(kind: str, fields: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What the server's requests leave in the log, and in which order."""
 
 import errno
+import fcntl
 import hashlib
 import os
 import threading
@@ -116,33 +117,37 @@ def test_neither_prompt_nor_answer_nor_credential_is_there(client, log, tmp_path
 
 def test_the_record_is_on_disk_before_the_engine_is_asked(client, log, engine, monkeypatch):
     order = []
-    fsync, generate = os.fsync, engine.generate
+    write, generate = os.write, engine.generate
 
-    def synced(file):
-        fsync(file)
-        order.append("fsync")
+    def written(file, data):
+        count = write(file, data)
+        if threading.current_thread().name == "audit-log":
+            assert fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DSYNC
+            order.append("on disk")
+        return count
 
     def generated(*args, **kwargs):
         order.append("generate")
         return generate(*args, **kwargs)
 
-    monkeypatch.setattr(writer.os, "fsync", synced)
+    monkeypatch.setattr(writer.os, "write", written)
     monkeypatch.setattr(engine, "generate", generated)
     log.record("stop")  # what the log does at its beginning is behind it
     order.clear()
     assert ask(client).status_code == 200
-    assert order[:2] == ["fsync", "generate"]
+    assert order[:2] == ["on disk", "generate"]
 
 
 def test_the_engine_waits_as_long_as_the_disk_takes(client, log, engine, monkeypatch):
     log.record("stop")
-    hold, fsync = threading.Event(), os.fsync
+    hold, write = threading.Event(), os.write
 
-    def slow(file):
-        hold.wait()
-        fsync(file)
+    def slow(file, data):
+        if threading.current_thread().name == "audit-log":
+            hold.wait()
+        return write(file, data)
 
-    monkeypatch.setattr(writer.os, "fsync", slow)
+    monkeypatch.setattr(writer.os, "write", slow)
     asking = threading.Thread(target=ask, args=(client,))
     asking.start()
     time.sleep(0.3)

@@ -1,0 +1,24 @@
+"""First tokens go to their requests before the step's other tokens do.
+
+vLLM's scheduler keeps whoever has come last at the end of a batch, so that in a busy server a first
+token waits until those of all other streams have been made into text and sent.
+"""
+
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine.async_llm import AsyncLLM
+
+
+def first_tokens_first(engine: AsyncLLM) -> None:
+    """From now on. Within a step no request has more than one output, so none are reordered."""
+    core, states = engine.engine_core, engine.output_processor.request_states
+    get = core.get_output_async
+
+    async def get_output_async() -> EngineCoreOutputs:
+        step = await get()
+        # What is aborted is not known any more, and its output is thrown away.
+        known = ((states.get(output.request_id), output) for output in step.outputs)
+        ordered = sorted(known, key=lambda pair: pair[0] is None or not pair[0].is_prefilling)
+        step.outputs = [output for _, output in ordered]
+        return step
+
+    core.get_output_async = get_output_async
