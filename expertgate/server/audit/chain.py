@@ -17,6 +17,9 @@ VERSION = 1
 GENESIS = "0" * 64
 """What the first record names as the hash of the line before it."""
 
+BY_A_START = frozenset({"start", "recovered", "gap"})
+"""Kinds that a server which starts writes before it signs, which it does at once."""
+
 Record = Mapping[str, Any]
 
 

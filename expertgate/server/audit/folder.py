@@ -6,13 +6,21 @@ that ends before it was cut. Kept elsewhere as well, it holds against whoever ca
 
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from expertgate.server.audit.chain import GENESIS, AuditError, RecordError, digest, parse
-from expertgate.server.audit.signing import sync_folder
+from expertgate.server.audit.chain import (
+    BY_A_START,
+    GENESIS,
+    AuditError,
+    RecordError,
+    digest,
+    line_of,
+    parse,
+)
+from expertgate.server.audit.signing import PublicKeys, sync_folder
 
 HEAD_FILE = "head.json"
 _NAME = re.compile(r"([0-9]{16})\.jsonl")
@@ -77,35 +85,63 @@ def replace_head(folder: Path, line: bytes) -> None:
     sync_folder(folder)
 
 
-def find_end(folder: Path) -> End:
+def find_end(folder: Path, keys: PublicKeys) -> End:
     """Of the log in `folder`, from its last file alone; `expertgate audit verify` reads all.
 
-    Raises AuditError for a log that can't be continued: cut behind a signed head, or broken where
-    a crash can't have broken it.
+    Raises AuditError for a log that can't be continued: cut behind a signed head, broken where a
+    crash can't have broken it, or without the head that `keys`, the server's own, have signed.
     """
-    end = _end_of(files(folder))
-    if not (folder / HEAD_FILE).exists():
+    last = _last_of(files(folder))
+    end, path = last.end, folder / HEAD_FILE
+    if not path.exists():
+        if last.more_than_a_start:
+            raise AuditError(f"{path}: is missing, and the log was signed. {_LOOK_INTO_IT}")
         return end
-    head = read_head(folder / HEAD_FILE)
-    if end.seq < head["seq"]:
+    head = read_head(path)
+    # One that was signed before the key was changed says nothing that could be checked here.
+    if head.get("key") in keys and not keys.signed_head(head):
+        raise AuditError(f"{path}: its signature doesn't hold. {_LOOK_INTO_IT}")
+    seq = head["seq"]
+    if end.seq < seq:
         raise AuditError(
             f"{end.path or folder}: the log ends at record {end.seq}, but {HEAD_FILE} has record "
-            f"{head['seq']}: it was cut or damaged. Keep this folder for whoever looks into it, "
-            "and begin a new one"
+            f"{seq}: it was cut or damaged. {_LOOK_INTO_IT}"
+        )
+    if last.hashes.get(seq, digest(line_of(head))) != digest(line_of(head)):
+        raise AuditError(
+            f"{end.path}: has another record {seq} than the signed one in {HEAD_FILE}: it was "
+            f"written anew. {_LOOK_INTO_IT}"
         )
     return end
 
 
-def _end_of(paths: Sequence[Path]) -> End:
+_LOOK_INTO_IT = "Keep this folder for whoever looks into it, and begin a new one"
+
+
+@dataclass(frozen=True, slots=True)
+class _Last:
+    """The last file, from its first line to its end.
+
+    `hashes`: of its records, by number. `more_than_a_start`: there are others than starts and
+    heads, which are all that there is until the first head has been copied.
+    """
+
+    end: End
+    hashes: Mapping[int, str]
+    more_than_a_start: bool
+
+
+def _last_of(paths: Sequence[Path]) -> _Last:
     if not paths:
-        return End(0, GENESIS, 0, None, 0, b"")
+        return _Last(End(0, GENESIS, 0, None, 0, b""), {}, False)
     path = paths[-1]
     first = first_of(path) or 0
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise AuditError(f"{path}: {error.strerror or error}") from None
-    seq, size, unsigned, last = first - 1, 0, 0, ""
+    seq, size, unsigned, last, more = first - 1, 0, 0, "", len(paths) > 1
+    hashes: dict[int, str] = {}
     while True:
         stop = raw.find(b"\n", size)
         try:
@@ -118,15 +154,18 @@ def _end_of(paths: Sequence[Path]) -> End:
         if record["seq"] != seq + 1 or (last and record["prev"] != last):
             break
         seq, last = seq + 1, digest(raw[size:stop])
+        hashes[seq] = last
         unsigned = 0 if record["kind"] == "head" else unsigned + 1
+        more = more or record["kind"] not in BY_A_START | {"head"}
         size = stop + 1
     if last:
-        return End(seq, last, unsigned, path, size, raw[size:])
+        return _Last(End(seq, last, unsigned, path, size, raw[size:]), hashes, more)
     # Nothing in it is whole: it was begun in the moment of the crash.
-    before = _end_of(paths[:-1])
-    if before.seq != seq or before.torn:
-        raise AuditError(f"{path}: begins at record {first}, after record {before.seq}")
-    return End(before.seq, before.hash, before.unsigned, path, 0, raw)
+    before = _last_of(paths[:-1])
+    end = before.end
+    if end.seq != seq or end.torn:
+        raise AuditError(f"{path}: begins at record {first}, after record {end.seq}")
+    return replace(before, end=replace(end, path=path, size=0, torn=raw))
 
 
 def set_aside(end: End) -> Path:

@@ -11,12 +11,15 @@ from expertgate.server.audit.writer import Written
 
 
 def lately(folder: Path, keys: PublicKeys) -> Iterator[tuple[dict[str, Any], Written]]:
-    """Each record and its place, newest first, from the newest head that one of `keys` signed.
+    """Each record and its place, newest first, as far as heads that one of `keys` signed vouch.
 
-    What stands behind that head is left out: whoever can write to the folder can write there. It
-    ends where a line isn't the one that the next names. Raises AuditError and OSError.
+    What stands behind the last head is left out, and so is what stood there when a server started
+    after a crash: whoever can write to the folder could have written it, and later heads sign over
+    it all the same. It ends where a line isn't the one that the next names.
+
+    Raises AuditError and OSError.
     """
-    wanted = ""
+    wanted, vouched = "", False
     for path in reversed(files(folder)):
         for line in reversed(path.read_bytes().splitlines()):
             found = digest(line)
@@ -26,7 +29,10 @@ def lately(folder: Path, keys: PublicKeys) -> Iterator[tuple[dict[str, Any], Wri
                 record = parse(line)
             except RecordError:
                 continue  # torn, and so behind the last head: every other line has its hash checked
-            if not wanted and not (record["kind"] == "head" and keys.signed_head(record)):
+            vouched = vouched or (record["kind"] == "head" and keys.signed_head(record))
+            if not vouched and not wanted:
                 continue
             wanted = record["prev"]
-            yield record, Written(record["seq"], found)
+            if vouched:
+                yield record, Written(record["seq"], found)
+            vouched = vouched and record["kind"] != "start"

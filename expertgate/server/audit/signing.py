@@ -75,6 +75,10 @@ class SigningKey:
             log.warning("%s: others than its owner may read this signing key", path)
         return cls(private)
 
+    @property
+    def public(self) -> "PublicKeys":
+        return PublicKeys({self.id: self.private.public_key()})
+
     def keyed_digest(self, purpose: bytes, data: bytes) -> str:
         """A digest that only whoever has this key can compare with a text that they guess."""
         if purpose not in self._derived:

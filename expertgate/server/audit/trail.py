@@ -27,7 +27,6 @@ from expertgate.server.audit.chain import AuditError, digest, line_of
 from expertgate.server.audit.entry import Entry, append
 from expertgate.server.audit.lately import lately
 from expertgate.server.audit.receipts import Receipts
-from expertgate.server.audit.signing import PublicKeys
 from expertgate.server.audit.writer import AuditLog, AuditUnavailable, Record
 from expertgate.server.changes import (
     Change,
@@ -74,10 +73,10 @@ class Trail:
         if self.log is None or self.receipts is None:
             return
         # First: the head that follows the start will vouch for whatever stands at the end now.
-        own = PublicKeys({self.log.key.id: self.log.key.private.public_key()})
         experts = self._experts()
         self.receipts.restore(
-            lately(self.log.folder, own), {experts["catalogue"]: experts["experts"]}
+            lately(self.log.folder, self.log.key.public),
+            {experts["catalogue"]: experts["experts"]},
         )
         try:
             self.log.record(

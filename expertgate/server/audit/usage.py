@@ -3,7 +3,7 @@
 | by | one row for each | of whom |
 | --- | --- | --- |
 | `expert` | expert | who did the work |
-| `owner` | owner of experts, as the log's own catalogue names them | whose data did the work |
+| `owner` | owner of experts, as the catalogue named them then | whose data did the work |
 | `principal` | principal | for whom it was done |
 
 A row has `requests`; `tokens`, what the router sent there, as `docs/audit.md` counts it; `share`,
@@ -39,19 +39,20 @@ def add_up(folder: Path, by: By, since: datetime | None, until: datetime | None)
     """
     rows: dict[str, Row] = {}
     owners: Mapping[str, str] = {}
-    principals: dict[str, str] = {}
+    # Whose experts they were when the request was permitted, as its receipt says.
+    permitted: dict[str, tuple[str, Mapping[str, str]]] = {}
     for place, record in _records(folder):
         try:
             match record["kind"]:
                 case "start" | "catalogue":
                     owners = {one["name"]: one["owner"] for one in record["experts"]}
                 case "request":
-                    principals[record["request"]] = record["principal"]
+                    permitted[record["request"]] = record["principal"], owners
                 case "result":
-                    principal = principals.pop(record["request"], "")
+                    principal, whose = permitted.pop(record["request"], ("", owners))
                     time = datetime.fromisoformat(record["time"])
                     if (since is None or since <= time) and (until is None or time < until):
-                        _add(rows, record, by, owners, principal)
+                        _add(rows, record, by, whose, principal)
         except (KeyError, TypeError, ValueError, AttributeError):
             raise AuditError(f"{place}: a {record['kind']} record without what it needs") from None
     return sorted(rows.values(), key=lambda row: row.name)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from expertgate.server.audit.chain import (
+    BY_A_START,
     GENESIS,
     AuditError,
     RecordError,
@@ -69,6 +70,11 @@ def verify(
     reader.end(paths[-1])
     for one in kept:
         _check_kept(one, report, reader.anchors, keys)
+    if keys is not None and reader.bare and not any(_near(one, report) for one in kept):
+        report.faults.append(
+            f"{path}: no signed head is in it or just before it, so anybody could have written it; "
+            "one that was kept elsewhere (--head) can vouch for what follows it"
+        )
     if path.is_dir() and reader.saw_head and own not in (one.path for one in kept):
         report.faults.append(f"{own}: is missing; the server keeps its last head there")
     return report
@@ -102,7 +108,12 @@ class _Reader:
         # until a signed head covers it.
         self._hash: str | None = GENESIS if first == 1 else None
         self._every: int | None = None
-        self._unsigned = 0
+        self._unsigned = 0  # since the last head, but for what a start writes
+
+    @property
+    def bare(self) -> bool:
+        """There are records, and no head among them."""
+        return not self.saw_head and self._unsigned > 0
 
     def read(self, path: Path) -> None:
         report = self._report
@@ -149,19 +160,20 @@ class _Reader:
             self.anchors[seq] = self._hash
         if not report.records:
             report.first, report.first_time = seq, record["time"]
+            if seq - 1 in self.anchors:
+                self.anchors[seq - 1] = record["prev"]
         report.records += 1
         report.last, report.last_time = seq, record["time"]
         if record["kind"] == "head":
             self._check_head(record, place)
         else:
             report.unsigned += 1
-            # A server that starts signs at once, and may have been told another number.
-            self._unsigned += record["kind"] not in ("start", "recovered")
+            if record["kind"] == "start" and self._unsigned:
+                self._check_left(place)
+            # A server that starts may have been told another number, so only its head counts.
+            self._unsigned += record["kind"] not in BY_A_START
             if self._every is not None and self._unsigned == self._every + 1:
-                report.faults.append(
-                    f"{place}: no signed head for {self._every} records, and there should be one: "
-                    "what follows the last was not written by the server"
-                )
+                self._miss_head(place, self._every)
         if record["kind"] == "recovered":
             report.notes.append(
                 f"{place}: a crash tore {record.get('torn_bytes')} bytes after record "
@@ -173,11 +185,32 @@ class _Reader:
                 "are lost"
             )
 
+    def _check_left(self, place: str) -> None:
+        """What was not signed when a server started, and stands under its signature since."""
+        if self._every is None and self._first == 1:
+            self._report.faults.append(
+                f"{place}: no signed head before this start, and a server signs as soon as it "
+                f"first starts: the {self._unsigned} records before it were not written by one"
+            )
+            return
+        self._report.notes.append(
+            f"{place}: {self._unsigned} records before this start were not signed yet, as after a "
+            "crash: whoever could write to the folder then could have written them"
+        )
+
+    def _miss_head(self, place: str, every: int) -> None:
+        self._report.faults.append(
+            f"{place}: no signed head for {every} records, and there should be one: "
+            "what follows the last was not written by the server"
+        )
+
     def _check_head(self, record: dict[str, Any], place: str) -> None:
         self.saw_head = True
         report = self._report
-        report.unsigned = self._unsigned = 0
         every = record.get("every")
+        if self._every is None and isinstance(every, int) and self._unsigned > every:
+            self._miss_head(place, every)
+        report.unsigned = self._unsigned = 0
         self._every = every if isinstance(every, int) else None
         if self._keys is None:
             return
@@ -187,6 +220,11 @@ class _Reader:
             report.faults.append(f"{place}: the signature of this head doesn't hold")
         else:
             report.heads += 1
+
+
+def _near(kept: _Kept, report: Report) -> bool:
+    """Whether it signs what was read, or the record that the first one names."""
+    return bool(kept.head["seq"] >= report.first - 1)
 
 
 def _check_kept(
@@ -200,7 +238,7 @@ def _check_kept(
             f"{kept.path}: record {seq} was signed, but the log ends at record {report.last}: "
             "its end was cut off"
         )
-    elif seq >= report.first and found[seq] != kept.hash:
+    elif _near(kept, report) and found[seq] != kept.hash:
         report.faults.append(f"{kept.path}: the log has another record {seq} than this signed one")
 
 

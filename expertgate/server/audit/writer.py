@@ -398,7 +398,7 @@ class AuditLog:
 
     def _continue(self) -> _State:
         """Where the log goes on; what a crash tore is set aside, and a record says so."""
-        end = folders.find_end(self.folder)
+        end = folders.find_end(self.folder, self.key.public)
         if end.torn:
             try:
                 aside = folders.set_aside(end)

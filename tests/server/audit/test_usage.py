@@ -84,6 +84,19 @@ def test_every_sum_in_every_form(call, folder, by, expected, form):
     assert found == expected
 
 
+def test_a_request_counts_for_who_owned_its_experts_when_it_was_permitted(call, tmp_path):
+    """As its receipt says; the expert has another owner by the time that it ends."""
+    log = open_log(tmp_path)
+    log.record("start", experts=EXPERTS)
+    log.record("request", request="r", principal="alice")
+    log.record("catalogue", experts=[{**EXPERTS[1], "owner": "heirs"}])
+    used = {"computed_tokens": 4, "experts": {"math": {"tokens": 4, "share": 1.0}}}
+    log.record("result", request="r", effective=["math"], usage=used)
+    log.close()
+    _, out, _ = call(tmp_path / "audit", "--by", "owner", "--format", "json")
+    assert [row["owner"] for row in json.loads(out)] == ["acme"]
+
+
 def test_a_part_of_the_time(call, folder):
     since, until = "2026-11-02", "2026-11-03T12:00:00Z"
     _, out, _ = call(folder, "--by", "principal", "--from", since, "--to", until, "--format", "csv")

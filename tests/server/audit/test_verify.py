@@ -7,12 +7,19 @@ import pytest
 import rfc8785
 from click.testing import CliRunner
 
-from expertgate.server.audit.chain import AuditError, digest, line_of
+from expertgate.server.audit.chain import GENESIS, AuditError, digest, line_of
 from expertgate.server.audit.command import audit
 from expertgate.server.audit.folder import HEAD_FILE
 from expertgate.server.audit.signing import SigningKey
 from expertgate.server.audit.verify import verify
-from tests.server.audit.logs import check, open_log, public_keys, records, write_log
+from tests.server.audit.logs import (
+    check,
+    open_log,
+    public_keys,
+    records,
+    signing_key,
+    write_log,
+)
 
 
 @pytest.fixture
@@ -125,6 +132,74 @@ def test_history_written_anew_without_heads_is_found(folder):
     head = folder / "audit" / HEAD_FILE
     head.write_bytes(lines[5])  # an old one, so that the copy fits as well
     assert any("no signed head for 5 records" in fault for fault in check(folder).faults)
+
+
+def without_heads(folder):
+    """All records but the heads, numbered and chained as if there had never been any."""
+    lines = []
+    for line in lines_of(folder):
+        record = json.loads(line)
+        if record["kind"] != "head":
+            record["seq"] = len(lines) + 1
+            lines.append(line_of(record) + b"\n")
+    return rechained([line_of({**json.loads(lines[0]), "prev": GENESIS}) + b"\n", *lines[1:]], 1)
+
+
+def test_a_log_without_any_head_is_nobodys(folder):
+    rewrite(folder, without_heads(folder))
+    (folder / "audit" / HEAD_FILE).unlink()
+    (fault,) = check(folder).faults
+    assert "no signed head" in fault
+    assert "anybody could have written it" in fault
+
+
+def test_nor_does_a_server_that_starts_make_it_its_own(folder):
+    """Which it refuses; here somebody had it start on an empty folder, and joined the two."""
+    forged = without_heads(folder)[:4]  # fewer than a server may leave unsigned
+    (folder / "audit" / HEAD_FILE).unlink()
+    rewrite(folder, forged)
+    key, place = signing_key(folder), {"seq": 5, "prev": digest(forged[-1][:-1])}
+    start = line_of({**json.loads(forged[0]), "kind": "start", **place})
+    head = {"kind": "head", "key": key.id, "every": 5, "seq": 6, "prev": digest(start)}
+    signed = line_of(key.sign_head({**json.loads(forged[0]), **head}))
+    rewrite(folder, [*forged, start + b"\n", signed + b"\n"])
+    (folder / "audit" / HEAD_FILE).write_bytes(signed)
+    (fault,) = check(folder).faults
+    assert ":5: no signed head before this start" in fault
+
+
+def test_more_than_a_head_may_wait_for_before_the_first_one(folder):
+    lines = without_heads(folder)
+    key = signing_key(folder)
+    place = {"seq": 13, "prev": digest(lines[-1][:-1])}
+    head = {**json.loads(lines[0]), "kind": "head", "key": key.id, "every": 5, **place}
+    signed = line_of(key.sign_head(head))
+    rewrite(folder, [*lines, signed + b"\n"])
+    (folder / "audit" / HEAD_FILE).write_bytes(signed)
+    (fault,) = check(folder).faults
+    assert ":13: no signed head for 5 records" in fault
+
+
+def test_what_a_crash_left_unsigned_is_noted_for_good(tmp_path):
+    def start():
+        log = open_log(tmp_path)
+        log.record("start")
+        return log
+
+    log = start()
+    for _ in range(3):
+        log.record("request")
+    raw = file_of(tmp_path).read_bytes()
+    log.close()
+    lines = raw.splitlines(keepends=True)
+    rewrite(tmp_path, lines)  # as a crash would leave it
+    (tmp_path / "audit" / HEAD_FILE).write_bytes(lines[1])
+    start().close()
+    start().close()
+    report = check(tmp_path)
+    assert report.faults == []
+    (note,) = report.notes
+    assert ":6: 3 records before this start were not signed yet" in note
 
 
 def test_a_folder_put_back_to_an_earlier_state_needs_a_head_from_elsewhere(folder, tmp_path):

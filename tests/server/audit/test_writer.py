@@ -15,8 +15,17 @@ from expertgate.server import metrics
 from expertgate.server.audit import writer
 from expertgate.server.audit.chain import AuditError
 from expertgate.server.audit.folder import HEAD_FILE
+from expertgate.server.audit.signing import PublicKeys
+from expertgate.server.audit.verify import verify
 from expertgate.server.audit.writer import AuditUnavailable, Waived, Written
-from tests.server.audit.logs import check, open_log, records, write_log
+from tests.server.audit.logs import (
+    check,
+    open_log,
+    public_keys,
+    records,
+    signing_key,
+    write_log,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -263,6 +272,52 @@ def test_a_missing_last_file_is_not_gone_on_from(tmp_path):
     last_file(tmp_path).unlink()
     with pytest.raises(AuditError, match="cut or damaged"):
         open_log(tmp_path)
+
+
+def test_a_signed_log_without_its_head_file_is_not_gone_on_from(tmp_path):
+    write_log(tmp_path, 3)
+    (tmp_path / "audit" / HEAD_FILE).unlink()
+    with pytest.raises(AuditError, match=r"head\.json: is missing"):
+        open_log(tmp_path)
+
+
+def test_a_first_start_that_died_before_it_could_copy_its_head_is_gone_on_from(tmp_path):
+    log = open_log(tmp_path)
+    log.record("start")
+    log.close()
+    (tmp_path / "audit" / HEAD_FILE).unlink()
+    write_log(tmp_path, 1)
+    assert check(tmp_path).faults == []
+
+
+def test_a_head_that_this_server_did_not_sign_is_not_gone_on_from(tmp_path):
+    write_log(tmp_path, 3)
+    path = tmp_path / "audit" / HEAD_FILE
+    head = json.loads(path.read_text())
+    path.write_text(json.dumps({**head, "time": head["time"].replace("T", "t")}))
+    with pytest.raises(AuditError, match="signature doesn't hold"):
+        open_log(tmp_path)
+
+
+def test_a_log_written_anew_under_its_head_is_not_gone_on_from(tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    signing_key(tmp_path)
+    (other / "key.pem").write_bytes((tmp_path / "key.pem").read_bytes())
+    for folder in (tmp_path, other):
+        write_log(folder, 3)
+    (tmp_path / "audit" / HEAD_FILE).write_bytes((other / "audit" / HEAD_FILE).read_bytes())
+    with pytest.raises(AuditError, match="has another record 4 than the signed one"):
+        open_log(tmp_path)
+
+
+def test_a_log_goes_on_under_another_key(tmp_path):
+    write_log(tmp_path, 3)
+    before = public_keys(tmp_path)
+    (tmp_path / "key.pem").rename(tmp_path / "old.pem")
+    write_log(tmp_path, 3)
+    both = PublicKeys({**before._keys, **public_keys(tmp_path)._keys})
+    assert verify(tmp_path / "audit", both).faults == []
 
 
 # --- a disk that fails --------------------------------------------------------------------------
