@@ -63,11 +63,12 @@ class Grant:
     """Open from when the request is permitted until its response has ended.
 
     `running` holds the engine's ids of the calls that are under way on this grant: several, where
-    a request has several prompts; `granted` counts them, begun or not, and `tallies` are of those
-    that have begun. `told` holds the usage of those that have ended; `telling` asks for it.
-    `basis` is missing where the server asks by itself. `record`: where the audit log says that this
-    may be; there is none before it is on disk, and no engine call without it. `prompts`: SHA-256 of
-    the token ids of each prompt that the engine was given; `finish_reasons` by call and choice.
+    a request has several prompts; `granted` counts them, begun or not, `prompt_logprobs` what they
+    ask for in all, and `tallies` are of those that have begun. `told` holds the usage of those that
+    have ended; `telling` asks for it. `basis` is missing where the server asks by itself. `record`:
+    where the audit log says that this may be; there is none before it is on disk, and no engine
+    call without it. `prompts`: SHA-256 of the token ids of each prompt that the engine was given;
+    `finish_reasons` by call and choice.
     """
 
     experts: ExpertSet
@@ -78,6 +79,7 @@ class Grant:
     running: set[str] = field(default_factory=set)
     calls: int = 0
     granted: int = 0
+    prompt_logprobs: int = 0
     tallies: dict[str, Tally] = field(default_factory=dict)
     telling: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     told: list[Usage] = field(default_factory=list)

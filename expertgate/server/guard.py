@@ -14,7 +14,7 @@ import secrets
 import sys
 from array import array
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
@@ -38,6 +38,8 @@ from expertgate.server.turns import Turns
 log = logging.getLogger(__name__)
 
 _SALT_DOMAIN = b"expertgate/cache-salt/1"
+_MAX_PROMPT_LOGPROBS = 1 << 15
+"""Of one request: vLLM makes text of each, one after the other, on everybody's event loop."""
 _LOOK_AFTER_S = 1  # how often the engine is looked after while its answer is waited for
 
 
@@ -163,7 +165,8 @@ class GuardedLLM:
         the engine gets our own id and the defaults of the others.
 
         Raises GrantError where there is no open grant, or for a prompt that is not a rendered
-        one; WithdrawnError; UnavailableError where the engine can't run it.
+        one; WithdrawnError; UnavailableError where the engine can't run it; VLLMValidationError
+        where log probabilities of more prompt tokens are asked for than can be told.
         """
         del request_id
         if not isinstance(sampling_params, SamplingParams):
@@ -176,6 +179,14 @@ class GuardedLLM:
             raise GrantError("only prompts of rendered tokens can be granted")
         if self.errored:
             raise self.dead_error
+
+        grant.prompt_logprobs += self._prompt_logprobs(prompt, sampling_params)
+        if grant.prompt_logprobs > _MAX_PROMPT_LOGPROBS:
+            raise VLLMValidationError(
+                "log probabilities along the prompts are asked for, in all choices together of "
+                f"{grant.prompt_logprobs} tokens; at most {_MAX_PROMPT_LOGPROBS}",
+                parameter="prompt_logprobs",
+            )
 
         params = copy.copy(sampling_params)
         granted: dict[str, Any] = {
@@ -212,6 +223,15 @@ class GuardedLLM:
             piecemeal=params.output_kind is RequestOutputKind.DELTA,
         )
         return self._in_turn(grant, running, progress, params.n, len(granted["prompt_token_ids"]))
+
+    def _prompt_logprobs(self, prompt: Mapping[str, Any], params: SamplingParams) -> int:
+        """How many an answer will hold: those asked for and the prompt's own, in each choice."""
+        count = params.prompt_logprobs
+        if count is None:
+            return 0
+        if count == -1:  # all
+            count = self.model_config.get_vocab_size()
+        return len(prompt["prompt_token_ids"]) * (count + 1) * params.n
 
     async def _in_turn(
         self,

@@ -25,3 +25,33 @@ def test_it_is_refused_before_vllm_sees_it(server, route, fields, param):
     response = getattr(server, route)("alice", **fields)
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": [[5] * 60] * 9, "prompt_logprobs": 20, "n": 3},
+        {"prompt": [[5] * 60] * 27, "prompt_logprobs": 20},
+        {"prompt": [5] * 60, "prompt_logprobs": 20, "n": 27},
+        {"prompt": [5] * 60, "echo": True, "logprobs": 20, "n": 27},
+    ],
+)
+def test_nor_does_it_make_text_of_each_prompt_token_for_each_choice(server, fields):
+    assert 60 * 21 * 27 > 1 << 15
+    response = server.complete("alice", **{"max_tokens": 1, "temperature": 1, **fields})
+    assert response.status_code == 400, response.text
+    assert "at most 32768" in response.json()["error"]["message"]
+
+
+def test_what_can_be_told_along_prompts_is(server):
+    body = {
+        "prompt": [[5] * 60] * 5,
+        "prompt_logprobs": 20,
+        "n": 5,
+        "temperature": 1,
+        "max_tokens": 1,
+    }
+    answer = server.complete("alice", **body)
+    assert answer.status_code == 200, answer.text
+    choices = answer.json()["choices"]
+    assert [len(choice["prompt_logprobs"]) for choice in choices] == [60] * 25
