@@ -9,7 +9,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 
 def first_tokens_first(engine: AsyncLLM) -> None:
-    """From now on. Within a step no request has more than one output, so none are reordered."""
+    """From now on. Outputs of one request keep their order; others have none among each other."""
     core, states = engine.engine_core, engine.output_processor.request_states
     get = core.get_output_async
 
