@@ -77,7 +77,7 @@ class _Watch:
 
     def again(self) -> None:
         """The next look finds a change."""
-        self._known = None
+        self._known = object()  # equal to no stamp, not even to that of a file that is gone
 
 
 class Oversight:
@@ -96,6 +96,7 @@ class Oversight:
         self._path = suspended
         self._policy_watch = _Watch(files.stamp, seen)
         self._suspended_watch = _Watch(lambda: stamp(suspended), stamp(suspended))
+        self._suspended_fault = ""
         names = suspensions.read(suspended) or frozenset()
         for name in sorted(names):
             self._index(name)
@@ -113,9 +114,13 @@ class Oversight:
     async def look_at_files(self) -> None:
         """Puts in force what has changed since the look before."""
         if self._suspended_watch.changed():
-            self._read_suspensions()
+            self._look_at_suspensions()
         if self._policy_watch.changed():
-            await self._reload()
+            try:
+                await self._reload()
+            except Exception:  # of no file's content, so the same may go well at the next look
+                self._policy_watch.again()
+                raise
 
     async def look_at_credentials(self) -> None:
         """Puts in force what they are judged by, and ends what lives longer than its own."""
@@ -149,18 +154,23 @@ class Oversight:
     async def suspend(self, expert: str) -> bool:
         """Takes an expert from everybody, now and after a restart; False where that was so.
 
-        Raises SuspensionError for an expert there isn't, or a file that can't be written.
+        Raises SuspensionError for an expert there isn't, a file that can't be written, and where
+        the expert isn't taken from everybody for another reason.
         """
-        self._index(expert)
+        index = self._index(expert)
         changed = await asyncio.to_thread(suspensions.suspend, self._path, expert)
         self._read_suspensions()
+        if index not in self._service.suspended:
+            raise SuspensionError(f"{self._path}: another has changed it meanwhile")
         return changed
 
     async def resume(self, expert: str) -> bool:
         """Ends what `suspend` began; False where nothing had begun. Raises SuspensionError."""
-        self._index(expert)
+        index = self._index(expert)
         changed = await asyncio.to_thread(suspensions.resume, self._path, expert)
         self._read_suspensions()
+        if index in self._service.suspended:
+            raise SuspensionError(f"{self._path}: another has changed it meanwhile")
         return changed
 
     def _index(self, expert: str) -> int:
@@ -173,15 +183,27 @@ class Oversight:
     def _experts(self, names: frozenset[str]) -> ExpertSet:
         return ExpertSet.of(e.index for e in self._running.experts if e.name in names)
 
-    def _read_suspensions(self) -> None:
+    def _look_at_suspensions(self) -> None:
+        fault = ""
         try:
-            names = suspensions.read(self._path)
+            self._read_suspensions()
         except SuspensionError as error:
-            log.error("what was suspended stays so: %s", str(error).replace("\n", "; "))
-            return
+            fault = str(error).replace("\n", "; ")
+            if fault != self._suspended_fault:  # once, and not at every look
+                log.error("what was suspended stays so: %s", fault)
+            if _unread(error):
+                self._suspended_watch.again()
+        except Exception:
+            self._suspended_watch.again()
+            raise
+        self._suspended_fault = fault
+
+    def _read_suspensions(self) -> None:
+        """Puts in force what the file says. Raises SuspensionError where it says nothing."""
+        names = suspensions.read(self._path)
         if names is None:
             if self._service.suspended:
-                log.error("what was suspended stays so: %s is gone", self._path)
+                raise SuspensionError(f"{self._path}: is gone")
             return
         suspended, before = self._experts(names), self._service.suspended
         for name in sorted(names - set(self._running.names(suspended))):
@@ -199,7 +221,12 @@ class Oversight:
         try:
             catalogue, policies = await asyncio.to_thread(self._load, bases)
         except (PolicyError, CatalogueError) as error:
-            self.policy.fault = str(error).replace("\n", "; ")
+            fault = str(error).replace("\n", "; ")
+            if _unread(error):
+                self._policy_watch.again()
+                if fault == self.policy.fault:
+                    return  # told when it was tried first
+            self.policy.fault = fault
             self.policy.refusals += 1
             self._tell(PoliciesRefused(self.policy.fault, self.policy.version))
             return
@@ -218,7 +245,12 @@ class Oversight:
         self._tell(PoliciesLoaded(policies.version, previous))
         if policies.version != previous:
             losses = self._service.namespaces.losses
-            self._forget(await asyncio.to_thread(losses, policies.decide, catalogue.all))
+            try:
+                lost = await asyncio.to_thread(losses, policies.decide, catalogue.all)
+            except Exception:
+                log.exception("who lost what can't be told, so all that is cached is forgotten")
+                lost = catalogue.all
+            self._forget(lost)
 
     def _load(self, bases: list[Basis]) -> tuple[Catalogue, PolicySet]:
         catalogue, policies = self._files.load(self._running)
@@ -278,6 +310,11 @@ class Oversight:
                 listener(change)
             except Exception:  # there may be more to withdraw
                 log.exception("%s could not be told", change)
+
+
+def _unread(error: Exception) -> bool:
+    """Whether a file could not be read, which says nothing of what is in it."""
+    return isinstance(error.__cause__, OSError)
 
 
 async def _again(look: Callable[[], Awaitable[None]], every_s: float) -> None:

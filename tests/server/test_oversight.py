@@ -1,12 +1,15 @@
 """What happens to running requests when what they were permitted upon changes."""
 
 import asyncio
+import contextlib
+import errno
 import json
 import logging
 import os
 import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +19,7 @@ from starlette.datastructures import Headers
 from expertgate.policies.context import Context
 from expertgate.policies.expert_set import ExpertSet
 from expertgate.policies.principal import Principal
+from expertgate.server import suspensions
 from expertgate.server.changes import (
     CredentialsChanged,
     PoliciesLoaded,
@@ -27,6 +31,7 @@ from expertgate.server.changes import (
 from expertgate.server.errors import ApiError
 from expertgate.server.grants import WithdrawnError
 from expertgate.server.key_edits import create_key, expire_key, rotate_key
+from expertgate.server.namespaces import Namespaces
 from expertgate.server.oversight import LOOK_EVERY_S
 from expertgate.server.policy_files import PolicyFiles
 from expertgate.server.service import SUSPENDED
@@ -611,6 +616,112 @@ def test_a_broken_file_of_suspensions_resumes_nothing(site, caplog, broken):
     if broken is not None:
         with pytest.raises(SuspensionError, match=r"suspended\.yaml"):
             site.start()
+
+
+def failing(monkeypatch, owner, name, times, error=None):
+    """Makes a function fail so many times, as where a crowd has every file descriptor."""
+    real, left = (
+        getattr(owner, name),
+        [error or OSError(errno.EMFILE, "Too many open files")] * times,
+    )
+
+    def sometimes(*arguments, **named):
+        if left:
+            raise left.pop()
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, sometimes)
+
+
+def test_suspensions_that_cannot_be_read_are_read_again_until_they_can(site, monkeypatch, caplog):
+    async def story():
+        site.suspended.write_text("- news\n")
+        failing(monkeypatch, Path, "read_bytes", 3)
+        for _ in range(3):
+            await site.oversight.look_at_files()
+        assert not site.service.suspended
+        for _ in range(2):
+            await site.oversight.look_at_files()
+        assert list(site.service.suspended) == [2]
+
+    asyncio.run(story())
+    assert caplog.text.count("what was suspended stays so") == 1
+    assert "suspended.yaml: Too many open files" in caplog.text
+
+
+@pytest.mark.parametrize("what", ["suspend", "resume"])
+def test_an_operator_is_not_told_what_is_not_in_force(site, monkeypatch, what):
+    read = suspensions.read
+
+    async def story():
+        before = ["news"] if what == "resume" else []
+        site.suspended.write_text(yaml.safe_dump(before))
+        await site.look()
+        # It is read once to be changed, and once more to be obeyed.
+        answers = [read, unreadable]
+        monkeypatch.setattr(suspensions, "read", lambda path: (answers or [read]).pop(0)(path))
+        with pytest.raises(SuspensionError, match=r"suspended\.yaml: Too many open files"):
+            await getattr(site.oversight, what)("news")
+        assert site.service.catalogue.names(site.service.suspended) == before
+        await site.look()
+        assert site.service.catalogue.names(site.service.suspended) != before
+
+    def unreadable(path):
+        raise SuspensionError(f"{path}: Too many open files")
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("what", ["suspend", "resume"])
+def test_an_operator_is_told_where_another_undid_it_at_once(site, monkeypatch, what):
+    async def story():
+        site.suspended.write_text("- news\n" if what == "resume" else "[]\n")
+        await site.look()
+        monkeypatch.setattr(suspensions, what, lambda path, expert: True)
+        with pytest.raises(SuspensionError, match=r"suspended\.yaml: another has changed"):
+            await getattr(site.oversight, what)("news")
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "error"),
+    [
+        (Path, "read_text", None),
+        (Path, "read_bytes", None),  # of the catalogue
+        (PolicyFiles, "load", None),  # as where the folder can't be listed
+        (asyncio, "to_thread", RuntimeError("can't start new thread")),
+    ],
+)
+def test_policies_that_cannot_be_read_are_read_again_until_they_can(
+    site, monkeypatch, caplog, owner, name, error
+):
+    async def story():
+        grant = await site.ask("alice")
+        site.write(PUBLIC)
+        failing(monkeypatch, owner, name, 3, error)
+        for _ in range(5):
+            with contextlib.suppress(OSError, RuntimeError):  # which the watch logs, and goes on
+                await site.oversight.look_at_files()
+        assert grant.withdrawn
+        assert site.oversight.policy.fault is None
+        assert site.oversight.policy.refusals <= 1
+        refused = [change for change in site.told if isinstance(change, PoliciesRefused)]
+        assert len(refused) == site.oversight.policy.refusals
+
+    asyncio.run(story())
+
+
+def test_where_nobody_can_tell_who_lost_what_all_is_forgotten(site, monkeypatch):
+    async def story():
+        before = salts(site, "public", "news")
+        (await site.ask("alice", "public", "news")).close()
+        failing(monkeypatch, Namespaces, "losses", 1)
+        site.write(PUBLIC)
+        await site.look()
+        assert salts(site, "public", "news") != before
+
+    asyncio.run(story())
 
 
 def test_an_unknown_name_does_not_keep_the_others_from_being_suspended(site, caplog):
