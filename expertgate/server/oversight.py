@@ -104,23 +104,43 @@ class Oversight:
 
     async def watch(self) -> None:
         """Looks until it is cancelled."""
-        # Apart, because a large file takes long to read, and an issuer long to answer.
+        # Apart, because a large file takes long to read, and an issuer long to answer. What any of
+        # them finds it puts in force and judges grants by in one step of the event loop, with
+        # what the others have put in force by then; so whichever comes last sees all of it.
         await asyncio.gather(
-            _again(self.look_at_files, LOOK_EVERY_S),
+            _again(self.look_at_suspensions, LOOK_EVERY_S),
+            _again(self.look_at_policies, LOOK_EVERY_S),
             _again(self.look_at_credentials, LOOK_EVERY_S),
             _again(self.look_at_tokens, _TOKENS_EVERY_S),
         )
 
-    async def look_at_files(self) -> None:
-        """Puts in force what has changed since the look before."""
-        if self._suspended_watch.changed():
-            self._look_at_suspensions()
-        if self._policy_watch.changed():
-            try:
-                await self._reload()
-            except Exception:  # of no file's content, so the same may go well at the next look
-                self._policy_watch.again()
-                raise
+    async def look_at_suspensions(self) -> None:
+        """Puts in force what has changed since the look before, without a wait."""
+        if not self._suspended_watch.changed():
+            return
+        fault = ""
+        try:
+            self._read_suspensions()
+        except SuspensionError as error:
+            fault = str(error).replace("\n", "; ")
+            if fault != self._suspended_fault:  # once, and not at every look
+                log.error("what was suspended stays so: %s", fault)
+            if _unread(error):
+                self._suspended_watch.again()
+        except Exception:
+            self._suspended_watch.again()
+            raise
+        self._suspended_fault = fault
+
+    async def look_at_policies(self) -> None:
+        """Puts in force what has changed since the look before, of the catalogue as well."""
+        if not self._policy_watch.changed():
+            return
+        try:
+            await self._reload()
+        except Exception:  # of no file's content, so the same may go well at the next look
+            self._policy_watch.again()
+            raise
 
     async def look_at_credentials(self) -> None:
         """Puts in force what they are judged by, and ends what lives longer than its own."""
@@ -182,21 +202,6 @@ class Oversight:
 
     def _experts(self, names: frozenset[str]) -> ExpertSet:
         return ExpertSet.of(e.index for e in self._running.experts if e.name in names)
-
-    def _look_at_suspensions(self) -> None:
-        fault = ""
-        try:
-            self._read_suspensions()
-        except SuspensionError as error:
-            fault = str(error).replace("\n", "; ")
-            if fault != self._suspended_fault:  # once, and not at every look
-                log.error("what was suspended stays so: %s", fault)
-            if _unread(error):
-                self._suspended_watch.again()
-        except Exception:
-            self._suspended_watch.again()
-            raise
-        self._suspended_fault = fault
 
     def _read_suspensions(self) -> None:
         """Puts in force what the file says. Raises SuspensionError where it says nothing."""

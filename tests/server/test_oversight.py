@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import threading
 import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -433,15 +434,15 @@ def test_half_of_what_is_being_written_is_not_put_in_force(site):
     async def story():
         before = site.service.policies
         site.write(PUBLIC)
-        await site.oversight.look_at_files()
+        await site.oversight.look_at_policies()
         with site.rules.open("a") as file:
             file.write(ALICE)
-        await site.oversight.look_at_files()
+        await site.oversight.look_at_policies()
         with site.rules.open("a") as file:
             file.write(NEWS)
-        await site.oversight.look_at_files()
+        await site.oversight.look_at_policies()
         assert site.service.policies is before
-        await site.oversight.look_at_files()
+        await site.oversight.look_at_policies()
         assert site.service.policies is not before
         with pytest.raises(ApiError):
             await site.ask("alice", "news")
@@ -638,10 +639,10 @@ def test_suspensions_that_cannot_be_read_are_read_again_until_they_can(site, mon
         site.suspended.write_text("- news\n")
         failing(monkeypatch, Path, "read_bytes", 3)
         for _ in range(3):
-            await site.oversight.look_at_files()
+            await site.oversight.look_at_suspensions()
         assert not site.service.suspended
         for _ in range(2):
-            await site.oversight.look_at_files()
+            await site.oversight.look_at_suspensions()
         assert list(site.service.suspended) == [2]
 
     asyncio.run(story())
@@ -702,7 +703,7 @@ def test_policies_that_cannot_be_read_are_read_again_until_they_can(
         failing(monkeypatch, owner, name, 3, error)
         for _ in range(5):
             with contextlib.suppress(OSError, RuntimeError):  # which the watch logs, and goes on
-                await site.oversight.look_at_files()
+                await site.oversight.look_at_policies()
         assert grant.withdrawn
         assert site.oversight.policy.fault is None
         assert site.oversight.policy.refusals <= 1
@@ -780,3 +781,68 @@ def test_the_watch_goes_on_after_a_look_that_fails(site, monkeypatch, caplog):
 
     asyncio.run(story())
     assert "could not be looked at" in caplog.text
+
+
+def test_a_suspension_does_not_wait_for_policies_that_take_long(site, monkeypatch):
+    reached, go_on = threading.Event(), threading.Event()
+
+    def slow(*_):
+        reached.set()
+        go_on.wait(60)
+        return ExpertSet(0)
+
+    monkeypatch.setattr(Namespaces, "losses", slow)
+
+    async def story():
+        alice, narrow = await site.ask("alice"), await site.ask("alice", "public", "code")
+        dave = await site.ask("dave")
+        watching = asyncio.create_task(site.oversight.watch())
+        try:
+            async with asyncio.timeout(60):
+                site.write(PUBLIC + ALICE + RESEARCH + NEWS)
+                while not reached.is_set():
+                    await asyncio.sleep(LOOK_EVERY_S)
+                assert (alice.withdrawn, narrow.withdrawn, dave.withdrawn) == (True, False, False)
+                site.suspended.write_text("- math\n")
+                while not site.service.suspended:
+                    await asyncio.sleep(LOOK_EVERY_S)
+                assert (narrow.withdrawn, dave.withdrawn) == (False, True)
+        finally:
+            go_on.set()
+            watching.cancel()
+
+    asyncio.run(story())
+
+
+def test_a_suspension_holds_though_policies_that_were_read_before_it_come_after(site, monkeypatch):
+    """Policies are read while the expert is suspended, and permit it to more people."""
+    reached, go_on = threading.Event(), threading.Event()
+    real = PolicyFiles.load
+
+    def slow(files, running):
+        found = real(files, running)
+        reached.set()
+        go_on.wait(60)
+        return found
+
+    monkeypatch.setattr(PolicyFiles, "load", slow)
+
+    async def story():
+        watching = asyncio.create_task(site.oversight.watch())
+        try:
+            async with asyncio.timeout(60):
+                site.write("permit(principal, action, resource);")
+                while not reached.is_set():
+                    await asyncio.sleep(LOOK_EVERY_S)
+                site.suspended.write_text("- math\n")
+                while not site.service.suspended:
+                    await asyncio.sleep(LOOK_EVERY_S)
+                go_on.set()
+                while site.oversight.policy.loads == 1:
+                    await asyncio.sleep(LOOK_EVERY_S)
+            assert list((await site.ask("dave")).experts) == [0, 2, 3]
+        finally:
+            go_on.set()
+            watching.cancel()
+
+    asyncio.run(story())
