@@ -275,6 +275,10 @@ class Oversight:
             if error.status < 500:
                 self._withdraw(grant, grant.experts)
             return
+        except Exception:  # there may be others behind it
+            log.exception("a request's credential could not be judged")
+            self._withdraw(grant, grant.experts)
+            return
         if principal.id != grant.tenant:  # the credential is somebody else's now
             self._withdraw(grant, grant.experts)
             return
@@ -288,10 +292,14 @@ class Oversight:
             self._forget(lost)
 
     def _lost(self, grant: Grant) -> ExpertSet:
-        """What of it would not be granted now."""
+        """What of it would not be granted now; all of it where that can't be told."""
         if grant.basis is None:
             return ExpertSet(0)
-        decision = self._service.decide(grant.basis.principal, grant.basis.context)
+        try:
+            decision = self._service.decide(grant.basis.principal, grant.basis.context)
+        except Exception:  # there may be others behind it
+            log.exception("a request could not be judged")
+            return grant.experts
         return grant.experts - decision.granted
 
     def _withdraw(self, grant: Grant, experts: ExpertSet) -> None:

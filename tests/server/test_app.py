@@ -205,6 +205,8 @@ def test_ready_says_why_it_is_not(service):
     assert why() is None
     service.liveness = SimpleNamespace(late=True)
     assert why() == "the engine does not answer"
+    service.unwatched = "the engine"
+    assert why() == "the engine is no longer watched"
     service.engine.drain()
     assert why() == "the server is going down"
     service.engine = None

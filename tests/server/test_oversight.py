@@ -35,7 +35,7 @@ from expertgate.server.key_edits import create_key, expire_key, rotate_key
 from expertgate.server.namespaces import Namespaces
 from expertgate.server.oversight import LOOK_EVERY_S
 from expertgate.server.policy_files import PolicyFiles
-from expertgate.server.service import SUSPENDED
+from expertgate.server.service import SUSPENDED, Service
 from expertgate.server.suspensions import SuspensionError
 from tests.server.running import EXPERTS
 from tests.server.sites import ALICE, NEWS, PUBLIC, RESEARCH, Site
@@ -846,3 +846,45 @@ def test_a_suspension_holds_though_policies_that_were_read_before_it_come_after(
             watching.cancel()
 
     asyncio.run(story())
+
+
+def test_a_grant_that_cannot_be_judged_is_withdrawn_and_the_others_are_judged(
+    site, monkeypatch, caplog
+):
+    async def story():
+        dave, wide = await site.ask("dave"), await site.ask("alice")
+        narrow = await site.ask("alice", "public", "math")
+        real = Service.decide
+
+        def decide(service, principal, context):
+            if principal.id == "dave":
+                raise ZeroDivisionError
+            return real(service, principal, context)
+
+        monkeypatch.setattr(Service, "decide", decide)
+        await site.oversight.suspend("news")
+        assert [grant.withdrawn for grant in (dave, wide, narrow)] == [True, True, False]
+
+    asyncio.run(story())
+    assert Withdrawn("dave", ("public", "math", "code")) in site.told
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_one_whose_credential_cannot_be_judged_is_withdrawn_too(site, monkeypatch, caplog):
+    async def story():
+        dave, alice = await site.ask("dave"), await site.ask("alice")
+        real = site.service.identity.identify
+
+        async def identify(connection):
+            if connection is dave.basis.connection:
+                raise ZeroDivisionError
+            return await real(connection)
+
+        keys = site.folder / "keys.yaml"
+        keys.write_text(keys.read_text().replace("research", "search") + "\n")
+        monkeypatch.setattr(site.service.identity, "identify", identify)
+        await site.look()
+        assert (dave.withdrawn, alice.withdrawn) == (True, False)
+
+    asyncio.run(story())
+    assert "ZeroDivisionError" in caplog.text
