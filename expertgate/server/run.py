@@ -78,6 +78,9 @@ def _config(listener: Listener, drain_s: int) -> uvicorn.Config:
         lifespan="off",
         server_header=False,
         http=PatientProtocol,
+        # None are served. Asked for one behind another request, uvicorn would give the connection
+        # to a protocol that tells that request nothing of its client any more.
+        ws="none",
         # uvicorn hands context variables on to the next request of a connection. Nothing of ours
         # travels in one, and so nothing of anyone else's should.
         reset_contextvars=True,
