@@ -74,11 +74,14 @@ class Catalogue(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> "Catalogue":
-        """Raises CatalogueError with the path and place of the first thing that doesn't fit."""
+        """Raises CatalogueError with the path and place of the first thing that doesn't fit.
+
+        From an OSError, where the file can't be read.
+        """
         try:
             text = path.read_bytes()
         except OSError as error:
-            raise CatalogueError(f"{path}: {error.strerror or error}") from None
+            raise CatalogueError(f"{path}: {error.strerror or error}") from error
         try:
             catalogue = cls.model_validate_json(text)
         except ValidationError as error:

@@ -73,18 +73,13 @@ class PolicySet:
 
         The position of a resource is the index of its expert; `claims` are those that policies may
         read, by their types. Raises PolicyError where there is no
-        policy at all, or one that can't be read or parsed, doesn't fit the schema (Cedar's strict
-        validation), names an expert that isn't there, or has another's `@id`.
+        policy at all, or one that can't be read (from an OSError) or parsed, doesn't fit the schema
+        (Cedar's strict validation), names an expert that isn't there, or has another's `@id`; and
+        OSError where the folder can't be listed.
         """
-        policies: list[Statement] = []
-        for path in policy_paths(folder):
-            try:
-                text = path.read_text("utf-8")
-            except OSError as error:
-                raise PolicyError(f"{path}: {error.strerror or error}") from None
-            except UnicodeDecodeError:
-                raise PolicyError(f"{path}: is not UTF-8") from None
-            policies.extend(statements(text, path))
+        # All are read before any is parsed: what can't be read is tried again, many times a second.
+        texts = [(path, _text(path)) for path in policy_paths(folder)]
+        policies = [policy for path, text in texts for policy in statements(text, path)]
         if not policies:
             # Nobody could do anything, which no one would set up a server for.
             raise PolicyError(
@@ -152,6 +147,15 @@ class PolicySet:
     def _failure(self, message: str) -> str:
         match = _FAILURE.fullmatch(message)
         return f"{self._ids[int(match[1])]} failed: {match[2]}" if match else message
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise PolicyError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError:
+        raise PolicyError(f"{path}: is not UTF-8") from None
 
 
 def policy_paths(folder: Path) -> list[Path]:

@@ -71,11 +71,11 @@ def create_admin(service: Service, oversight: Oversight, token: str) -> FastAPI:
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """An operator has to know that nothing has changed, and may know which file is why."""
+    """An operator has to know that it is not so, and may know which file is why."""
     try:
         yield
     except SuspensionError as error:
-        raise ApiError(503, "suspension_failed", f"nothing was changed: {error}") from None
+        raise ApiError(503, "suspension_failed", f"this is not in force: {error}") from None
 
 
 def _expert(request: Request, service: Service) -> str:

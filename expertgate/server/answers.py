@@ -2,11 +2,13 @@
 
 import json
 import logging
+import traceback
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
 
+from jinja2 import TemplateError
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import (
     GenerationError,
@@ -168,10 +170,18 @@ def from_exception(error: Exception) -> ApiError | None:
         return _of_status(404, str(error), None)
     # vLLM still reports much of what is wrong with a request by Python's own kinds.
     if isinstance(error, VLLMClientError | ValueError | TypeError | OverflowError):
+        if not isinstance(error, VLLMClientError):
+            _log_place(error)
         return _of_status(400, str(error), getattr(error, "parameter", None))
-    if any(kind.__name__ == "TemplateError" for kind in type(error).__mro__):
+    if isinstance(error, TemplateError):
         return _of_status(400, str(error), "messages")
     return None
+
+
+def _log_place(error: Exception) -> None:
+    """Where it was raised: it may be a bug. Not its words, which may be the client's own."""
+    place = "".join(traceback.format_tb(error.__traceback__))
+    log.warning("%s is taken for the client's fault, raised at\n%s", type(error).__name__, place)
 
 
 def internal_error() -> ApiError:

@@ -1,7 +1,11 @@
-"""The environment that vLLM reads when it is imported, so this comes before any such import."""
+"""The process that the server runs in: its limits, and the environment that vLLM reads.
+
+vLLM does so when it is imported, so this comes before any such import.
+"""
 
 import logging
 import os
+import resource
 
 from expertgate.server.refusals import OUR_PLUGIN, refuse_process
 
@@ -23,3 +27,13 @@ def settle() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # vLLM speaks before it reads that level.
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+
+
+def allow_files() -> None:
+    """As many open files as the system allows, of which each connection is one.
+
+    A crowd would else leave none for policies and suspensions to be read. vLLM has such a function
+    as well, which leaves the limit as it is where fewer than 65,535 are allowed.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

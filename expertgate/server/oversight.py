@@ -77,7 +77,7 @@ class _Watch:
 
     def again(self) -> None:
         """The next look finds a change."""
-        self._known = None
+        self._known = object()  # equal to no stamp, not even to that of a file that is gone
 
 
 class Oversight:
@@ -96,6 +96,7 @@ class Oversight:
         self._path = suspended
         self._policy_watch = _Watch(files.stamp, seen)
         self._suspended_watch = _Watch(lambda: stamp(suspended), stamp(suspended))
+        self._suspended_fault = ""
         names = suspensions.read(suspended) or frozenset()
         for name in sorted(names):
             self._index(name)
@@ -103,19 +104,43 @@ class Oversight:
 
     async def watch(self) -> None:
         """Looks until it is cancelled."""
-        # Apart, because a large file takes long to read, and an issuer long to answer.
+        # Apart, because a large file takes long to read, and an issuer long to answer. What any of
+        # them finds it puts in force and judges grants by in one step of the event loop, with
+        # what the others have put in force by then; so whichever comes last sees all of it.
         await asyncio.gather(
-            _again(self.look_at_files, LOOK_EVERY_S),
+            _again(self.look_at_suspensions, LOOK_EVERY_S),
+            _again(self.look_at_policies, LOOK_EVERY_S),
             _again(self.look_at_credentials, LOOK_EVERY_S),
             _again(self.look_at_tokens, _TOKENS_EVERY_S),
         )
 
-    async def look_at_files(self) -> None:
-        """Puts in force what has changed since the look before."""
-        if self._suspended_watch.changed():
+    async def look_at_suspensions(self) -> None:
+        """Puts in force what has changed since the look before, without a wait."""
+        if not self._suspended_watch.changed():
+            return
+        fault = ""
+        try:
             self._read_suspensions()
-        if self._policy_watch.changed():
+        except SuspensionError as error:
+            fault = str(error).replace("\n", "; ")
+            if fault != self._suspended_fault:  # once, and not at every look
+                log.error("what was suspended stays so: %s", fault)
+            if _unread(error):
+                self._suspended_watch.again()
+        except Exception:
+            self._suspended_watch.again()
+            raise
+        self._suspended_fault = fault
+
+    async def look_at_policies(self) -> None:
+        """Puts in force what has changed since the look before, of the catalogue as well."""
+        if not self._policy_watch.changed():
+            return
+        try:
             await self._reload()
+        except Exception:  # of no file's content, so the same may go well at the next look
+            self._policy_watch.again()
+            raise
 
     async def look_at_credentials(self) -> None:
         """Puts in force what they are judged by, and ends what lives longer than its own."""
@@ -149,18 +174,23 @@ class Oversight:
     async def suspend(self, expert: str) -> bool:
         """Takes an expert from everybody, now and after a restart; False where that was so.
 
-        Raises SuspensionError for an expert there isn't, or a file that can't be written.
+        Raises SuspensionError for an expert there isn't, a file that can't be written, and where
+        the expert isn't taken from everybody for another reason.
         """
-        self._index(expert)
+        index = self._index(expert)
         changed = await asyncio.to_thread(suspensions.suspend, self._path, expert)
         self._read_suspensions()
+        if index not in self._service.suspended:
+            raise SuspensionError(f"{self._path}: another has changed it meanwhile")
         return changed
 
     async def resume(self, expert: str) -> bool:
         """Ends what `suspend` began; False where nothing had begun. Raises SuspensionError."""
-        self._index(expert)
+        index = self._index(expert)
         changed = await asyncio.to_thread(suspensions.resume, self._path, expert)
         self._read_suspensions()
+        if index in self._service.suspended:
+            raise SuspensionError(f"{self._path}: another has changed it meanwhile")
         return changed
 
     def _index(self, expert: str) -> int:
@@ -174,14 +204,11 @@ class Oversight:
         return ExpertSet.of(e.index for e in self._running.experts if e.name in names)
 
     def _read_suspensions(self) -> None:
-        try:
-            names = suspensions.read(self._path)
-        except SuspensionError as error:
-            log.error("what was suspended stays so: %s", str(error).replace("\n", "; "))
-            return
+        """Puts in force what the file says. Raises SuspensionError where it says nothing."""
+        names = suspensions.read(self._path)
         if names is None:
             if self._service.suspended:
-                log.error("what was suspended stays so: %s is gone", self._path)
+                raise SuspensionError(f"{self._path}: is gone")
             return
         suspended, before = self._experts(names), self._service.suspended
         for name in sorted(names - set(self._running.names(suspended))):
@@ -199,7 +226,12 @@ class Oversight:
         try:
             catalogue, policies = await asyncio.to_thread(self._load, bases)
         except (PolicyError, CatalogueError) as error:
-            self.policy.fault = str(error).replace("\n", "; ")
+            fault = str(error).replace("\n", "; ")
+            if _unread(error):
+                self._policy_watch.again()
+                if fault == self.policy.fault:
+                    return  # told when it was tried first
+            self.policy.fault = fault
             self.policy.refusals += 1
             self._tell(PoliciesRefused(self.policy.fault, self.policy.version))
             return
@@ -218,7 +250,12 @@ class Oversight:
         self._tell(PoliciesLoaded(policies.version, previous))
         if policies.version != previous:
             losses = self._service.namespaces.losses
-            self._forget(await asyncio.to_thread(losses, policies.decide, catalogue.all))
+            try:
+                lost = await asyncio.to_thread(losses, policies.decide, catalogue.all)
+            except Exception:
+                log.exception("who lost what can't be told, so all that is cached is forgotten")
+                lost = catalogue.all
+            self._forget(lost)
 
     def _load(self, bases: list[Basis]) -> tuple[Catalogue, PolicySet]:
         catalogue, policies = self._files.load(self._running)
@@ -238,6 +275,10 @@ class Oversight:
             if error.status < 500:
                 self._withdraw(grant, grant.experts)
             return
+        except Exception:  # there may be others behind it
+            log.exception("a request's credential could not be judged")
+            self._withdraw(grant, grant.experts)
+            return
         if principal.id != grant.tenant:  # the credential is somebody else's now
             self._withdraw(grant, grant.experts)
             return
@@ -251,10 +292,14 @@ class Oversight:
             self._forget(lost)
 
     def _lost(self, grant: Grant) -> ExpertSet:
-        """What of it would not be granted now."""
+        """What of it would not be granted now; all of it where that can't be told."""
         if grant.basis is None:
             return ExpertSet(0)
-        decision = self._service.decide(grant.basis.principal, grant.basis.context)
+        try:
+            decision = self._service.decide(grant.basis.principal, grant.basis.context)
+        except Exception:  # there may be others behind it
+            log.exception("a request could not be judged")
+            return grant.experts
         return grant.experts - decision.granted
 
     def _withdraw(self, grant: Grant, experts: ExpertSet) -> None:
@@ -278,6 +323,11 @@ class Oversight:
                 listener(change)
             except Exception:  # there may be more to withdraw
                 log.exception("%s could not be told", change)
+
+
+def _unread(error: Exception) -> bool:
+    """Whether a file could not be read, which says nothing of what is in it."""
+    return isinstance(error.__cause__, OSError)
 
 
 async def _again(look: Callable[[], Awaitable[None]], every_s: float) -> None:

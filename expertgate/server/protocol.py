@@ -93,6 +93,9 @@ class PatientProtocol(HttpToolsProtocol):
             self._answering.disconnected = True
             self._answering.message_event.set()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing: such a request is answered as others are, and uvicorn would log a hint."""
+
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answering = cycle
         super()._start_asgi_task(cycle, app)

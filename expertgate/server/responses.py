@@ -17,7 +17,7 @@ from vllm.exceptions import GenerationError
 from expertgate.server import answers
 from expertgate.server.circumstances import Purpose
 from expertgate.server.errors import ApiError, bad_request
-from expertgate.server.schemas import Experts, Receipt
+from expertgate.server.schemas import Experts, Receipt, check_tools
 
 log = logging.getLogger(__name__)
 
@@ -113,10 +113,14 @@ class ResponsesRequest(_ResponsesRequest):
         if body.get("previous_response_id") is not None:
             message = "no response is stored here; send the whole conversation as input"
             raise ApiError(404, "not_found", message, "previous_response_id")
+        check_tools(body)
         for index, tool in enumerate(body.get("tools") or []):
             if isinstance(tool, dict) and tool.get("type") != "function":
                 place = f"tools[{index}].type"
                 raise bad_request(f"{place}: only tools of type 'function' can be used", place)
+        choice = body.get("tool_choice")
+        if isinstance(choice, dict) and not isinstance(choice.get("name", ""), str):
+            raise bad_request("tool_choice.name must be text", "tool_choice.name")
         if isinstance(body["input"], list):
             for index, item in enumerate(body["input"]):
                 _check_item(item, f"input[{index}]")
@@ -125,7 +129,7 @@ class ResponsesRequest(_ResponsesRequest):
 def _check_item(item: Mapping[str, Any], place: str) -> None:
     """VLLM reads an item by its keys, and trips where one of them is not there."""
     kind = item.get("type", "message")
-    if kind not in _TEXTS:
+    if not isinstance(kind, str) or kind not in _TEXTS:
         raise bad_request(f"{place}.type must be {', '.join(_TEXTS)}", f"{place}.type")
     for name in _TEXTS[kind]:
         if not isinstance(item.get(name), str):

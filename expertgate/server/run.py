@@ -9,7 +9,7 @@ import signal
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -78,6 +78,9 @@ def _config(listener: Listener, drain_s: int) -> uvicorn.Config:
         lifespan="off",
         server_header=False,
         http=PatientProtocol,
+        # None are served. Asked for one behind another request, uvicorn would give the connection
+        # to a protocol that tells that request nothing of its client any more.
+        ws="none",
         # uvicorn hands context variables on to the next request of a connection. Nothing of ours
         # travels in one, and so nothing of anyone else's should.
         reset_contextvars=True,
@@ -131,7 +134,7 @@ async def _run(
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop)
     loop.add_signal_handler(signal.SIGHUP, oversight.reload)
-    watching = [asyncio.create_task(oversight.watch())]
+    watching = [_watched(oversight.watch(), "what permissions rest on", service)]
     stopping = asyncio.create_task(told.wait())
     serving = asyncio.gather(*(server.listen() for server in servers))
     engine: GuardedLLM | None = None
@@ -153,7 +156,8 @@ async def _run(
             return
         proving.result()
         if service.liveness is not None:
-            watching.append(asyncio.create_task(service.liveness.watch()))
+            what = "whether the engine answers"
+            watching.append(_watched(service.liveness.watch(), what, service))
             on_ready()
         await _first_of(stopping, serving)
     finally:
@@ -171,6 +175,21 @@ async def _run(
             await asyncio.to_thread(engine.shutdown, _ENGINE_STOP_S)
         _end_children()
         gc.unfreeze()  # or libraries report as leaked what the end would have collected
+
+
+def _watched(watch: Coroutine[Any, Any, None], what: str, service: Service) -> asyncio.Task[None]:
+    """Runs a watch that should not end before it is cancelled, and tells where it did."""
+    task = asyncio.create_task(watch)
+
+    def ended(_: object) -> None:
+        if task.cancelling():
+            return
+        service.unwatched = what
+        error = None if task.cancelled() else task.exception()
+        log.critical("%s is no longer watched", what, exc_info=error)
+
+    task.add_done_callback(ended)
+    return task
 
 
 async def _open(

@@ -187,6 +187,8 @@ class ChatRequest(ChatCompletionRequest):
     @classmethod
     def check(cls, body: Mapping[str, Any]) -> None:
         check_parts(body)
+        check_tools(body)
+        _check_functions(body)
 
     experts: Experts = None
     purpose: Purpose = None
@@ -317,6 +319,25 @@ def check_parts(body: Mapping[str, Any]) -> None:
     for place, part in _at(body, "messages[].content[]"):
         if part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise bad_request(f"{place}: only parts of type 'text' can be read", place)
+
+
+def check_tools(body: Mapping[str, Any]) -> None:
+    """Tools are a list, which vLLM takes them for before it looks. Raises ApiError 400."""
+    if not isinstance(body.get("tools"), list | None):
+        raise bad_request("tools must be a list", "tools")
+
+
+def _check_functions(body: Mapping[str, Any]) -> None:
+    """What vLLM takes for granted of functions and their calls before it looks."""
+    for place, tool in _at(body, "tools[]"):
+        function = tool.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            where = f"{place}.function.name"
+            raise bad_request(f"{where} must be text", where)
+    for place, message in _at(body, "messages[]"):
+        if not isinstance(message.get("tool_calls"), list | None):
+            where = f"{place}.tool_calls"
+            raise bad_request(f"{where} must be a list", where)
 
 
 def _check_nested(body: Mapping[str, Any], nested: Mapping[str, frozenset[str]]) -> None:

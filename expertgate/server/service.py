@@ -47,6 +47,8 @@ class Service:
     fault: str | None = None
     """What an engine failed to show, that for this takes no requests."""
     liveness: Liveness | None = None
+    unwatched: str | None = None
+    """What nobody looks at any more, so that changes of it would not be seen."""
 
     @property
     def unready(self) -> str | None:
@@ -57,6 +59,8 @@ class Service:
             return error.message
         if not self.audit.ready:
             return "requests can't be recorded"
+        if self.unwatched is not None:
+            return f"{self.unwatched} is no longer watched"
         if self.liveness is not None and self.liveness.late:
             return "the engine does not answer"
         return None

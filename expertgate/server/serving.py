@@ -41,6 +41,7 @@ def serve_config(
     that doesn't hold, before anything slow begins.
     """
     environment.settle()
+    environment.allow_files()
     logs.set_up(config.logs)
     wanted = model or config.model
     if wanted is None:

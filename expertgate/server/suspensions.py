@@ -25,13 +25,16 @@ class SuspensionError(ValueError):
 
 
 def read(path: Path) -> frozenset[str] | None:
-    """The names in the file; None where there is no file. Raises SuspensionError."""
+    """The names in the file; None where there is no file.
+
+    Raises SuspensionError, from an OSError where the file can't be read.
+    """
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise SuspensionError(f"{path}: {error.strerror or error}") from None
+        raise SuspensionError(f"{path}: {error.strerror or error}") from error
     try:
         file = YamlFile.parse(raw, path)
         if file.value is None:

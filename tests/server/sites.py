@@ -74,5 +74,6 @@ class Site:
 
     async def look(self) -> None:
         for _ in range(2):  # the first sees a change, the second that it is over
-            await self.oversight.look_at_files()
+            await self.oversight.look_at_suspensions()
+            await self.oversight.look_at_policies()
             await self.oversight.look_at_credentials()

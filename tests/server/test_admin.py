@@ -85,7 +85,7 @@ def test_a_list_that_cannot_be_written_is_told(client, oversight, monkeypatch, w
     )
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "suspension_failed"
-    assert "nothing was changed: /etc/suspended.yaml: Read-only" in response.text
+    assert "this is not in force: /etc/suspended.yaml: Read-only" in response.text
 
 
 def test_changes_are_counted(client, oversight):

@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import logging
 from types import SimpleNamespace
 
 import pytest
+from jinja2 import TemplateSyntaxError
 from starlette.testclient import TestClient
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.exceptions import QueueOverflowError, VLLMNotFoundError, VLLMValidationError
@@ -97,6 +99,7 @@ def failed(code, kind="BadRequestError"):
     [
         (VLLMValidationError("bad"), (400, "invalid_request")),
         (ValueError("bad"), (400, "invalid_request")),
+        (TemplateSyntaxError("bad", 1), (400, "invalid_request")),
         (VLLMNotFoundError("none"), (404, "model_not_found")),
         (QueueOverflowError(), (429, "overloaded")),
         (EngineDeadError(), (503, "engine_unavailable")),
@@ -114,6 +117,22 @@ def test_what_a_handler_raises(ask, script, service, raised, expected):
     assert error_of(response) == expected
     assert "secret" not in response.text
     assert len(service.grants) == 0
+
+
+@pytest.mark.parametrize("kind", [ValueError, TypeError, OverflowError])
+def test_what_may_be_a_fault_of_ours_is_logged_with_its_place(ask, script, caplog, kind):
+    script.result = kind("what the client said")
+    assert error_of(ask()) == (400, "invalid_request")
+    (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert kind.__name__ in record.getMessage()
+    assert "in create_chat_completion" in record.getMessage()
+    assert "what the client said" not in caplog.text
+
+
+def test_what_vllm_says_is_the_clients_fault_is_not_logged(ask, script, caplog):
+    script.result = VLLMValidationError("bad")
+    assert error_of(ask()) == (400, "invalid_request")
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize(
@@ -205,6 +224,8 @@ def test_ready_says_why_it_is_not(service):
     assert why() is None
     service.liveness = SimpleNamespace(late=True)
     assert why() == "the engine does not answer"
+    service.unwatched = "the engine"
+    assert why() == "the engine is no longer watched"
     service.engine.drain()
     assert why() == "the server is going down"
     service.engine = None

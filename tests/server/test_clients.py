@@ -258,6 +258,8 @@ def test_a_response_that_calls_a_tool_and_goes_on(server, choice):
         ({"input": [{"role": "user", "content": []}]}, "input[0].content"),
         ({"input": [{"role": "assistant", "content": []}]}, "input[0].content"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        ({"input": [{"type": []}]}, "input[0].type"),
+        ({"input": [{"type": {}}]}, "input[0].type"),
         ({"input": [{"type": "function_call", "name": "f"}]}, "input[0].call_id"),
         ({"input": [{"type": "function_call_output", "call_id": "x"}]}, "input[0].output"),
         ({"input": [{"type": "reasoning"}]}, "input[0].summary"),

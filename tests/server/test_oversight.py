@@ -1,12 +1,16 @@
 """What happens to running requests when what they were permitted upon changes."""
 
 import asyncio
+import contextlib
+import errno
 import json
 import logging
 import os
+import threading
 import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +20,7 @@ from starlette.datastructures import Headers
 from expertgate.policies.context import Context
 from expertgate.policies.expert_set import ExpertSet
 from expertgate.policies.principal import Principal
+from expertgate.server import suspensions
 from expertgate.server.changes import (
     CredentialsChanged,
     PoliciesLoaded,
@@ -27,9 +32,10 @@ from expertgate.server.changes import (
 from expertgate.server.errors import ApiError
 from expertgate.server.grants import WithdrawnError
 from expertgate.server.key_edits import create_key, expire_key, rotate_key
+from expertgate.server.namespaces import Namespaces
 from expertgate.server.oversight import LOOK_EVERY_S
 from expertgate.server.policy_files import PolicyFiles
-from expertgate.server.service import SUSPENDED
+from expertgate.server.service import SUSPENDED, Service
 from expertgate.server.suspensions import SuspensionError
 from tests.server.running import EXPERTS
 from tests.server.sites import ALICE, NEWS, PUBLIC, RESEARCH, Site
@@ -428,15 +434,15 @@ def test_half_of_what_is_being_written_is_not_put_in_force(site):
     async def story():
         before = site.service.policies
         site.write(PUBLIC)
-        await site.oversight.look_at_files()
+        await site.oversight.look_at_policies()
         with site.rules.open("a") as file:
             file.write(ALICE)
-        await site.oversight.look_at_files()
+        await site.oversight.look_at_policies()
         with site.rules.open("a") as file:
             file.write(NEWS)
-        await site.oversight.look_at_files()
+        await site.oversight.look_at_policies()
         assert site.service.policies is before
-        await site.oversight.look_at_files()
+        await site.oversight.look_at_policies()
         assert site.service.policies is not before
         with pytest.raises(ApiError):
             await site.ask("alice", "news")
@@ -613,6 +619,112 @@ def test_a_broken_file_of_suspensions_resumes_nothing(site, caplog, broken):
             site.start()
 
 
+def failing(monkeypatch, owner, name, times, error=None):
+    """Makes a function fail so many times, as where a crowd has every file descriptor."""
+    real, left = (
+        getattr(owner, name),
+        [error or OSError(errno.EMFILE, "Too many open files")] * times,
+    )
+
+    def sometimes(*arguments, **named):
+        if left:
+            raise left.pop()
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, sometimes)
+
+
+def test_suspensions_that_cannot_be_read_are_read_again_until_they_can(site, monkeypatch, caplog):
+    async def story():
+        site.suspended.write_text("- news\n")
+        failing(monkeypatch, Path, "read_bytes", 3)
+        for _ in range(3):
+            await site.oversight.look_at_suspensions()
+        assert not site.service.suspended
+        for _ in range(2):
+            await site.oversight.look_at_suspensions()
+        assert list(site.service.suspended) == [2]
+
+    asyncio.run(story())
+    assert caplog.text.count("what was suspended stays so") == 1
+    assert "suspended.yaml: Too many open files" in caplog.text
+
+
+@pytest.mark.parametrize("what", ["suspend", "resume"])
+def test_an_operator_is_not_told_what_is_not_in_force(site, monkeypatch, what):
+    read = suspensions.read
+
+    async def story():
+        before = ["news"] if what == "resume" else []
+        site.suspended.write_text(yaml.safe_dump(before))
+        await site.look()
+        # It is read once to be changed, and once more to be obeyed.
+        answers = [read, unreadable]
+        monkeypatch.setattr(suspensions, "read", lambda path: (answers or [read]).pop(0)(path))
+        with pytest.raises(SuspensionError, match=r"suspended\.yaml: Too many open files"):
+            await getattr(site.oversight, what)("news")
+        assert site.service.catalogue.names(site.service.suspended) == before
+        await site.look()
+        assert site.service.catalogue.names(site.service.suspended) != before
+
+    def unreadable(path):
+        raise SuspensionError(f"{path}: Too many open files")
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("what", ["suspend", "resume"])
+def test_an_operator_is_told_where_another_undid_it_at_once(site, monkeypatch, what):
+    async def story():
+        site.suspended.write_text("- news\n" if what == "resume" else "[]\n")
+        await site.look()
+        monkeypatch.setattr(suspensions, what, lambda path, expert: True)
+        with pytest.raises(SuspensionError, match=r"suspended\.yaml: another has changed"):
+            await getattr(site.oversight, what)("news")
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "error"),
+    [
+        (Path, "read_text", None),
+        (Path, "read_bytes", None),  # of the catalogue
+        (PolicyFiles, "load", None),  # as where the folder can't be listed
+        (asyncio, "to_thread", RuntimeError("can't start new thread")),
+    ],
+)
+def test_policies_that_cannot_be_read_are_read_again_until_they_can(
+    site, monkeypatch, caplog, owner, name, error
+):
+    async def story():
+        grant = await site.ask("alice")
+        site.write(PUBLIC)
+        failing(monkeypatch, owner, name, 3, error)
+        for _ in range(5):
+            with contextlib.suppress(OSError, RuntimeError):  # which the watch logs, and goes on
+                await site.oversight.look_at_policies()
+        assert grant.withdrawn
+        assert site.oversight.policy.fault is None
+        assert site.oversight.policy.refusals <= 1
+        refused = [change for change in site.told if isinstance(change, PoliciesRefused)]
+        assert len(refused) == site.oversight.policy.refusals
+
+    asyncio.run(story())
+
+
+def test_where_nobody_can_tell_who_lost_what_all_is_forgotten(site, monkeypatch):
+    async def story():
+        before = salts(site, "public", "news")
+        (await site.ask("alice", "public", "news")).close()
+        failing(monkeypatch, Namespaces, "losses", 1)
+        site.write(PUBLIC)
+        await site.look()
+        assert salts(site, "public", "news") != before
+
+    asyncio.run(story())
+
+
 def test_an_unknown_name_does_not_keep_the_others_from_being_suspended(site, caplog):
     site.suspended.write_text("- nwes\n- math\n")
 
@@ -669,3 +781,110 @@ def test_the_watch_goes_on_after_a_look_that_fails(site, monkeypatch, caplog):
 
     asyncio.run(story())
     assert "could not be looked at" in caplog.text
+
+
+def test_a_suspension_does_not_wait_for_policies_that_take_long(site, monkeypatch):
+    reached, go_on = threading.Event(), threading.Event()
+
+    def slow(*_):
+        reached.set()
+        go_on.wait(60)
+        return ExpertSet(0)
+
+    monkeypatch.setattr(Namespaces, "losses", slow)
+
+    async def story():
+        alice, narrow = await site.ask("alice"), await site.ask("alice", "public", "code")
+        dave = await site.ask("dave")
+        watching = asyncio.create_task(site.oversight.watch())
+        try:
+            async with asyncio.timeout(60):
+                site.write(PUBLIC + ALICE + RESEARCH + NEWS)
+                while not reached.is_set():
+                    await asyncio.sleep(LOOK_EVERY_S)
+                assert (alice.withdrawn, narrow.withdrawn, dave.withdrawn) == (True, False, False)
+                site.suspended.write_text("- math\n")
+                while not site.service.suspended:
+                    await asyncio.sleep(LOOK_EVERY_S)
+                assert (narrow.withdrawn, dave.withdrawn) == (False, True)
+        finally:
+            go_on.set()
+            watching.cancel()
+
+    asyncio.run(story())
+
+
+def test_a_suspension_holds_though_policies_that_were_read_before_it_come_after(site, monkeypatch):
+    """Policies are read while the expert is suspended, and permit it to more people."""
+    reached, go_on = threading.Event(), threading.Event()
+    real = PolicyFiles.load
+
+    def slow(files, running):
+        found = real(files, running)
+        reached.set()
+        go_on.wait(60)
+        return found
+
+    monkeypatch.setattr(PolicyFiles, "load", slow)
+
+    async def story():
+        watching = asyncio.create_task(site.oversight.watch())
+        try:
+            async with asyncio.timeout(60):
+                site.write("permit(principal, action, resource);")
+                while not reached.is_set():
+                    await asyncio.sleep(LOOK_EVERY_S)
+                site.suspended.write_text("- math\n")
+                while not site.service.suspended:
+                    await asyncio.sleep(LOOK_EVERY_S)
+                go_on.set()
+                while site.oversight.policy.loads == 1:
+                    await asyncio.sleep(LOOK_EVERY_S)
+            assert list((await site.ask("dave")).experts) == [0, 2, 3]
+        finally:
+            go_on.set()
+            watching.cancel()
+
+    asyncio.run(story())
+
+
+def test_a_grant_that_cannot_be_judged_is_withdrawn_and_the_others_are_judged(
+    site, monkeypatch, caplog
+):
+    async def story():
+        dave, wide = await site.ask("dave"), await site.ask("alice")
+        narrow = await site.ask("alice", "public", "math")
+        real = Service.decide
+
+        def decide(service, principal, context):
+            if principal.id == "dave":
+                raise ZeroDivisionError
+            return real(service, principal, context)
+
+        monkeypatch.setattr(Service, "decide", decide)
+        await site.oversight.suspend("news")
+        assert [grant.withdrawn for grant in (dave, wide, narrow)] == [True, True, False]
+
+    asyncio.run(story())
+    assert Withdrawn("dave", ("public", "math", "code")) in site.told
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_one_whose_credential_cannot_be_judged_is_withdrawn_too(site, monkeypatch, caplog):
+    async def story():
+        dave, alice = await site.ask("dave"), await site.ask("alice")
+        real = site.service.identity.identify
+
+        async def identify(connection):
+            if connection is dave.basis.connection:
+                raise ZeroDivisionError
+            return await real(connection)
+
+        keys = site.folder / "keys.yaml"
+        keys.write_text(keys.read_text().replace("research", "search") + "\n")
+        monkeypatch.setattr(site.service.identity, "identify", identify)
+        await site.look()
+        assert (dave.withdrawn, alice.withdrawn) == (True, False)
+
+    asyncio.run(story())
+    assert "ZeroDivisionError" in caplog.text

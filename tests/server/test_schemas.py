@@ -3,6 +3,7 @@ import json
 import pytest
 
 from expertgate.server.errors import ApiError
+from expertgate.server.responses import ResponsesRequest
 from expertgate.server.schemas import ChatRequest, Exclude, TextRequest, read
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -15,6 +16,10 @@ def chat(**fields):
 
 def text(**fields):
     return read(TextRequest, json.dumps({**TEXT, **fields}).encode())
+
+
+def response(**fields):
+    return read(ResponsesRequest, json.dumps({"input": "hi", **fields}).encode())
 
 
 def refused(call, *args, **kwargs):
@@ -115,6 +120,35 @@ def test_the_template_is_the_servers(name):
 )
 def test_fields_of_nested_objects_are_listed_too(fields, place):
     assert refused(chat, **fields).param == place
+
+
+FLAT = {"type": "function", "name": "f"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"input": [{"type": []}]}, "input[0].type"),
+        ({"input": [{"type": {}}]}, "input[0].type"),
+        ({"tools": 5}, "tools"),
+        ({"tools": {"a": []}}, "tools"),
+        ({"tools": [FLAT], "tool_choice": {"type": "function", "name": []}}, "tool_choice.name"),
+        ({"tools": [FLAT], "tool_choice": {"type": "function", "name": {}}}, "tool_choice.name"),
+    ],
+)
+def test_what_is_looked_at_before_its_type_is_of_that_type(fields, param):
+    """By this server, or by vLLM."""
+    assert refused(response, **fields).param == param
+
+
+@pytest.mark.parametrize("wrong", [{}, 5, "x", True, [5], [{}], [{"function": {}}]])
+def test_so_are_the_tools_of_a_chat(wrong):
+    named = {"type": "function", "function": {"name": "f"}}
+    for fields in ({"tools": wrong}, {"tools": wrong, "tool_choice": named}):
+        assert refused(chat, **fields).param.startswith("tools")
+    call = {"role": "assistant", "content": "a", "tool_calls": wrong}
+    if not isinstance(wrong, list):
+        assert refused(chat, messages=[call]).param == "messages[0].tool_calls"
 
 
 @pytest.mark.parametrize(

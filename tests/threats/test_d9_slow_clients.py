@@ -13,15 +13,18 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
-from expertgate.server import protocol, reading
+from expertgate.server import protocol, reading, run
 from expertgate.server.app import show_errors
-from expertgate.server.protocol import PatientProtocol
 from expertgate.server.reading import read_body
 from expertgate.server.turns import Turns
 from tests.server.coreless import Coreless
 
 ASK = b"GET /short HTTP/1.1\r\nHost: test\r\n\r\n"
 LONG = b"GET /long HTTP/1.1\r\nHost: test\r\n\r\n"
+WEBSOCKET = (
+    b"GET /short HTTP/1.1\r\nHost: test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
 POST = b"POST /body HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
 
 
@@ -31,6 +34,7 @@ def served(monkeypatch):
     monkeypatch.setattr(protocol, "HEADERS_S", 0.5)
     monkeypatch.setattr(protocol, "READING_S", 1.0)
     monkeypatch.setattr(reading, "BODY_S", 0.5)
+    monkeypatch.setattr(run, "_CUT_S", 1)
     app = FastAPI()
     app.state.ended = 0
     app.state.service = SimpleNamespace(audit=SimpleNamespace(refused=lambda *_: None))
@@ -73,17 +77,10 @@ def served(monkeypatch):
     app.add_api_route("/body", body, methods=["POST"])
     show_errors(app)
 
-    def run(client):
+    def serve(client):
         async def go():
             with socket.create_server(("127.0.0.1", 0)) as bound:
-                config = uvicorn.Config(
-                    app,
-                    http=PatientProtocol,
-                    lifespan="off",
-                    log_config=None,
-                    timeout_graceful_shutdown=1,
-                )
-                server = uvicorn.Server(config)
+                server = uvicorn.Server(run._config(run.Listener(app, bound), 0))
                 serving = asyncio.create_task(server.serve(sockets=[bound]))
                 while not server.started:
                     await asyncio.sleep(0.01)
@@ -95,7 +92,7 @@ def served(monkeypatch):
 
         asyncio.run(go())
 
-    return run
+    return serve
 
 
 @contextlib.asynccontextmanager
@@ -122,7 +119,7 @@ def test_a_connection_that_asks_nothing_is_closed(served):
     served(client)
 
 
-@pytest.mark.parametrize("behind", [b"", ASK, ASK + ASK])
+@pytest.mark.parametrize("behind", [b"", ASK, ASK + ASK, WEBSOCKET])
 def test_an_answer_ends_with_its_client_whatever_was_asked_behind_it(served, behind):
     async def client(app, address):
         async with connected(address) as (reader, writer):
@@ -134,6 +131,19 @@ def test_an_answer_ends_with_its_client_whatever_was_asked_behind_it(served, beh
             await asyncio.sleep(0.05)
 
     served(client)
+
+
+def test_whoever_asks_for_a_websocket_has_an_answer_of_plain_http(served, caplog):
+    async def client(app, address):
+        async with connected(address) as (reader, writer):
+            writer.write(WEBSOCKET)
+            head = await reader.readuntil(b"{}")
+            assert head.startswith(b"HTTP/1.1 200 ")
+            assert b"upgrade" not in head.lower()
+            await ends(reader)  # patience has, as with others
+
+    served(client)
+    assert "WebSocket" not in caplog.text  # it is the client's affair
 
 
 def test_headers_that_drip_are_cut_off(served):

@@ -210,8 +210,8 @@ ROUTES: tuple[Route, ...] = (
         path="/ready",
         endpoint=about.ready,
         summary="Whether requests can be taken",
-        says="503, and why, until the engine has proved itself, and where it does not answer or "
-        "requests can't be recorded.",
+        says="503, and why, until the engine has proved itself, and where it does not answer, "
+        "requests can't be recorded or changes of permissions would not be seen.",
         answer="Ready",
         codes=("invalid_request",),
         more=((503, "Ready"),),

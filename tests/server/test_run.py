@@ -1,0 +1,89 @@
+"""What the process does while it serves, with an engine that does nothing."""
+
+import asyncio
+import logging
+from types import SimpleNamespace
+
+import pytest
+
+from expertgate.server import run
+from expertgate.server.service import Service
+
+
+class Server:
+    """Serves nobody until it is told to stop."""
+
+    def __init__(self):
+        self.should_exit = self.force_exit = False
+
+    async def listen(self):
+        while not self.should_exit:
+            await asyncio.sleep(0.01)
+
+
+class Watch:
+    def __init__(self):
+        self.fault = asyncio.get_running_loop().create_future()
+        self.reload = lambda: None
+
+    async def watch(self):
+        raise await self.fault
+
+
+class Engine:
+    def drain(self): ...
+    def shutdown(self, timeout_s): ...
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Runs a scenario, given the service and its two watches, in a server that has begun."""
+
+    async def serve(scenario):
+        server, service = Server(), Service(None, None, None, SimpleNamespace(ready=True))
+        oversight, liveness, ready = Watch(), Watch(), asyncio.Event()
+        liveness.late = False
+        engine = Engine()
+        engine.errored = False
+
+        async def open_(*_):
+            service.engine, service.handlers = engine, object()
+            service.liveness = liveness
+
+        monkeypatch.setattr(run, "_open", open_)
+        running = asyncio.create_task(
+            run._run([server], service, oversight, lambda: engine, lambda _: None, ready.set, 1)
+        )
+        await asyncio.wait_for(ready.wait(), 20)
+        await scenario(service, oversight, liveness)
+        server.should_exit = True
+        await asyncio.wait_for(running, 20)
+        return service
+
+    return lambda scenario: asyncio.run(serve(scenario))
+
+
+@pytest.mark.parametrize(
+    ("which", "what"), [(0, "what permissions rest on"), (1, "whether the engine answers")]
+)
+@pytest.mark.parametrize("fault", [ZeroDivisionError, asyncio.CancelledError])
+def test_a_watch_that_ends_is_told_and_leaves_the_server_unready(serve, caplog, which, what, fault):
+    async def scenario(service, *watches):
+        assert service.unready is None
+        watches[which].fault.set_result(fault())
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert service.unready == f"{what} is no longer watched"
+
+    serve(scenario)
+    (record,) = [r for r in caplog.records if r.levelno == logging.CRITICAL]
+    assert record.getMessage() == f"{what} is no longer watched"
+    assert ("ZeroDivisionError" in caplog.text) == (fault is ZeroDivisionError)
+
+
+def test_watches_that_end_with_the_server_are_no_fault(serve, caplog):
+    async def scenario(*_):
+        pass
+
+    assert serve(scenario).unready is None
+    assert not [r for r in caplog.records if r.levelno == logging.CRITICAL]
