@@ -120,7 +120,7 @@ class Admission:
         now = self._clock()
         account = self._account(principal, now)
         if account.concurrent is not None and account.visits >= account.concurrent:
-            raise overloaded(f"you have {account.visits} requests running; more may not run")
+            raise overloaded(f"you have {account.visits} requests running, which is your limit")
         for bucket, what in ((account.requests, "requests"), (account.tokens, "tokens")):
             # Of tokens, a single one: what the request will cost isn't known yet.
             wait_s = 0.0 if bucket is None else bucket.wait_s(now, 1)

@@ -76,7 +76,8 @@ class CaseTable:
     """Cases, each with the place where it stands."""
 
     def __init__(self, file: YamlFile, cases: list[Case]) -> None:
-        self.cases = {f"{file.path}:{file.lines[index,]}": c for index, c in enumerate(cases)}
+        # A list: several may stand in one line.
+        self.cases = [(f"{file.path}:{file.lines[index,]}", c) for index, c in enumerate(cases)]
 
     @classmethod
     def read(cls, path: Path, source: PolicySource, *policies: PolicySet) -> "CaseTable":
@@ -95,7 +96,7 @@ class CaseTable:
 
     def check_expectations(self) -> None:
         """Raises CasesError for a case that expects nothing."""
-        for place, case in self.cases.items():
+        for place, case in self.cases:
             if case.granted is None and not case.denied:
                 raise CasesError(f"{place}: says neither what is granted nor what is denied")
 

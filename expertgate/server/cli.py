@@ -80,7 +80,7 @@ cli.add_command(usage)
     "--config",
     "path",
     type=click.Path(path_type=Path),
-    help=f"Who may ask, and what: a YAML file. Default: {CONFIG_FILE}, where there is one.",
+    help=f"Who may ask, and what: a YAML file. Default: {CONFIG_FILE}.",
 )
 @click.option("--host", help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on.")

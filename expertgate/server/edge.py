@@ -59,7 +59,7 @@ class Edge:
 
         app: ASGIApp = self._app
         if given and not known:
-            message = f"{HEADER} stands once, with 1 to 128 letters, digits and . _ : / + = -"
+            message = f"{HEADER} must be sent once, as 1 to 128 letters, digits and . _ : / + = -"
             error = bad_request(message, HEADER)
             app = JSONResponse(error.body(), error.status)
         method, above = scope["method"], tracing.context_in(headers)

@@ -90,7 +90,7 @@ def start(model: Path, name: str, arguments: Mapping[str, object], grants: Grant
         # By this vLLM chooses how large batches may be, where nobody says.
         config = AsyncEngineArgs(**given).create_engine_config(UsageContext.OPENAI_API_SERVER)
     except ValidationError as error:
-        raise SettingError(f"engine arguments: {_first_line(error.errors()[0]['msg'])}") from None
+        raise SettingError(_named(error, arguments)) from None
     except Exception as error:  # vLLM raises a dozen kinds here; each says what doesn't fit
         raise SettingError(f"engine arguments: {_first_line(error)}") from None
     refuse_config(config, worker, str(model), str(arguments.get("tokenizer") or model))
@@ -116,6 +116,14 @@ def start(model: Path, name: str, arguments: Mapping[str, object], grants: Grant
     # The epoch counts changes of the weights while the process runs; nothing changes them yet.
     salts = CacheSalts(weights=f"{model} epoch 0".encode())
     return GuardedLLM(engine, grants, salts, turns)
+
+
+def _named(error: ValidationError, arguments: Mapping[str, object]) -> str:
+    """What is wrong with which argument; of several, with one that was given."""
+    faults = [(".".join(map(str, each["loc"])), each["msg"]) for each in error.errors()]
+    name, what = next((fault for fault in faults if fault[0] in arguments), faults[0])
+    value = f"={arguments[name]}" if name in arguments else ""
+    return f"engine argument {name}{value}: {_first_line(what)}"
 
 
 def _check_memory(model: Path, available: int) -> None:

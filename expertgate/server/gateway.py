@@ -51,7 +51,7 @@ def _groups(text: str | None) -> frozenset[str]:
         return frozenset()
     groups = [group.strip(" ") for group in text.split(",")]
     if len(groups) > _MAX_GROUPS:
-        raise bad_request(f"{GROUPS_HEADER} may name {_MAX_GROUPS} groups", GROUPS_HEADER)
+        raise bad_request(f"{GROUPS_HEADER} may name at most {_MAX_GROUPS} groups", GROUPS_HEADER)
     for group in groups:
         _check_name(group, GROUPS_HEADER)
     return frozenset(groups)

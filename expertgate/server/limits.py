@@ -194,7 +194,7 @@ def _check_words(body: Mapping[str, Any]) -> None:
         _check_length("stop", stops, _MAX_STOPS)
     for stop in stops if isinstance(stops, list) else [stops]:
         if isinstance(stop, str) and len(stop) > MAX_STOP_CHARS:
-            raise bad_request(f"a stop string may have {MAX_STOP_CHARS} characters", "stop")
+            raise bad_request(f"a stop string may have at most {MAX_STOP_CHARS} characters", "stop")
 
 
 def _check_experts(experts: Any) -> None:

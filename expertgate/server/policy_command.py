@@ -26,12 +26,29 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def _source_options(command: Command) -> Command:
     path = click.Path(path_type=Path)
     for option in (
-        click.option("--catalogue", type=path, help="The experts, where no checkpoint is at hand."),
-        click.option("--policies", type=path, help="A folder of *.cedar, before the configured."),
-        click.option("--config", type=path, default=CONFIG_FILE, show_default=True),
+        click.option(
+            "--catalogue", type=path, help="An experts.json; overrides the configuration's."
+        ),
+        click.option(
+            "--policies", type=path, help="Folder of *.cedar files; overrides the configuration's."
+        ),
+        click.option(
+            "--config",
+            type=path,
+            callback=_config,
+            help=f"The server's configuration. Default: {CONFIG_FILE}, which may be missing where "
+            "--catalogue says which experts there are.",
+        ),
     ):
         command = option(command)
     return command
+
+
+def _config(_context: click.Context, _option: click.Parameter, given: Path | None) -> Path:
+    """One that was named must be there."""
+    if given is not None and not given.exists():
+        raise click.BadParameter(f"{given} is not there")
+    return given or Path(CONFIG_FILE)
 
 
 @click.group()
@@ -58,7 +75,7 @@ def test(table: Path, config: Path, policies: Path | None, catalogue: Path | Non
     cases = CaseTable.read(table, source, found)
     cases.check_expectations()
     failed = sum(
-        [_failed(place, case, found, source.catalogue.names) for place, case in cases.cases.items()]
+        [_failed(place, case, found, source.catalogue.names) for place, case in cases.cases]
     )
     click.echo(f"{len(cases.cases) - failed} of {len(cases.cases)} cases hold")
     sys.exit(_FAILED if failed else 0)
@@ -122,7 +139,7 @@ def diff(
     source = PolicySource.of(config, policies, catalogue)
     before, after = source.load(old), source.load(new)
     wider = 0
-    for case in CaseTable.read(table, source, before, after).cases.values():
+    for _, case in CaseTable.read(table, source, before, after).cases:
         was, now = case.decide(before), case.decide(after)
         for name in source.catalogue.names(now.granted - was.granted):
             wider += 1

@@ -23,7 +23,7 @@ class PolicySource:
 
     @classmethod
     def of(cls, config: Path, policies: Path | None, catalogue: Path | None) -> "PolicySource":
-        """`policies` and `catalogue` go before the configuration, which may then be missing.
+        """`policies` and `catalogue` override the configuration, which may then be missing.
 
         Raises ConfigError, CatalogueError, CheckpointError, SettingError or SuspensionError.
         """

@@ -40,5 +40,5 @@ def _too_slow() -> ApiError:
 def _too_large() -> ApiError:
     # The rest of the body is never read, so the connection can't be used again.
     headers = {"Connection": "close"}
-    message = f"the body may have {MAX_BODY_BYTES} bytes"
+    message = f"the body may have at most {MAX_BODY_BYTES} bytes"
     return ApiError(413, "body_too_large", message, None, headers)

@@ -159,7 +159,10 @@ _VETTED: dict[str, tuple[Callable[[object], bool], str]] = {
     "distributed_executor_backend": (_one_of("mp", "ray", "uni"), "mp, ray or uni"),
     "generation_config": (_one_of("auto", "vllm"), "auto or vllm"),
     "load_format": (_one_of("auto", "safetensors"), "auto or safetensors"),
-    "logprobs_mode": (_one_of("raw_logprobs", "processed_logprobs"), "…_logprobs"),
+    "logprobs_mode": (
+        _one_of("raw_logprobs", "processed_logprobs"),
+        "raw_logprobs or processed_logprobs",
+    ),
     "model_impl": (_one_of("auto", "vllm"), "auto or vllm"),
     "moe_kernel": (_one_of(*KERNELS), " or ".join(KERNELS)),  # ours, not vLLM's own argument
     "prefix_caching_hash_algo": (_one_of("sha256", "sha256_cbor"), "sha256 or sha256_cbor"),
@@ -276,7 +279,7 @@ def refuse_config(config: Any, worker_cls: str, model_path: str, tokenizer: str)
     }
     for name, found in unsafe.items():
         if found:
-            raise SettingError(f"engine setting {name} is on: {_why_not(name)}")
+            raise SettingError(f"engine setting {name}: {_why_off(name)}")
     for what, found, asked in (
         ("model", model.model, model_path),
         ("tokenizer", model.tokenizer, tokenizer),
@@ -288,7 +291,17 @@ def refuse_config(config: Any, worker_cls: str, model_path: str, tokenizer: str)
         raise SettingError(f"the model's architecture is {architectures}, not {ARCHITECTURE}")
 
 
+def _why_off(name: str) -> str:
+    """Of a setting as vLLM calls it."""
+    if name in _WHY:
+        return f"refused, because {_WHY[name]}"
+    if name in _VETTED:
+        return f"only {_VETTED[name][1]} can be served"
+    return "refused, because no test shows that masks hold where it is on"
+
+
 def _why_not(name: str) -> str:
+    """Of an argument as somebody wrote it."""
     if name in _WHY:
         return f"refused, because {_WHY[name]}"
     if near := difflib.get_close_matches(name, _VETTED, n=1):

@@ -35,7 +35,7 @@ def serve_config(
     flags: Sequence[str],
     greet: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Serves until it is told to stop; what is given here goes before the configuration.
+    """Serves until it is told to stop; what is given here overrides the configuration.
 
     `greet` is called with the server's URL once it can answer. Raises a named error for each part
     that doesn't hold, before anything slow begins.

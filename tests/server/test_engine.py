@@ -8,6 +8,7 @@ from vllm.usage.usage_lib import UsageContext
 from expertgate.model import cpu_process
 from expertgate.model.moe_kernel import OPTION
 from expertgate.server import engine
+from expertgate.server.demo import DEMO
 from expertgate.server.grants import Grants
 from expertgate.server.refusals import SettingError, refuse_arguments
 
@@ -101,6 +102,20 @@ def test_the_moe_kernel_is_a_flag_behind_vllms_own(flag):
 def test_another_moe_kernel_is_refused():
     with pytest.raises(SettingError, match="moe_kernel=cutlass: only expertgate or vllm"):
         refuse_arguments({"moe_kernel": "cutlass"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"max_num_seqs": 0}, "engine argument max_num_seqs=0: Input should be greater than"),
+        ({"block_size": "x"}, "engine argument block_size=x: Input should be a valid integer"),
+        ({"max_model_len": 1 << 40}, "engine argument.*max_model_len"),
+    ],
+)
+def test_what_vllm_refuses_has_its_name(arguments, words):
+    with pytest.raises(SettingError, match=words) as refused:
+        engine.start(DEMO / "model", "name", arguments, Grants())
+    assert "\n" not in str(refused.value)
 
 
 def test_weights_that_do_not_fit_are_a_line(tmp_path):

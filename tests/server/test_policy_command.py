@@ -67,6 +67,9 @@ def test_where_policies_and_experts_come_from(run, folder):
     assert run("policy", "check", *given)[0] == 0
     assert "name their folder with --policies" in run("policy", "check", *given[2:])[2]
     assert "expertgate.yaml: No such file" in run("policy", "check")[2]
+    # Its claims and suspensions would be missing, and nobody told.
+    status, _, err = run("policy", "check", *given, "--config", "typo.yaml")
+    assert (status, "typo.yaml is not there" in err) == (2, True)
     (folder / "expertgate.yaml").write_text("policies: p\nidentity: {api_keys: k}\nmodel: a/b\n")
     assert "a/b is no folder here; name its experts.json" in run("policy", "check")[2]
     (folder / "expertgate.yaml").write_text(
@@ -84,6 +87,23 @@ def test_cases_that_hold(run, folder):
         "- {principal: eve, claims: {department: law}, granted: [public]}\n",
     )
     assert run("policy", "test", table) == (0, "4 of 4 cases hold\n", "")
+
+
+def test_cases_in_one_line_are_all_decided(run, folder):
+    table = cases(
+        folder, '[{"principal": "eve", "granted": ["news"]}, {"principal": "eve", "denied": []}]'
+    )
+    assert "says neither" in run("policy", "test", table)[2]
+    table = cases(
+        folder,
+        '[{"principal": "eve", "granted": ["news"]}, {"principal": "eve", "granted": ["public"]}]',
+    )
+    status, out, _ = run("policy", "test", table)
+    assert (status, out.splitlines()[-1]) == (1, "1 of 2 cases hold")
+    table = cases(folder, '[{"principal": "alice"}, {"principal": "eve"}]')
+    write(folder / "new", PUBLIC)
+    out = run("policy", "diff", "policies", "new", "--principals", table)[1]
+    assert "- alice: loses math; no policy permits it" in out.splitlines()
 
 
 def test_cases_that_do_not(run, folder):

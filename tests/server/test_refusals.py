@@ -114,6 +114,25 @@ def test_a_resolved_setting_that_loses_masks_is_refused(section, field, value):
     with pytest.raises(SettingError) as refused:
         refuse_config(config, WORKER, "/checkpoint", "/tokenizer")
     assert "\n" not in str(refused.value)
+    assert "did you mean" not in str(refused.value)  # it is the name
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "words"),
+    [
+        ("model_config", "runner_type", "pooling", "runner: only generate can be served"),
+        ("model_config", "model_impl", "terratorch", "model_impl: only auto or vllm can be"),
+        ("scheduler_config", "policy", "priority", "scheduling_policy: only fcfs can be served"),
+        ("model_config", "quantization", "int4", "quantization: refused, because a quantised"),
+    ],
+)
+def test_a_resolved_setting_is_refused_by_its_name_and_with_the_reason(
+    section, field, value, words
+):
+    config = safe_config()
+    setattr(getattr(config, section), field, value)
+    with pytest.raises(SettingError, match=f"engine setting {words}"):
+        refuse_config(config, WORKER, "/checkpoint", "/tokenizer")
 
 
 def test_vllms_own_scheduler_and_ngram_are_fine():

@@ -62,7 +62,8 @@ async def models(request: Request) -> JSONResponse:
 async def experts(request: Request) -> JSONResponse:
     """The catalogue, as far as the caller is granted it."""
     service = _service(request)
-    decision = service.decide(await service.identity.identify(request), context_of(request))
+    request.state.principal = principal = await service.identity.identify(request)
+    decision = service.decide(principal, context_of(request))
     # An index would tell how many experts there are that the caller may not know of.
     shown = [
         service.catalogue.experts[index].model_dump(mode="json", exclude={"index"})

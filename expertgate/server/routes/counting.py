@@ -33,7 +33,7 @@ async def detokenize(request: Request) -> JSONResponse:
 def _tokenizing(raw: bytes, max_model_len: int, _: int) -> TokenizeChat | TokenizeText:
     most = max(_LEAST_BYTES, _CHARS_PER_TOKEN * max_model_len)
     if len(raw) > most:
-        message = f"the body may have {most} bytes here, for {max_model_len} tokens"
+        message = f"the body may have at most {most} bytes here, for {max_model_len} tokens"
         raise ApiError(413, "body_too_large", message)
     body = schemas.parse(raw)
     if "messages" in body:

@@ -180,6 +180,7 @@ def test_refusals_are_told(client, log, tmp_path):
     ask(client, experts=["math"])
     ask(client, experts=[])
     client.get("/v1/experts")
+    client.get("/v1/experts", headers={"user": "alice", "X-Purpose": ""})
     client.post("/tokenize", content="{}", headers={"user": "alice", "Content-Type": "text/plain"})
     found = told(log, tmp_path, "refused", "request", "result")
     assert [(r["kind"], r["principal"], r["status"], r["code"]) for r in found] == [
@@ -187,9 +188,14 @@ def test_refusals_are_told(client, log, tmp_path):
         ("refused", "alice", 403, "expert_not_permitted"),
         ("refused", "alice", 400, "invalid_experts"),
         ("refused", None, 401, "invalid_credential"),
+        ("refused", "alice", 400, "invalid_request"),
         ("refused", "alice", 415, "unsupported_media_type"),
     ]
-    assert [record["route"] for record in found[3:]] == ["/v1/experts", "/tokenize"]
+    assert [record["route"] for record in found[3:]] == [
+        "/v1/experts",
+        "/v1/experts",
+        "/tokenize",
+    ]
 
 
 def test_a_flood_of_refusals_fills_no_disk(client, log, service, tmp_path, monkeypatch):
