@@ -19,8 +19,10 @@ import expertgate
 from expertgate.server import suspensions
 from expertgate.server.config import Config
 from expertgate.server.policy_files import PolicyFiles
+from expertgate.server.routes.table import ROUTES
 from expertgate.server.watched import WatchedFile
 from tests.deploy.dockerfile import ROOT, read
+from tests.deploy.leaderworkerset import LeaderWorkerSet
 from tests.deploy.stopping import takes_s
 
 CHART = ROOT / "deploy" / "helm" / "expertgate"
@@ -100,7 +102,7 @@ def test_lint_strict_finds_nothing(name):
 def test_every_object_fits_the_schema_of_kubernetes(objects):
     for item in objects:
         if item["kind"] == "LeaderWorkerSet":
-            # Its own schema is in no package of PyPI, npm or Debian: what is checked is its pods.
+            assert fits(item, LeaderWorkerSet)
             for pod in pods(objects):
                 assert pod["metadata"]["labels"]
                 whole = {"apiVersion": "v1", "kind": "PodTemplate", "template": pod}
@@ -116,6 +118,28 @@ def fits(item, model):
         mode="json", by_alias=True, exclude_unset=True
     )
     return bool(read_back == item)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("replicas", "2"),
+        ("startupPolicy", "WorkersFirst"),
+        ("leaderWorkerTemplate.size", 0),
+        ("leaderWorkerTemplate.restartPolicy", "Always"),
+        ("leaderWorkerTemplate.workerTemplate", None),
+        ("leaderWorkerTemplate.template", {}),
+    ],
+)
+def test_a_wrong_leader_worker_set_would_be_found(field, value):
+    [item] = kind(render(values("multi-node")), "LeaderWorkerSet")
+    *path, last = field.split(".")
+    part = item["spec"]
+    for name in path:
+        part = part[name]
+    part[last] = value
+    with pytest.raises(ValidationError):
+        fits(item, LeaderWorkerSet)
 
 
 @pytest.mark.parametrize(
@@ -320,10 +344,28 @@ def test_replicas_follow_what_waits(objects):
 def test_routes_lead_to_the_api_alone(objects):
     for ingress in kind(objects, "Ingress"):
         [rule] = ingress["spec"]["rules"]
-        assert [path["path"] for path in rule["http"]["paths"]] == ["/v1"]
+        check_paths({p["path"]: p["pathType"] == "Prefix" for p in rule["http"]["paths"]})
     for route in kind(objects, "HTTPRoute"):
         [rule] = route["spec"]["rules"]
-        assert rule["matches"] == [{"path": {"type": "PathPrefix", "value": "/v1"}}]
+        paths = [match["path"] for match in rule["matches"]]
+        check_paths({path["value"]: path["type"] == "PathPrefix" for path in paths})
+
+
+INSIDE = {"/health", "/ready", "/version"}
+"""Of the public listener, what is for the cluster alone."""
+
+
+def check_paths(prefixes):
+    """`prefixes`: whether each path stands for all below it as well."""
+    public = {route.path for route in ROUTES}
+    assert public > INSIDE
+
+    def is_led_to(path):
+        return path in prefixes or any(
+            path.startswith(f"{prefix}/") for prefix, below in prefixes.items() if below
+        )
+
+    assert {path for path in public if is_led_to(path)} == public - INSIDE
 
 
 def test_probes_ask_what_each_is_for(objects):
@@ -393,6 +435,17 @@ def test_what_is_read_again_restarts_nothing():
     before, after = render({"catalogue": {"content": "[]"}}), render(changed)
     assert pods(before) == pods(after)
     assert kind(before, "ConfigMap") != kind(after, "ConfigMap")
+
+
+def test_without_a_list_in_the_chart_each_pod_keeps_one_that_can_be_written():
+    objects = render({"suspended": None})
+    path = Path(config(objects)["suspended"])
+    for pod in servers(objects):
+        [mount] = [m for m in container(pod)["volumeMounts"] if path.is_relative_to(m["mountPath"])]
+        assert mount["name"] == "audit"  # which outlives the pod
+        assert not mount.get("readOnly")
+        assert "suspended" not in {volume["name"] for volume in pod["spec"]["volumes"]}
+    assert not [m for m in kind(objects, "ConfigMap") if "suspended.yaml" in m["data"]]
 
 
 @pytest.mark.parametrize("names", [[], ["news"], ["math", "news"]])

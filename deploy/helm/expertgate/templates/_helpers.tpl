@@ -39,7 +39,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- $_ := set $engine "distributed_executor_backend" "ray" -}}
 {{- end -}}
 {{- $own := dict "model" .Values.model.name "policies" "/etc/expertgate/policies" -}}
-{{- $_ := set $own "suspended" "/etc/expertgate/suspended/suspended.yaml" -}}
+{{- $listed := kindIs "slice" .Values.suspended | ternary "/etc/expertgate/suspended" "/var/lib/expertgate" -}}
+{{- $_ := set $own "suspended" (printf "%s/suspended.yaml" $listed) -}}
 {{- $_ := set $own "host" "0.0.0.0" -}}
 {{- $_ := set $own "port" 8000 -}}
 {{- $_ := set $own "identity" (dict "api_keys" "/etc/expertgate/keys/keys.yaml") -}}
@@ -58,6 +59,14 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 {{- $_ := set $own "engine" (mergeOverwrite $engine (deepCopy .Values.engine)) -}}
 {{- toYaml (mergeOverwrite (deepCopy .Values.config) $own) -}}
+{{- end -}}
+
+{{- /* What clients ask for. The rest of the public listener is for probes inside the cluster. */ -}}
+{{- define "expertgate.paths" -}}
+/.well-known/expertgate-keys: Exact
+/detokenize: Exact
+/tokenize: Exact
+/v1: Prefix
 {{- end -}}
 
 {{- define "expertgate.target" -}}

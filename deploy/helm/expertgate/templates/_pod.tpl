@@ -129,7 +129,9 @@ spec:
         - {name: config, mountPath: /etc/expertgate/config, readOnly: true}
         - {name: keys, mountPath: /etc/expertgate/keys, readOnly: true}
         - {name: policies, mountPath: /etc/expertgate/policies, readOnly: true}
+        {{- if kindIs "slice" .suspended }}
         - {name: suspended, mountPath: /etc/expertgate/suspended, readOnly: true}
+        {{- end }}
         {{- if .audit.signingKeySecret }}
         - {name: signing, mountPath: /etc/expertgate/signing, readOnly: true}
         {{- end }}
@@ -178,8 +180,10 @@ spec:
     {{- end }}
     - name: policies
       configMap: {name: {{ .policies.existingConfigMap | default (printf "%s-policies" (include "expertgate.name" $root)) }}}
+    {{- if kindIs "slice" .suspended }}
     - name: suspended
       configMap: {name: {{ include "expertgate.name" $root }}-suspended}
+    {{- end }}
     {{- if or .catalogue.content .catalogue.existingConfigMap }}
     - name: catalogue
       configMap: {name: {{ .catalogue.existingConfigMap | default (printf "%s-catalogue" (include "expertgate.name" $root)) }}}
