@@ -265,7 +265,8 @@ SAID: Mapping[str, str] = {
     "bad_words": f"Text that may not be generated; {limits.MAX_BAD_WORD_BYTES} bytes in all.",
     "cache_salt": (
         "Parts the prefix cache further. It is never shared between principals or sets of experts; "
-        "with this, only requests of the same salt share it."
+        "with this, only requests of the same salt share it. 1 to 128 characters without "
+        "`@`, `/`, `\\` and NUL."
     ),
     "continue_final_message": (
         "Whether the last message is left open for the model to go on with; not together with "
@@ -299,7 +300,10 @@ SAID: Mapping[str, str] = {
     "presence_penalty": "Makes tokens less likely that are there already.",
     "previous_response_id": "Nothing is stored here: send the whole conversation as `input`.",
     "prompt": "Text, token ids, or a list of either.",
-    "prompt_logprobs": "Of how many tokens log probabilities are given, along the prompt.",
+    "prompt_logprobs": (
+        "Of how many tokens log probabilities are given, along the prompt. With the prompt's own, "
+        "of all prompts and choices together, at most 32768."
+    ),
     "reasoning": "Taken where the model reasons.",
     "repetition_penalty": "Above 1 makes tokens of prompt and answer less likely, below 1 more.",
     "response_format": "What the text has to be; a JSON Schema is followed.",
