@@ -1,6 +1,7 @@
 """Whatever a client sends, nothing breaks, and no grant is wider than Cedar itself would give."""
 
 import json
+from contextlib import suppress
 
 import cedarpy
 import pytest
@@ -12,6 +13,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from expertgate.server.app import create_app
 from expertgate.server.grants import HANDLE_ARG
 from expertgate.server.handlers import Handlers
+from expertgate.server.suspensions import SuspensionError
 from tests.server.running import EXPERTS
 from tests.server.sites import ALICE, PUBLIC, RESEARCH, Site
 
@@ -177,7 +179,8 @@ def test_no_file_of_suspensions_breaks_or_resumes(site, content):
     site.oversight._read_suspensions()
     raw = content.encode(errors="surrogatepass") if isinstance(content, str) else content
     site.suspended.write_bytes(raw)
-    site.oversight._read_suspensions()
+    with suppress(SuspensionError):  # told, and nothing else comes of it
+        site.oversight._read_suspensions()
     suspended = {e["name"] for e in EXPERTS if e["index"] in site.service.suspended}
     if suspended != {"news"}:  # then it is a list of names that says so
         assert raw.strip().startswith((b"[", b"-"))
