@@ -546,6 +546,17 @@ def test_every_pod_has_the_environment_that_is_given(name):
         {"env": [{"name": "HTTPS_PROXY"}]},
         {"env": [{"name": "THREADS", "value": 4}]},
         {"env": [{"name": "VLLM_PLUGINS", "value": "others"}]},
+        # A pod that comes by itself, or comes back without a volume, would suspend nobody.
+        {
+            "suspended": None,
+            "autoscaling": {"enabled": True},
+            "admin": {"existingSecret": "operators", "from": [{"podSelector": {}}]},
+        },
+        {
+            "suspended": None,
+            "multiNode": {"enabled": True},
+            "config": {"audit": {"enabled": False}},
+        },
     ],
     ids=json.dumps,
 )
@@ -556,6 +567,11 @@ def test_values_that_make_no_sense_are_refused(wrong):
 
 def test_several_nodes_may_do_without_a_log_that_is_off():
     render({"multiNode": {"enabled": True}, "config": {"audit": {"enabled": False}}})
+
+
+def test_several_nodes_may_keep_the_list_where_they_have_a_volume():
+    claim = {"existingClaim": "logs"}
+    render({"suspended": None, "multiNode": {"enabled": True}, "audit": claim})
 
 
 def test_names_follow_the_release():
