@@ -183,8 +183,8 @@ class GuardedLLM:
         grant.prompt_logprobs += self._prompt_logprobs(prompt, sampling_params)
         if grant.prompt_logprobs > _MAX_PROMPT_LOGPROBS:
             raise VLLMValidationError(
-                "log probabilities along the prompts are asked for, in all choices together of "
-                f"{grant.prompt_logprobs} tokens; at most {_MAX_PROMPT_LOGPROBS}",
+                f"{grant.prompt_logprobs} log probabilities are asked for along the prompts, in "
+                f"all choices together; at most {_MAX_PROMPT_LOGPROBS}",
                 parameter="prompt_logprobs",
             )
 

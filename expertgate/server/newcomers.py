@@ -4,7 +4,7 @@ vLLM's scheduler keeps whoever has come last at the end of a batch, so that in a
 token waits until those of all other streams have been made into text and sent.
 """
 
-from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.engine.async_llm import AsyncLLM
 
 
@@ -13,12 +13,14 @@ def first_tokens_first(engine: AsyncLLM) -> None:
     core, states = engine.engine_core, engine.output_processor.request_states
     get = core.get_output_async
 
+    def has_begun(output: EngineCoreOutput) -> bool:
+        state = states.get(output.request_id)
+        # What was aborted is not known any more; its output will be thrown away.
+        return state is None or not state.is_prefilling
+
     async def get_output_async() -> EngineCoreOutputs:
         step = await get()
-        # What is aborted is not known any more, and its output is thrown away.
-        known = ((states.get(output.request_id), output) for output in step.outputs)
-        ordered = sorted(known, key=lambda pair: pair[0] is None or not pair[0].is_prefilling)
-        step.outputs = [output for _, output in ordered]
+        step.outputs.sort(key=has_begun)
         return step
 
     core.get_output_async = get_output_async

@@ -24,6 +24,7 @@ from expertgate.server.audit.signing import PublicKeys, sync_folder
 
 HEAD_FILE = "head.json"
 _NAME = re.compile(r"([0-9]{16})\.jsonl")
+_LOOK_INTO_IT = "Keep this folder for whoever looks into it, and begin a new one"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,21 +102,18 @@ def find_end(folder: Path, keys: PublicKeys) -> End:
     # One that was signed before the key was changed says nothing that could be checked here.
     if head.get("key") in keys and not keys.signed_head(head):
         raise AuditError(f"{path}: its signature doesn't hold. {_LOOK_INTO_IT}")
-    seq = head["seq"]
+    seq, found = head["seq"], digest(line_of(head))
     if end.seq < seq:
         raise AuditError(
             f"{end.path or folder}: the log ends at record {end.seq}, but {HEAD_FILE} has record "
             f"{seq}: it was cut or damaged. {_LOOK_INTO_IT}"
         )
-    if last.hashes.get(seq, digest(line_of(head))) != digest(line_of(head)):
+    if last.hashes.get(seq, found) != found:
         raise AuditError(
             f"{end.path}: has another record {seq} than the signed one in {HEAD_FILE}: it was "
             f"written anew. {_LOOK_INTO_IT}"
         )
     return end
-
-
-_LOOK_INTO_IT = "Keep this folder for whoever looks into it, and begin a new one"
 
 
 @dataclass(frozen=True, slots=True)

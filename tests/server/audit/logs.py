@@ -17,8 +17,7 @@ def signing_key(folder: Path) -> SigningKey:
 
 
 def public_keys(folder: Path) -> PublicKeys:
-    key = signing_key(folder)
-    return PublicKeys({key.id: key.private.public_key()})
+    return signing_key(folder).public
 
 
 def open_log(folder: Path, *, rotate_bytes=1 << 20, sign_every=5, fail_open=False) -> AuditLog:

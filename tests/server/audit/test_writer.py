@@ -21,7 +21,6 @@ from expertgate.server.audit.writer import AuditUnavailable, Waived, Written
 from tests.server.audit.logs import (
     check,
     open_log,
-    public_keys,
     records,
     signing_key,
     write_log,
@@ -313,10 +312,11 @@ def test_a_log_written_anew_under_its_head_is_not_gone_on_from(tmp_path):
 
 def test_a_log_goes_on_under_another_key(tmp_path):
     write_log(tmp_path, 3)
-    before = public_keys(tmp_path)
+    before = signing_key(tmp_path)
     (tmp_path / "key.pem").rename(tmp_path / "old.pem")
     write_log(tmp_path, 3)
-    both = PublicKeys({**before._keys, **public_keys(tmp_path)._keys})
+    keys = (before, signing_key(tmp_path))
+    both = PublicKeys({key.id: key.private.public_key() for key in keys})
     assert verify(tmp_path / "audit", both).faults == []
 
 
