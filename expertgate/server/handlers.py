@@ -3,6 +3,7 @@
 vLLM's `init_app_state` would bring more: batch, adapter, tool-server and plug-in routes.
 """
 
+import difflib
 import logging
 import time
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.entrypoints.serve.utils.fingerprint import set_default_fingerprint_mode
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.renderers.online_renderer import OnlineRenderer
+from vllm.tool_parsers import ToolParserManager
 
 from expertgate.server.grants import WithdrawnError
 from expertgate.server.guard import GuardedLLM
@@ -33,6 +35,16 @@ class _ClientErrors(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
         return not isinstance(error, VLLMClientError | GracefulHTTPError | WithdrawnError)
+
+
+def check_tool_parser(name: str | None) -> None:
+    """Raises SettingError for a name that vLLM doesn't know; needs neither weights nor engine."""
+    known = ToolParserManager.list_registered()
+    if name is None or name in known:
+        return
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else f", only {', '.join(known)}"
+    raise SettingError(f"tool_parser {name}: vLLM has no such parser{hint}")
 
 
 for _module in ("chat_completion", "completion", "responses"):
@@ -53,7 +65,7 @@ class Handlers:
     def around(cls, engine: GuardedLLM, tool_parser: str | None) -> "Handlers":
         """`tool_parser`: vLLM's name of the way in which the model writes its calls of tools.
 
-        Raises SettingError for one that there isn't, or that doesn't fit the tokenizer.
+        Raises SettingError for one that doesn't fit the tokenizer.
         """
         # A fingerprint would tell every client how the server is put together.
         set_default_fingerprint_mode("none")

@@ -75,13 +75,14 @@ def serve_config(
         from expertgate.server.admin import create_admin
         from expertgate.server.app import create_app
         from expertgate.server.engine import parse_flags, start
-        from expertgate.server.handlers import Handlers
+        from expertgate.server.handlers import Handlers, check_tool_parser
         from expertgate.server.oversight import Oversight
         from expertgate.server.run import Listener, run
         from expertgate.server.service import Service
 
         arguments |= parse_flags(flags)
         refuse_arguments(arguments)
+        check_tool_parser(config.tool_parser)
         service = Service(known, identity, policies, trail, Admission(config.limits))
         oversight = Oversight(service, files, seen, config.suspended)
         oversight.listeners.append(trail.changed)

@@ -677,6 +677,11 @@ def test_mistakes_are_one_line_each(tmp_path):
     assert "--config" in mistake(tmp_path, "serve", "--", "--config", "missing.yaml")
     compilation = ("--compilation-config", '{"mode": 3, "backend": "another.backend"}')
     assert "compilation_config" in mistake(tmp_path, "serve", "--", *compilation)
+    with (tmp_path / "expertgate.yaml").open("a") as config:
+        config.write("tool_parser: olmo4\n")
+    # Before the engine's arguments are looked at, and so before any weights are.
+    too_long = ("--", "--max-model-len", "99999999")
+    assert "did you mean olmo3?" in mistake(tmp_path, "serve", *too_long)
     (tmp_path / "policies" / "all.cedar").write_text("permit(")
     assert "all.cedar" in mistake(tmp_path, "serve")
     (tmp_path / "expertgate.yaml").write_text(
