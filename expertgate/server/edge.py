@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from expertgate.server import tracing
 from expertgate.server.errors import bad_request
 from expertgate.server.logs import FACTS, request_id
+from expertgate.server.metrics import DENIALS
 
 HEADER = "X-Request-Id"
 
@@ -61,6 +62,7 @@ class Edge:
         if given and not known:
             message = f"{HEADER} must be sent once, as 1 to 128 letters, digits and . _ : / + = -"
             error = bad_request(message, HEADER)
+            DENIALS.labels(error.code).inc()
             app = JSONResponse(error.body(), error.status)
         method, above = scope["method"], tracing.context_in(headers)
         try:

@@ -10,6 +10,7 @@ from starlette.testclient import TestClient
 
 from expertgate.server.app import show_errors
 from expertgate.server.logs import _JSON, _TEXT, request_id
+from expertgate.server.metrics import DENIALS
 
 
 @pytest.fixture
@@ -56,7 +57,12 @@ def test_an_id_that_could_forge_a_line_is_refused(client, given, caplog):
 
 def test_two_ids_are_refused(client):
     headers = [("X-Request-Id", "a"), ("X-Request-Id", "b")]
-    assert client.get("/look", headers=headers).status_code == 400
+    denials = DENIALS.labels("invalid_request")._value
+    before = denials.get()
+    response = client.get("/look", headers=headers)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith("X-Request-Id must be sent once")
+    assert denials.get() == before + 1
 
 
 @pytest.mark.parametrize(("path", "status"), [("/look", 200), ("/fail", 500), ("/none", 404)])

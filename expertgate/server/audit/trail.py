@@ -59,7 +59,7 @@ class Trail:
         self._catalogue = catalogue
         self.catalogue_digest = _digest(catalogue)
         self._described = _described(catalogue)
-        self._refused: Counter[str | None] = Counter()
+        self._refused: Counter[tuple[str, str] | None] = Counter()
         self._uncounted: Counter[tuple[int, str]] = Counter()
         self._refused_since = time.monotonic()
 
@@ -164,7 +164,8 @@ class Trail:
             return
         if time.monotonic() - self._refused_since >= _REFUSALS_S:
             self._tell_refusals()
-        who = None if principal is None else principal.id
+        # An operator's name may be a user's as well.
+        who = None if principal is None else (principal.via, principal.id)
         self._refused[who] += 1
         if self._refused[who] > _REFUSALS_EACH:
             self._uncounted[error.status, error.code] += 1

@@ -6,10 +6,13 @@ import hashlib
 import os
 import threading
 import time
+from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import pytest
 from starlette.testclient import TestClient
 
+from expertgate.server.admin import create_admin
 from expertgate.server.app import create_app
 from expertgate.server.audit import trail, writer
 from expertgate.server.audit.entry import Entry
@@ -212,6 +215,22 @@ def test_a_flood_of_refusals_fills_no_disk(client, log, service, tmp_path, monke
     assert counts == [
         {"status": 401, "code": "invalid_credential", "count": 40},
         {"status": 403, "code": "expert_not_permitted", "count": 5},
+    ]
+
+
+def test_an_operators_wrong_token_hides_nobody(client, service, log, tmp_path):
+    policy = SimpleNamespace(version="v", loaded_at=datetime.now(UTC))
+    oversight = SimpleNamespace(policy=policy, listeners=[])
+    operators = TestClient(create_admin(service, oversight, "right"))
+    for _ in range(15):
+        operators.get("/metrics", headers={"Authorization": "Bearer wrong"})
+    ask(client, user=None)
+    ask(client, user="operator", experts=["math"])  # may be a key's name as well
+    found = told(log, tmp_path, "refused")
+    assert [(r["principal"], r["via"]) for r in found[:10]] == [("operator", "admin")] * 10
+    assert [(r["principal"], r["route"]) for r in found[10:]] == [
+        (None, "/v1/chat/completions"),
+        ("operator", "/v1/chat/completions"),
     ]
 
 
