@@ -16,14 +16,14 @@ from expertgate.server.audit.receipts_command import receipts
 from expertgate.server.audit.usage_command import usage
 from expertgate.server.cases import CasesError
 from expertgate.server.chat_command import chat
-from expertgate.server.config import Config, ConfigError
+from expertgate.server.config import CONFIG_FILE, Config, ConfigError
 from expertgate.server.experts_command import experts
 from expertgate.server.failures import EngineError, ProofError
 from expertgate.server.jwks import JwksError
 from expertgate.server.keys import KeysError
 from expertgate.server.keys_command import keys
 from expertgate.server.listening import ListenError
-from expertgate.server.policy_command import CONFIG_FILE, policy
+from expertgate.server.policy_command import policy
 from expertgate.server.refusals import SettingError
 from expertgate.server.suspensions import SuspensionError
 

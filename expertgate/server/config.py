@@ -42,6 +42,9 @@ from expertgate.policies.context import ClaimKind
 from expertgate.server.identity_config import IdentityConfig
 from expertgate.server.yaml_file import YamlError, YamlFile
 
+CONFIG_FILE = "expertgate.yaml"
+"""In the current folder, where no other is named."""
+
 
 class ConfigError(ValueError):
     """What is wrong with a configuration: one fault a line, each with file, line and place."""

@@ -5,8 +5,7 @@ from pathlib import Path
 import click
 
 from expertgate.server import suspensions
-from expertgate.server.config import Config
-from expertgate.server.policy_command import CONFIG_FILE
+from expertgate.server.config import CONFIG_FILE, Config
 from expertgate.server.policy_source import PolicySource
 from expertgate.server.suspensions import SuspensionError
 

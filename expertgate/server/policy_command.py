@@ -1,5 +1,6 @@
 """`expertgate policy`: what policies say, before they are put in force."""
 
+import functools
 import sys
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
@@ -12,10 +13,10 @@ from expertgate.policies.cedar import PolicySet
 from expertgate.policies.context import Context, ip_address
 from expertgate.policies.decision import Decision
 from expertgate.policies.principal import Principal
+from expertgate.server import claim_options
 from expertgate.server.cases import Case, CaseTable
+from expertgate.server.config import CONFIG_FILE
 from expertgate.server.policy_source import PolicySource
-
-CONFIG_FILE = "expertgate.yaml"
 
 _FAILED = 1
 _WIDER = 3
@@ -23,11 +24,32 @@ _WIDER = 3
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def _source_options(command: Command) -> Command:
+def _with_source(command: Command) -> Command:
+    """Gives a command the options that say where policies and experts come from, as `source`."""
+
+    @functools.wraps(command)
+    def sourced(
+        config: Path | None,
+        policies: Path | None,
+        catalogue: Path | None,
+        declared: tuple[str, ...],
+        **own: Any,
+    ) -> None:
+        claims = claim_options.declared(declared)
+        command(source=PolicySource.of(config, policies, catalogue, claims), **own)
+
+    found: Any = sourced
     path = click.Path(path_type=Path)
     for option in (
         click.option(
-            "--catalogue", type=path, help="An experts.json; overrides the configuration's."
+            "--claims",
+            "declared",
+            multiple=True,
+            metavar="NAME:TYPE",
+            help="A claim that policies may read, besides the configuration's; may be repeated.",
+        ),
+        click.option(
+            "--catalogue", type=path, help="File of the experts; overrides the configuration's."
         ),
         click.option(
             "--policies", type=path, help="Folder of *.cedar files; overrides the configuration's."
@@ -35,20 +57,12 @@ def _source_options(command: Command) -> Command:
         click.option(
             "--config",
             type=path,
-            callback=_config,
             help=f"The server's configuration. Default: {CONFIG_FILE}, which may be missing where "
-            "--catalogue says which experts there are.",
+            "the other options say all that is needed.",
         ),
     ):
-        command = option(command)
-    return command
-
-
-def _config(_context: click.Context, _option: click.Parameter, given: Path | None) -> Path:
-    """One that was named must be there."""
-    if given is not None and not given.exists():
-        raise click.BadParameter(f"{given} is not there")
-    return given or Path(CONFIG_FILE)
+        found = option(found)
+    return found
 
 
 @click.group()
@@ -57,20 +71,21 @@ def policy() -> None:
 
 
 @policy.command()
-@_source_options
-def check(config: Path, policies: Path | None, catalogue: Path | None) -> None:
+@_with_source
+def check(source: PolicySource) -> None:
     """Read and validate the policies, as the server would."""
-    source = PolicySource.of(config, policies, catalogue)
     found = source.load()
     click.echo(f"{len(found)} policies about {len(source.catalogue)} experts hold: {found.version}")
 
 
 @policy.command()
 @click.argument("table", metavar="CASES", type=click.Path(path_type=Path))
-@_source_options
-def test(table: Path, config: Path, policies: Path | None, catalogue: Path | None) -> None:
-    """Decide each case of a table; exits with 1 where one is decided otherwise than it says."""
-    source = PolicySource.of(config, policies, catalogue)
+@_with_source
+def test(source: PolicySource, table: Path) -> None:
+    """Decide each case of a table; exits with 1 where one is decided otherwise than it says.
+
+    By policies alone, as if no expert were suspended.
+    """
     found = source.load()
     cases = CaseTable.read(table, source, found)
     cases.check_expectations()
@@ -85,30 +100,39 @@ def test(table: Path, config: Path, policies: Path | None, catalogue: Path | Non
 @click.option("--as", "principal", required=True, metavar="PRINCIPAL", help="Who asks.")
 @click.option("--group", "groups", multiple=True, help="A group of theirs; may be repeated.")
 @click.option("--experts", help="Only these, by commas; all where missing.")
+@click.option(
+    "--claim",
+    "claims",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A claim of their token; lists are separated by commas; may be repeated.",
+)
 @click.option("--purpose", help="What for.")
 @click.option("--address", help="From where: an IP address.")
 @click.option("--time", help="When: an ISO 8601 time with its zone. Default: now.")
-@_source_options
+@_with_source
 def explain(
+    source: PolicySource,
     principal: str,
     groups: tuple[str, ...],
     experts: str | None,
+    claims: tuple[str, ...],
     purpose: str | None,
     address: str | None,
     time: str | None,
-    config: Path,
-    policies: Path | None,
-    catalogue: Path | None,
 ) -> None:
-    """Say for each expert whether PRINCIPAL may consult it, and by which policies."""
-    source = PolicySource.of(config, policies, catalogue)
+    """Say for each expert whether PRINCIPAL may consult it, and by which policies.
+
+    One that is suspended by the configuration's list is denied, and shown as such.
+    """
     known = source.catalogue.names(source.catalogue.all)
     wanted = known if experts is None else [name.strip() for name in experts.split(",")]
     for name in wanted:
         if name not in known:
             raise click.BadParameter(f"there is no expert {name!r}, only {', '.join(known)}")
     context = Context(_time(time), purpose, _address(address))
-    decision = source.load().decide(Principal(principal, frozenset(groups)), context)
+    asking = Principal(principal, frozenset(groups), claim_options.given(claims, source.claims))
+    decision = source.load().decide(asking, context)
     granted = set(source.catalogue.names(decision.granted)) - source.suspended
     width = max(map(len, wanted))
     for name in wanted:
@@ -128,15 +152,12 @@ def explain(
     type=click.Path(path_type=Path),
     help="Who to ask it of: a table of cases, whose expectations don't matter here.",
 )
-@_source_options
-def diff(
-    old: Path, new: Path, table: Path, config: Path, policies: Path | None, catalogue: Path | None
-) -> None:
+@_with_source
+def diff(source: PolicySource, old: Path, new: Path, table: Path) -> None:
     """List who gains or loses which expert by the policies of folder NEW in place of OLD's.
 
-    Exits with 3 where anybody gains one.
+    Exits with 3 where anybody gains one. By policies alone, as if no expert were suspended.
     """
-    source = PolicySource.of(config, policies, catalogue)
     before, after = source.load(old), source.load(new)
     wider = 0
     for _, case in CaseTable.read(table, source, before, after).cases:

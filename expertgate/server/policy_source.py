@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from expertgate.model.catalogue import FILE_NAME, Catalogue
 from expertgate.model.checkpoint import Checkpoint
 from expertgate.policies.cedar import PolicySet
 from expertgate.policies.context import ClaimKind
 from expertgate.server import suspensions
-from expertgate.server.config import Config
+from expertgate.server.config import CONFIG_FILE, Config
 from expertgate.server.policy_files import resources
 from expertgate.server.refusals import SettingError
 
@@ -22,17 +23,24 @@ class PolicySource:
     suspended: frozenset[str]
 
     @classmethod
-    def of(cls, config: Path, policies: Path | None, catalogue: Path | None) -> "PolicySource":
-        """`policies` and `catalogue` override the configuration, which may then be missing.
+    def of(
+        cls,
+        config: Path | None,
+        policies: Path | None,
+        catalogue: Path | None,
+        claims: Mapping[str, ClaimKind] = MappingProxyType({}),
+    ) -> "PolicySource":
+        """What is given overrides the configuration, which need not be there unless it is named.
 
         Raises ConfigError, CatalogueError, CheckpointError, SettingError or SuspensionError.
         """
-        if catalogue is not None and not config.exists():
-            return cls(policies, Catalogue.read(catalogue), {}, frozenset())
-        found = Config.load(config)
+        path = config or Path(CONFIG_FILE)
+        if config is None and catalogue is not None and not path.exists():
+            return cls(policies, Catalogue.read(catalogue), claims, frozenset())
+        found = Config.load(path)
         experts = _catalogue(found, catalogue)
         suspended = suspensions.read(found.suspended) or frozenset()
-        return cls(policies or found.policies, experts, found.claims, suspended)
+        return cls(policies or found.policies, experts, {**found.claims, **claims}, suspended)
 
     def load(self, folder: Path | None = None) -> PolicySet:
         """The policies of `folder`, where it isn't the one. Raises PolicyError or SettingError."""

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from expertgate.server import claim_options
 from expertgate.server.cli import main
 from expertgate.server.demo import DEMO
 from tests.server.running import EXPERTS
@@ -67,15 +68,22 @@ def test_where_policies_and_experts_come_from(run, folder):
     assert run("policy", "check", *given)[0] == 0
     assert "name their folder with --policies" in run("policy", "check", *given[2:])[2]
     assert "expertgate.yaml: No such file" in run("policy", "check")[2]
-    # Its claims and suspensions would be missing, and nobody told.
-    status, _, err = run("policy", "check", *given, "--config", "typo.yaml")
-    assert (status, "typo.yaml is not there" in err) == (2, True)
     (folder / "expertgate.yaml").write_text("policies: p\nidentity: {api_keys: k}\nmodel: a/b\n")
     assert "a/b is no folder here; name its experts.json" in run("policy", "check")[2]
     (folder / "expertgate.yaml").write_text(
         f"policies: policies\nidentity: {{api_keys: k}}\nmodel: {DEMO / 'model'}\n"
     )
     assert "the experts are public, formulary, cases" in run("policy", "check")[2]
+
+
+def test_a_configuration_that_is_named_must_be_there(run, folder):
+    given = ("--policies", "policies", "--catalogue", "experts.json", "--config", "typo.yaml")
+    # Its claims and suspensions would be missing, and nobody told.
+    assert run("policy", "check", *given) == (
+        2,
+        "",
+        "expertgate: typo.yaml: No such file or directory\n",
+    )
 
 
 def test_cases_that_hold(run, folder):
@@ -198,6 +206,61 @@ def test_explain(run):
     ]
     _, out, _ = run("policy", "explain", "--as", "eve", "--experts", "math, public")
     assert out == "math    denied   no policy permits it\npublic  allowed  public\n"
+
+
+CLAIMS = (
+    PUBLIC + "permit(principal, action, resource) when {\n"
+    '  context.claims has department && context.claims.department == "care" &&\n'
+    "  context.claims has level && context.claims.level > 2 };\n"
+)
+
+
+def test_explain_with_claims(run, folder):
+    write(folder / "policies", CLAIMS)
+    asked = ("policy", "explain", "--as", "x", "--experts", "math", "--claim", "department=care")
+    assert "allowed" in run(*asked, "--claim", "level=3")[1]
+    assert "denied" in run(*asked, "--claim", "level=2")[1]
+    assert "denied" in run(*asked)[1]
+    for wrong, words in (
+        ("level=high", "'level=high' is not of the type integer"),
+        ("lvl=3", "the claim 'lvl' is not declared, only department, level"),
+    ):
+        status, _, err = run(*asked, "--claim", wrong)
+        assert status == 2
+        assert words in err
+
+
+def test_claims_of_every_type():
+    kinds = claim_options.declared(
+        ["a:string", "b:integer", "c:boolean", "d:strings", "https://acme.example/d:string"]
+    )
+    assert kinds["https://acme.example/d"] == "string"
+    texts = ["a=x=y", "b=-1", "c=true", "d=p,q", "https://acme.example/d=z"]
+    assert claim_options.given(texts, kinds) == {
+        "a": "x=y",
+        "b": -1,
+        "c": True,
+        "d": ["p", "q"],
+        "https://acme.example/d": "z",
+    }
+
+
+def test_claims_are_declared_where_there_is_no_configuration(run, folder):
+    (folder / "expertgate.yaml").unlink()
+    write(folder / "policies", CLAIMS)
+    given = ("--policies", "policies", "--catalogue", "experts.json")
+    given += ("--claims", "department:string", "--claims", "level:integer")
+    assert run("policy", "check", *given)[0] == 0
+    table = cases(
+        folder,
+        "- {principal: a, claims: {department: care, level: 3}, granted: [public, math,"
+        " news, code]}\n- {principal: a, claims: {department: care}, granted: [public]}\n",
+    )
+    assert run("policy", "test", table, *given)[1] == "2 of 2 cases hold\n"
+    for wrong in ("level", "level:number", ":string"):
+        status, _, err = run("policy", "check", *given, "--claims", wrong)
+        assert status == 2
+        assert f"{wrong!r} is not NAME:TYPE, of string, integer, boolean, strings" in err
 
 
 def test_explain_in_a_context(run, folder):

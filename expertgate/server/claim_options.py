@@ -1,0 +1,50 @@
+"""Claims on the command line: which there are, and what a principal's are."""
+
+from collections.abc import Iterable, Mapping
+from typing import get_args
+
+import click
+from pydantic import TypeAdapter, ValidationError
+
+from expertgate.policies.context import ClaimKind
+from expertgate.server.config import ClaimName
+
+_DECLARED = TypeAdapter(dict[ClaimName, ClaimKind])
+_BOOLEANS = {"true": True, "false": False}
+
+
+def declared(texts: Iterable[str]) -> dict[str, ClaimKind]:
+    """Of `NAME:TYPE` each. Raises click.BadParameter."""
+    found: dict[str, ClaimKind] = {}
+    for text in texts:
+        name, _, kind = text.rpartition(":")  # many names are addresses, with a colon in them
+        try:
+            found |= _DECLARED.validate_python({name: kind})
+        except ValidationError:
+            kinds = ", ".join(get_args(ClaimKind))
+            raise click.BadParameter(f"{text!r} is not NAME:TYPE, of {kinds}") from None
+    return found
+
+
+def given(texts: Iterable[str], kinds: Mapping[str, ClaimKind]) -> dict[str, object]:
+    """Of `NAME=VALUE` each, by the claims that are declared. Raises click.BadParameter."""
+    found: dict[str, object] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in kinds:
+            known = ", ".join(kinds) or "none"
+            raise click.BadParameter(f"the claim {name!r} is not declared, only {known}")
+        try:
+            found[name] = _value(value, kinds[name])
+        except (KeyError, ValueError):
+            raise click.BadParameter(f"{text!r} is not of the type {kinds[name]}") from None
+    return found
+
+
+def _value(text: str, kind: ClaimKind) -> object:
+    """Raises KeyError or ValueError."""
+    if kind == "integer":
+        return int(text)
+    if kind == "boolean":
+        return _BOOLEANS[text]
+    return text.split(",") if kind == "strings" else text
