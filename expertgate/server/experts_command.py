@@ -1,25 +1,58 @@
-"""`expertgate experts`: an owner's switch."""
+"""`expertgate experts`: whose they are, an owner's switch, and digests of their weights."""
 
 from pathlib import Path
 
 import click
 
+from expertgate.model.checkpoint import Checkpoint
 from expertgate.server import suspensions
+from expertgate.server.columns import echo_columns
 from expertgate.server.config import CONFIG_FILE, Config
 from expertgate.server.policy_source import PolicySource
 from expertgate.server.suspensions import SuspensionError
 
 _config = click.option(
-    "--config", type=click.Path(path_type=Path), default=CONFIG_FILE, show_default=True
+    "--config",
+    type=click.Path(path_type=Path),
+    default=CONFIG_FILE,
+    show_default=True,
+    help="The server's configuration.",
 )
 _catalogue = click.option(
-    "--catalogue", type=click.Path(path_type=Path), help="Where no checkpoint is at hand."
+    "--catalogue",
+    type=click.Path(path_type=Path),
+    help="File of the experts; overrides the configuration's.",
 )
 
 
 @click.group()
 def experts() -> None:
-    """Experts: take one from everybody at once, and give it back."""
+    """Experts: whose they are, taking one from everybody at once, and digests of their weights."""
+
+
+@experts.command("list")
+@_config
+@_catalogue
+def list_(config: Path, catalogue: Path | None) -> None:
+    """Say which experts there are, whose, and which are suspended."""
+    source = PolicySource.of(config, None, catalogue)
+    rows = [("NAME", "OWNER", "STATE")]
+    for expert in source.catalogue.experts:
+        state = "suspended" if expert.name in source.suspended else "active"
+        rows.append((expert.name, expert.owner, state))
+    echo_columns(rows)
+
+
+@experts.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+def digest(checkpoint: Path) -> None:
+    """Print each expert's index and the SHA-256 of its weights, as a catalogue states it.
+
+    CHECKPOINT is a folder, all of which is read.
+    """
+    found = Checkpoint(checkpoint)
+    for index, sha256 in found.expert_digests(range(found.num_experts)).items():
+        click.echo(f"{index}  {sha256}")
 
 
 @experts.command()

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from expertgate.server.columns import echo_columns
 from expertgate.server.key_edits import create_key, expire_key, revoke_key, rotate_key
 from expertgate.server.keys import Key, KeysError, parse_keys
 
@@ -103,11 +104,8 @@ def list_(path: Path) -> None:
     except OSError as error:
         raise KeysError(f"{path}: {error.strerror or error}") from None
     now = datetime.now(UTC)
-    rows = [("ID", "STATE", "CREATED", "EXPIRES", "GROUPS"), *(_row(key, now) for key in known)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        click.echo("  ".join(cells).rstrip())
+    head = ("ID", "STATE", "CREATED", "EXPIRES", "GROUPS")
+    echo_columns([head, *(_row(key, now) for key in known)])
 
 
 @keys.command()

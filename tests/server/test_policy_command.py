@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from expertgate.model.catalogue import FILE_NAME, Catalogue
 from expertgate.server import claim_options
 from expertgate.server.cli import main
 from expertgate.server.demo import DEMO
@@ -335,3 +336,26 @@ def test_a_slip_suspends_nobody_and_says_so(run, folder):
     assert status == 2
     assert "suspended.yaml:1: [0]: " in err
     assert (folder / "suspended.yaml").read_text() == "- [x]\n"
+
+
+def test_digests_are_those_that_a_catalogue_states(run):
+    stated = Catalogue.read(DEMO / "model" / FILE_NAME).experts
+    status, out, _ = run("experts", "digest", str(DEMO / "model"))
+    assert status == 0
+    assert out.splitlines() == [f"{expert.index}  {expert.sha256}" for expert in stated]
+    status, _, err = run("experts", "digest", "nowhere")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "nowhere" in err
+
+
+def test_experts_are_listed_with_owner_and_state(run, folder):
+    run("experts", "suspend", "news")
+    assert run("experts", "list")[1].splitlines() == [
+        "NAME    OWNER    STATE",
+        "public  ai2      active",
+        "math    acme     active",
+        "news    courier  suspended",
+        "code    quillon  active",
+    ]
+    catalogue = str(DEMO / "model" / FILE_NAME)
+    assert "formulary" in run("experts", "list", "--catalogue", catalogue)[1]
