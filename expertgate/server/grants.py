@@ -48,6 +48,11 @@ class Basis:
     context: Context
     decision: Decision
 
+    @property
+    def request_id(self) -> str | None:
+        """By which the request is known in the audit log."""
+        return getattr(self.connection.state, "request_id", None)
+
 
 @dataclass(slots=True)
 class Tally:

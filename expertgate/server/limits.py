@@ -32,7 +32,8 @@ _MAX_STOP_TOKEN_IDS = 128
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_BYTES = 500
 """Tokenised with and without a leading space, these stay within that sampler's 1,024 tokens."""
-_MAX_STOPS = 16
+MAX_STOPS = 4
+"""As OpenAI has it, and vLLM."""
 MAX_STOP_CHARS = 256
 
 _MAX_SCHEMA_BYTES = 1 << 14
@@ -191,7 +192,7 @@ def _check_words(body: Mapping[str, Any]) -> None:
             )
     stops = body.get("stop")
     if isinstance(stops, list):
-        _check_length("stop", stops, _MAX_STOPS)
+        _check_length("stop", stops, MAX_STOPS)
     for stop in stops if isinstance(stops, list) else [stops]:
         if isinstance(stop, str) and len(stop) > MAX_STOP_CHARS:
             raise bad_request(f"a stop string may have at most {MAX_STOP_CHARS} characters", "stop")

@@ -11,6 +11,7 @@ from prometheus_client import Counter, Gauge, Histogram, Info
 from expertgate.model.usage import Work
 from expertgate.server.audit.writer import AuditLog
 from expertgate.server.changes import Change, PoliciesLoaded, PoliciesRefused, Withdrawn
+from expertgate.server.errors import CODES
 
 _FAST = (0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.2, 1.0, 5.0)
 """Upper bounds in seconds of what takes microseconds where all is well."""
@@ -28,6 +29,8 @@ EXPERT_TOKENS = Counter(
 DENIALS = Counter(
     "expertgate_denials", "Requests that were refused or failed, by their error code.", ["code"]
 )
+for _code in CODES:
+    DENIALS.labels(_code)  # from 0 on: of a series that begins above it Prometheus sees no increase
 DECISION_SECONDS = Histogram(
     "expertgate_policy_decision_seconds",
     "Time to decide what a principal may consult.",

@@ -305,7 +305,9 @@ class Oversight:
     def _withdraw(self, grant: Grant, experts: ExpertSet) -> None:
         if experts and grant.open:
             grant.withdraw()
-            self._tell(Withdrawn(grant.tenant, tuple(self._running.names(experts))))
+            request_id = None if grant.basis is None else grant.basis.request_id
+            names = tuple(self._running.names(experts))
+            self._tell(Withdrawn(request_id, grant.tenant, names))
 
     def _forget(self, experts: ExpertSet) -> None:
         if experts and self._service.engine is not None:
@@ -358,5 +360,5 @@ def _words(change: Change) -> str:
             return f"expert {expert} is suspended"
         case Resumed(expert):
             return f"expert {expert} is no longer suspended"
-        case Withdrawn(principal, experts):
-            return f"a request of {principal!r} was ended: {', '.join(experts)} withdrawn"
+        case Withdrawn(request, principal, experts):
+            return f"request {request} of {principal!r} was ended: {', '.join(experts)} withdrawn"

@@ -1,4 +1,4 @@
-"""The dashboard asks for what a running server really says."""
+"""The dashboard and the chart's alerts ask for what a running server really says."""
 
 import json
 import re
@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from tests.deploy.dockerfile import ROOT
+from tests.deploy.test_helm import kind, render, services, values
 from tests.server.running import running
 
 GRAFANA = ROOT / "deploy" / "grafana"
@@ -17,17 +18,29 @@ QUERIES = [
     for panel in PANELS
     for target in panel["targets"]
 ]
+[RULE] = kind(render(values("tokens")), "PrometheusRule")
+ALERTS = [
+    pytest.param(rule["expr"], id=rule["alert"])
+    for group in RULE["spec"]["groups"]
+    for rule in group["rules"]
+]
 METRIC = re.compile(r"\b(?:vllm:|expertgate_)\w+")
 
 
 @pytest.fixture(scope="module")
-def samples():
-    """Name of a sample → the labels that it has, of a server that was asked a few things."""
+def exported():
+    """What a server that was asked a few things says."""
     server = running()
     assert server.complete("alice", experts=["public"]).status_code == 200
     assert server.complete("bob", experts=["math"]).status_code == 403
+    return server.admin("GET", "/metrics").text
+
+
+@pytest.fixture(scope="module")
+def samples(exported):
+    """Name of a sample → the labels that it has."""
     found = {}
-    for line in server.admin("GET", "/metrics").text.splitlines():
+    for line in exported.splitlines():
         if line and not line.startswith("#"):
             name, _, rest = line.partition("{")
             name = name.split(" ")[0]
@@ -42,6 +55,18 @@ def test_a_query_names_what_the_server_exports(query, samples):
     assert [name for name in names if name not in samples] == []
     for label in re.findall(r"by \((\w+)\)", query):
         assert all(label in samples[name] for name in names)
+
+
+@pytest.mark.parametrize("query", ALERTS)
+def test_an_alert_asks_for_what_the_server_exports(query, samples, exported):
+    [_, service] = services(render(values("tokens")))
+    assert f'namespace="models", service="{service["metadata"]["name"]}"' in query
+    names = METRIC.findall(query)
+    assert names or query.startswith("up{")
+    assert [name for name in names if name not in samples] == []
+    for code in re.findall(r'code="(\w+)"', query):
+        # Before it was ever counted: a series that begins above 0 has not increased.
+        assert f'expertgate_denials_total{{code="{code}"}}' in exported
 
 
 def test_a_query_of_nothing_would_be_found(samples):

@@ -12,7 +12,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from cloudcoil.models.keda.v1alpha1 import ScaledObject
-from cloudcoil.models.prometheus_operator.v1 import ServiceMonitor
+from cloudcoil.models.prometheus_operator.v1 import PrometheusRule, ServiceMonitor
 from pydantic import ValidationError
 
 import expertgate
@@ -107,7 +107,7 @@ def test_every_object_fits_the_schema_of_kubernetes(objects):
                 assert pod["metadata"]["labels"]
                 whole = {"apiVersion": "v1", "kind": "PodTemplate", "template": pod}
                 kubernetes_validate.validate(whole, KUBERNETES, strict=True)
-        elif item["kind"] not in ("HTTPRoute", "ServiceMonitor", "ScaledObject"):
+        elif item["kind"] not in ("HTTPRoute", "PrometheusRule", "ServiceMonitor", "ScaledObject"):
             # Those are of the Gateway API, the Prometheus operator and KEDA, not of Kubernetes.
             kubernetes_validate.validate(item, KUBERNETES, strict=True)
 
@@ -143,15 +143,17 @@ def test_a_wrong_leader_worker_set_would_be_found(field, value):
 
 
 @pytest.mark.parametrize(
-    ("name", "model"), [("multi-node", ScaledObject), ("production", ServiceMonitor)]
+    ("name", "model"),
+    [("multi-node", ScaledObject), ("production", ServiceMonitor), ("tokens", PrometheusRule)],
 )
 def test_objects_of_operators_fit_their_definitions(name, model):
     """By models that were generated from the operators' own CustomResourceDefinitions."""
     [item] = kind(render(values(name)), model.__name__)
     assert fits(item, model)
     assert not fits(item | {"spec": item["spec"] | {"misspelt": 1}}, model)
-    with pytest.raises(ValidationError):
-        fits(item | {"spec": {}}, model)
+    for field in item["spec"]:
+        with pytest.raises(ValidationError):
+            fits(item | {"spec": item["spec"] | {field: "?"}}, model)
 
 
 @pytest.mark.skipif(not shutil.which("npm"), reason="needs npm: PyPI has no such schema")
@@ -379,6 +381,10 @@ def test_probes_ask_what_each_is_for(objects):
             "livenessProbe": "/health",
             "readinessProbe": "/ready",
         }
+        scheme = "HTTPS" if "tls" in config(objects) else "HTTP"
+        assert {container(pod)[name]["httpGet"]["scheme"] for name in paths} == {scheme}
+        [port] = services(objects)[0]["spec"]["ports"]
+        assert port["appProtocol"] == scheme.lower()
 
 
 def has_time_to_drain(objects, drain_s):
@@ -419,8 +425,11 @@ def test_the_server_takes_its_configuration(objects, tmp_path):
     assert (read_back.host, read_back.port) == ("0.0.0.0", 8000)
     for pod in servers(objects):
         mounted = {mount["mountPath"] for mount in container(pod)["volumeMounts"]}
-        named = [read_back.policies, read_back.suspended.parent, read_back.identity.api_keys.parent]
-        named += [read_back.catalogue.parent] if read_back.catalogue else []
+        named = [read_back.policies, read_back.suspended.parent]
+        files = [read_back.catalogue, read_back.identity.api_keys]
+        files += [issuer.jwks_file for issuer in read_back.identity.jwt]
+        files += [read_back.tls.certificate, read_back.tls.key] if read_back.tls else []
+        named += [file.parent for file in files if file]
         assert {str(folder) for folder in named} <= mounted
 
 
@@ -546,6 +555,17 @@ def test_every_pod_has_the_environment_that_is_given(name):
         {"env": [{"name": "HTTPS_PROXY"}]},
         {"env": [{"name": "THREADS", "value": 4}]},
         {"env": [{"name": "VLLM_PLUGINS", "value": "others"}]},
+        {"apiKeys": {"existingSecret": ""}},  # lets nobody in
+        {"apiKeys": {"existingSecret": ""}, "config": {"identity": {"jwt": []}}},
+        {"config": {"tls": {"certificate": "/a", "key": "/b", "client_ca": "/c"}}},
+        {"extraVolumes": [{"name": "keys", "emptyDir": {}}]},
+        {"extraVolumes": [{"name": "node", "hostPath": {"path": "/"}}]},
+        {"extraVolumeMounts": [{"name": "audit", "mountPath": "/a"}]},
+        {"extraVolumeMounts": [{"name": "a", "mountPath": "/etc/expertgate/policies/a"}]},
+        {"extraVolumeMounts": [{"name": "a", "mountPath": "/etc/x/../expertgate/keys"}]},
+        {"extraVolumeMounts": [{"name": "a", "mountPath": "/"}]},
+        {"extraVolumeMounts": [{"name": "a", "mountPath": "/a", "readOnly": False}]},
+        {"prometheusRule": {"enabled": True}},
         # A pod that comes by itself, or comes back without a volume, would suspend nobody.
         {
             "suspended": None,

@@ -100,7 +100,7 @@ def test_changes_are_counted(client, oversight):
     assert "expertgate_policy_reload_success 1.0" in text()
     assert 'expertgate_policies_info{version="v2"} 1.0' in text()
     before = WITHDRAWALS._value.get()
-    tell(Withdrawn("alice", ("math",)))
+    tell(Withdrawn(None, "alice", ("math",)))
     assert f"expertgate_withdrawals_total {before + 1}" in text()
     assert "alice" not in text()
 

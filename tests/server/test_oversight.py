@@ -60,7 +60,7 @@ def test_a_grant_ends_when_policies_take_one_of_its_experts(site):
         assert error.value.code == "expert_not_permitted"
 
     asyncio.run(story())
-    assert Withdrawn("alice", ("news",)) in site.told
+    assert Withdrawn(None, "alice", ("news",)) in site.told
     assert any(isinstance(change, PoliciesLoaded) for change in site.told)
 
 
@@ -176,7 +176,7 @@ def test_no_grant_outlives_its_key(site):
         assert dave.withdrawn
 
     asyncio.run(story())
-    assert Withdrawn("dave", ("math", "code")) in site.told
+    assert Withdrawn(None, "dave", ("math", "code")) in site.told
 
 
 def test_a_key_that_expires_ends_what_runs(site):
@@ -564,7 +564,7 @@ def test_a_suspended_expert_is_nobodys_and_its_cache_never_found(site):
         assert salts(site, "public", "math") == before[1]
 
     asyncio.run(story())
-    assert site.told == [Withdrawn("alice", ("news",)), Suspended("news"), Resumed("news")]
+    assert site.told == [Withdrawn(None, "alice", ("news",)), Suspended("news"), Resumed("news")]
 
 
 def test_a_suspension_forgets_what_is_cached_where_nobody_uses_it_now(site):
@@ -866,7 +866,7 @@ def test_a_grant_that_cannot_be_judged_is_withdrawn_and_the_others_are_judged(
         assert [grant.withdrawn for grant in (dave, wide, narrow)] == [True, True, False]
 
     asyncio.run(story())
-    assert Withdrawn("dave", ("public", "math", "code")) in site.told
+    assert Withdrawn(None, "dave", ("public", "math", "code")) in site.told
     assert "ZeroDivisionError" in caplog.text
 
 

@@ -211,7 +211,7 @@ def test_bytes_that_are_no_request(raw):
         (chat, {"stop_token_ids": [1] * 129, "min_tokens": 1}),
         (chat, {"bad_words": ["word"] * 101}),
         (chat, {"bad_words": ["w" * 501]}),
-        (chat, {"stop": ["a"] * 17}),
+        (chat, {"stop": ["a"] * 5}),
         (chat, {"stop": "a" * 257}),
         (chat, {"top_k": 1 << 31}),
         (chat, {"min_tokens": 1 << 40}),

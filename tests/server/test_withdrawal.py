@@ -10,6 +10,8 @@ import httpx
 import pytest
 
 from benchmarks.soak import Target, soak
+from tests.server.audit.documented import check_fields
+from tests.server.audit.logs import records
 from tests.server.running import (
     ADMIN_TOKEN,
     GROUPS,
@@ -53,6 +55,13 @@ def _restored(server):
 def names(server: Server, user: str) -> list[str]:
     response = server.get("/v1/experts", user)
     return [expert["name"] for expert in response.json().get("data", [])]
+
+
+def withdrawals(server: Server) -> list[tuple[dict, dict]]:
+    """What the audit log says of withdrawals, each with what it says of the request."""
+    found = records(server.folder)
+    requests = {record["request"]: record for record in found if record["kind"] == "request"}
+    return [(each, requests[each["request"]]) for each in found if each["kind"] == "withdrawn"]
 
 
 def until(holds) -> None:
@@ -134,6 +143,12 @@ def test_a_policy_that_takes_an_expert_ends_the_streams_that_use_it(server):
     took = max(s.ended_at for s in (using, several, whole)) - written
     print(f"ended {1000 * took:.0f} ms after the policy was written")
     assert names(server, "alice") == ["public", "math", "code"]
+    until(lambda: len(withdrawals(server)) == 3)
+    for record, request in withdrawals(server):
+        check_fields(record)
+        assert record["principal"] == request["principal"] == "alice"
+        assert record["experts"] == ["news"]
+        assert "news" in request["effective"]
     # Whoever uses none of what was taken goes on, as one who begins now.
     server.effective(server.complete("alice", experts=["public", "math"]))
     assert server.complete("alice", experts=["news"]).status_code == 403

@@ -198,6 +198,7 @@ _TOKEN_ID = _integer(0)
 _NARROWED: Mapping[str, Schema] = {
     "allowed_token_ids": _or_null(_list_of(_TOKEN_ID, limits.TOKEN_IDS["allowed_token_ids"])),
     "bad_words": _list_of(_TEXT, limits.MAX_BAD_WORDS),
+    "cache_salt": _or_null({"type": "string", "pattern": "^[^@/\\\\\\0]{1,128}$"}),
     "experts": {"anyOf": [_list_of(_TEXT, MAX_EXPERTS), reference("Exclude"), {"type": "null"}]},
     "frequency_penalty": _or_null({"type": "number", "minimum": -2, "maximum": 2}),
     "logit_bias": _or_null(
@@ -226,8 +227,7 @@ _NARROWED: Mapping[str, Schema] = {
         {
             "anyOf": [
                 {"type": "string", "maxLength": limits.MAX_STOP_CHARS},
-                # As OpenAI's; vLLM holds it.
-                _list_of({"type": "string", "maxLength": limits.MAX_STOP_CHARS}, 4),
+                _list_of({"type": "string", "maxLength": limits.MAX_STOP_CHARS}, limits.MAX_STOPS),
             ]
         }
     ),
@@ -350,6 +350,8 @@ def schema(kind: type[Body]) -> Schema:
                 field = {k: v for k, v in field.items() if (k, v) != ("default", None)}
         if name in SAID:
             field = {**field, "description": SAID[name]}
+        if name == "prompt" and field.get("type") == "string":
+            field = {**field, "description": "Text."}
         properties[name] = field
     required = [] if kind.required is None else [kind.required]
     return {

@@ -93,7 +93,7 @@ async def _answer(
         principal=grant.tenant, experts=shown_names, response=body.request_id
     )
     headers = {"X-Experts-Effective": shown_names}
-    span = tracing.begin("engine", {tracing.EXPERTS: names})
+    run = _Run(engine, grant, entry, tracing.begin("engine", {tracing.EXPERTS: names}))
     result: Any = None
     try:
         async with grant.while_given():
@@ -103,33 +103,47 @@ async def _answer(
             with suppress(ClientGone):
                 async with while_there(request.receive):
                     result = await _first(handler(handlers)(body))
-    except BaseException as error:
-        span.end()
-        await engine.end(grant)
-        shown = answers.from_exception(error) if isinstance(error, Exception) else None
-        if isinstance(error, Exception):
-            failure = shown or answers.internal_error()
-            entry.ended(failure.status, failure.code)
-        entry.close()
+    except Exception as error:
+        shown = answers.from_exception(error)
+        failure = shown or answers.internal_error()
+        await run.end(failure.status, failure.code)
         if shown is None:
             raise
         raise shown from None
+    except BaseException:
+        await run.end()
+        raise
     if isinstance(result, _Stream):
-        closed = partial(_close, engine, grant, entry) if wants_receipt else None
-        events = _told_to(entry, _events(body, result, told), closed)
+        events = _told_to(run, _events(body, result, told), receipt=wants_receipt)
         ending = responses.ending if kind is ResponsesRequest else answers.ending
-        return _GrantedStream(events, ending, engine, grant, entry, visit, span, headers)
-    span.end()
-    await engine.end(grant)
-    if result is not None:
-        entry.ended(200, None)
-    entry.close()
+        return _GrantedStream(events, ending, run, visit, headers)
     if result is None:
+        await run.end()
         return Response(status_code=CLIENT_GONE)
+    await run.end(200)
     answer = answers.body(result, told())
     if wants_receipt:
         answer["receipt"] = await entry.receipt()
     return JSONResponse(answer, headers=headers)
+
+
+@dataclass(slots=True)
+class _Run:
+    """A request that was permitted, and all that there is to end of it."""
+
+    engine: GuardedLLM
+    grant: Grant
+    entry: Entry
+    span: Span
+
+    async def end(self, status: int | None = None, code: str | None = None) -> None:
+        """Again, it goes on where it was cut off. `status`, `code`: of the result, where known."""
+        if self.span.is_recording():
+            self.span.end()
+        await self.engine.end(self.grant)
+        if status is not None:
+            self.entry.ended(status, code)
+        self.entry.close()
 
 
 def _events(
@@ -170,14 +184,13 @@ async def _first(answer: Awaitable[Any]) -> Any:
 
 
 async def _told_to(
-    entry: Entry,
-    events: AsyncGenerator[str, None],
-    close: Callable[[], Awaitable[None]] | None,
+    run: _Run, events: AsyncGenerator[str, None], *, receipt: bool
 ) -> AsyncGenerator[str, None]:
-    """The events of a stream; `entry` learns from them how it ended.
+    """The events of a stream; the entry learns from them how it ended.
 
-    `close`, where a receipt is wanted, ends the request; its receipt comes as the last event.
+    Where a receipt is wanted, the request ends before the last event, which brings it.
     """
+    entry = run.entry
     code, last = None, ""
     try:
         async with aclosing(events):
@@ -185,23 +198,18 @@ async def _told_to(
                 code = answers.error_code(event) or code
                 if code is not None or answers.is_last(event):
                     entry.ended(200, code)
-                if close is not None and answers.is_last(event):
-                    await close()
-                    receipt = await entry.receipt()
+                if receipt and answers.is_last(event):
+                    await run.end()
+                    signed = await entry.receipt()
                     if event == answers.DONE:
-                        yield answers.receipt_event(last, receipt)
+                        yield answers.receipt_event(last, signed)
                     else:
-                        event = responses.with_receipt(event, receipt)
+                        event = responses.with_receipt(event, signed)
                 last = event
                 yield event
     except Exception:
         entry.ended(200, answers.internal_error().code)
         raise
-
-
-async def _close(engine: GuardedLLM, grant: Grant, entry: Entry) -> None:
-    await engine.end(grant)
-    entry.close()
 
 
 def _wants_receipt(body: Any, request: Request, service: Service) -> bool:
@@ -222,21 +230,15 @@ class _GrantedStream(StreamingResponse):
         self,
         events: AsyncGenerator[str, None],
         ending: Callable[[ApiError, int], bytes],
-        engine: GuardedLLM,
-        grant: Grant,
-        entry: Entry,
+        run: _Run,
         visit: Visit,
-        span: Span,
         headers: dict[str, str],
     ) -> None:
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._events = events
         self._ending = ending
-        self._engine = engine
-        self._grant = grant
-        self._entry = entry
+        self._run = run
         self._visit = visit
-        self._span = span
 
     async def stream_response(self, send: Send) -> None:
         start = {"status": self.status_code, "headers": self.raw_headers}
@@ -244,9 +246,9 @@ class _GrantedStream(StreamingResponse):
         last = b""
         sent = 0
         try:
-            async with self._grant.while_given():
+            async with self._run.grant.while_given():
                 async for event in self._events:
-                    if self._grant.withdrawn:  # vLLM may make an event of being ended
+                    if self._run.grant.withdrawn:  # vLLM may make an event of being ended
                         break
                     part = {"body": event.encode(), "more_body": True}
                     await send({"type": "http.response.body", **part})
@@ -254,7 +256,7 @@ class _GrantedStream(StreamingResponse):
         except WithdrawnError as error:
             await self._events.aclose()  # now: a client that doesn't read holds up what is sent
             shown = withdrawn(error)
-            self._entry.ended(200, shown.code)
+            self._run.entry.ended(200, shown.code)
             last = self._ending(shown, sent)
         await send({"type": "http.response.body", "body": last})
 
@@ -267,8 +269,6 @@ class _GrantedStream(StreamingResponse):
         finally:
             try:
                 await self._events.aclose()
-                self._span.end()
-                await self._engine.end(self._grant)
-                self._entry.close()
+                await self._run.end()
             finally:
                 self._visit.leave()

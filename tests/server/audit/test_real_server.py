@@ -16,6 +16,8 @@ import pytest
 
 from expertgate.server.audit.signing import PublicKeys
 from expertgate.server.audit.verify import verify
+from tests.server.audit import logs
+from tests.server.audit.documented import check_fields
 from tests.server.running import expertgate, make_key, prepare, running, start, stop
 from tests.support import sse
 
@@ -27,11 +29,10 @@ def published(server, folder):
 
 
 def records(server):
-    return [
-        json.loads(line)
-        for path in sorted((server.folder / "audit").glob("*.jsonl"))
-        for line in path.read_bytes().splitlines()
-    ]
+    found = logs.records(server.folder)
+    for record in found:
+        check_fields(record)
+    return found
 
 
 def test_requests_are_recorded_and_the_log_holds(tmp_path):

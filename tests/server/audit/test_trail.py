@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import threading
 import time
 from datetime import UTC, datetime
@@ -28,6 +29,7 @@ from expertgate.server.changes import (
 )
 from expertgate.server.metrics import REQUESTS
 from tests.server.audit.application import BODY, CATALOGUE, service_of
+from tests.server.audit.documented import FIELDS, check_fields, examples
 from tests.server.audit.logs import check, open_log, records, signing_key
 from tests.server.fakes import FakeEngine
 
@@ -71,7 +73,10 @@ def told(log, folder, *kinds):
     """All that was said, and the log holds; the log is closed by this."""
     log.close()
     assert check(folder).faults == []
-    return [record for record in records(folder) if not kinds or record["kind"] in kinds]
+    found = records(folder)
+    for record in found:
+        check_fields(record)
+    return [record for record in found if not kinds or record["kind"] in kinds]
 
 
 def test_a_request_and_its_result(client, log, tmp_path):
@@ -94,6 +99,15 @@ def test_a_request_and_its_result(client, log, tmp_path):
     assert {key: request[key] for key in said} == said
     assert (result["status"], result["code"], result["effective"]) == (200, None, ["news"])
     assert result["finish_reasons"] == {"stop": 1}
+
+
+def test_every_kind_is_documented():
+    """Here and in the module's own words; `told` holds each record of these tests against it."""
+    named = (line.split("|")[1] for line in trail.__doc__.splitlines() if line.startswith("| `"))
+    assert set(FIELDS) == {kind for cell in named for kind in re.findall(r"`(\w+)`", cell)}
+    assert [record["kind"] for record in examples()] == ["request", "result"]
+    for record in examples():
+        check_fields(record)
 
 
 def test_a_prompt_is_there_as_a_digest_that_needs_the_key(client, log, tmp_path):
@@ -338,7 +352,7 @@ def test_a_route_that_forgets_the_record_runs_nothing(client, engine, monkeypatc
         ),
         (Suspended("math"), {"kind": "suspended", "expert": "math"}),
         (Resumed("math"), {"kind": "resumed", "expert": "math"}),
-        (Withdrawn("alice", ("math",)), {"kind": "withdrawn", "experts": ["math"]}),
+        (Withdrawn(None, "alice", ("math",)), {"kind": "withdrawn", "experts": ["math"]}),
     ],
 )
 def test_changes_of_what_permissions_rest_on_are_told(service, log, tmp_path, change, said):

@@ -43,7 +43,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- $_ := set $own "suspended" (printf "%s/suspended.yaml" $listed) -}}
 {{- $_ := set $own "host" "0.0.0.0" -}}
 {{- $_ := set $own "port" 8000 -}}
+{{- if .Values.apiKeys.existingSecret -}}
 {{- $_ := set $own "identity" (dict "api_keys" "/etc/expertgate/keys/keys.yaml") -}}
+{{- end -}}
 {{- $audit := dict "path" "/var/lib/expertgate/audit" -}}
 {{- $signing := empty .Values.audit.signingKeySecret | not | ternary "/etc/expertgate/signing" "/var/lib/expertgate" -}}
 {{- $_ := set $audit "signing_key" (printf "%s/audit-key.pem" $signing) -}}

@@ -6,6 +6,7 @@ The pod of a server. Takes the root context and the role: `server`, or, over sev
 {{- $root := .root -}}
 {{- $role := .role -}}
 {{- $worker := eq $role "worker" -}}
+{{- $scheme := dig "tls" nil $root.Values.config | empty | ternary "HTTP" "HTTPS" -}}
 metadata:
   labels:
     {{- include "expertgate.selector" $root | nindent 4 }}
@@ -81,17 +82,17 @@ spec:
         - {name: admin, containerPort: 9100}
         {{- end }}
       startupProbe:
-        httpGet: {path: /health, port: http}
+        httpGet: {path: /health, port: http, scheme: {{ $scheme }}}
         periodSeconds: 5
         failureThreshold: {{ eq $role "leader" | ternary 240 60 }}
       # Red only once the engine has died, so that a slow start or a long queue restarts nothing.
       livenessProbe:
-        httpGet: {path: /health, port: http}
+        httpGet: {path: /health, port: http, scheme: {{ $scheme }}}
         periodSeconds: 10
         timeoutSeconds: 5
         failureThreshold: 3
       readinessProbe:
-        httpGet: {path: /ready, port: http}
+        httpGet: {path: /ready, port: http, scheme: {{ $scheme }}}
         periodSeconds: 5
         timeoutSeconds: 5
         failureThreshold: 2
@@ -127,7 +128,9 @@ spec:
         {{- end }}
         # Whole folders: what is mounted by subPath never changes while the pod runs.
         - {name: config, mountPath: /etc/expertgate/config, readOnly: true}
+        {{- if .apiKeys.existingSecret }}
         - {name: keys, mountPath: /etc/expertgate/keys, readOnly: true}
+        {{- end }}
         - {name: policies, mountPath: /etc/expertgate/policies, readOnly: true}
         {{- if kindIs "slice" .suspended }}
         - {name: suspended, mountPath: /etc/expertgate/suspended, readOnly: true}
@@ -140,6 +143,9 @@ spec:
         {{- end }}
         {{- if or .catalogue.content .catalogue.existingConfigMap }}
         - {name: catalogue, mountPath: /etc/expertgate/catalogue, readOnly: true}
+        {{- end }}
+        {{- range .extraVolumeMounts }}
+        - {{ set (deepCopy .) "readOnly" true | toJson }}
         {{- end }}
         {{- end }}
   volumes:
@@ -168,8 +174,10 @@ spec:
     {{- if not $worker }}
     - name: config
       configMap: {name: {{ include "expertgate.name" $root }}-config}
+    {{- with .apiKeys.existingSecret }}
     - name: keys
-      secret: {secretName: {{ .apiKeys.existingSecret }}, defaultMode: 0440}
+      secret: {secretName: {{ . }}, defaultMode: 0440}
+    {{- end }}
     {{- with .audit.signingKeySecret }}
     - name: signing
       secret: {secretName: {{ . }}, defaultMode: 0440}
@@ -187,6 +195,9 @@ spec:
     {{- if or .catalogue.content .catalogue.existingConfigMap }}
     - name: catalogue
       configMap: {name: {{ .catalogue.existingConfigMap | default (printf "%s-catalogue" (include "expertgate.name" $root)) }}}
+    {{- end }}
+    {{- with .extraVolumes }}
+    {{- toYaml . | nindent 4 }}
     {{- end }}
     {{- end }}
   {{- with .nodeSelector }}
