@@ -2,9 +2,8 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
-from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection
 
 from expertgate.model.catalogue import Catalogue
 from expertgate.policies.cedar import PolicySet
@@ -28,6 +27,15 @@ RESEARCH = (
     'when { resource.tags.contains("stem") };\n'
 )
 NEWS = '@id("no-news") forbid(principal, action, resource == Expert::"news");\n'
+
+
+REQUEST = "0f0f"
+
+
+def connection(authorization: str) -> HTTPConnection:
+    """As the server has it of a request that shows this."""
+    headers = [(b"authorization", authorization.encode())]
+    return HTTPConnection({"type": "http", "headers": headers, "state": {"request_id": REQUEST}})
 
 
 class Site:
@@ -67,10 +75,11 @@ class Site:
 
     def ask(self, name: str, *experts: str):
         """The grant of a request for these experts."""
-        authorization = f"Bearer {self.keys[name]}"
-        connection = SimpleNamespace(headers=Headers({"Authorization": authorization}))
         selection = Selection(frozenset(experts)) if experts else None
-        return self.service.permit(connection, Context.now(), selection)
+        return self.service.permit(self.connection(name), Context.now(), selection)
+
+    def connection(self, name: str) -> HTTPConnection:
+        return connection(f"Bearer {self.keys[name]}")
 
     async def look(self) -> None:
         for _ in range(2):  # the first sees a change, the second that it is over

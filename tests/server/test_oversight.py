@@ -15,7 +15,6 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from starlette.datastructures import Headers
 
 from expertgate.policies.context import Context
 from expertgate.policies.expert_set import ExpertSet
@@ -38,7 +37,7 @@ from expertgate.server.policy_files import PolicyFiles
 from expertgate.server.service import SUSPENDED, Service
 from expertgate.server.suspensions import SuspensionError
 from tests.server.running import EXPERTS
-from tests.server.sites import ALICE, NEWS, PUBLIC, RESEARCH, Site
+from tests.server.sites import ALICE, NEWS, PUBLIC, REQUEST, RESEARCH, Site
 
 
 @pytest.fixture
@@ -60,7 +59,7 @@ def test_a_grant_ends_when_policies_take_one_of_its_experts(site):
         assert error.value.code == "expert_not_permitted"
 
     asyncio.run(story())
-    assert Withdrawn(None, "alice", ("news",)) in site.told
+    assert Withdrawn(REQUEST, "alice", ("news",)) in site.told
     assert any(isinstance(change, PoliciesLoaded) for change in site.told)
 
 
@@ -68,7 +67,7 @@ def test_the_grant_is_asked_for_with_what_it_was_asked_with(tmp_path):
     rules = PUBLIC + ALICE.replace("resource)", 'resource) when { context.purpose == "care" }')
     rules = rules.replace("{ context.purpose", "{ context has purpose && context.purpose")
     site = Site(tmp_path, rules)
-    connection = SimpleNamespace(headers=Headers({"Authorization": f"Bearer {site.keys['alice']}"}))
+    connection = site.connection("alice")
 
     async def story():
         early = Context(datetime(2020, 1, 1, tzinfo=UTC), "care")
@@ -147,9 +146,7 @@ def test_what_was_asked_before_and_granted_after_does_not_slip_through(site):
     """The body of a request may take long to come; its key is then another's, or nobody's."""
 
     async def story():
-        connection = SimpleNamespace(
-            headers=Headers({"Authorization": f"Bearer {site.keys['alice']}"})
-        )
+        connection = site.connection("alice")
         await site.service.identity.identify(connection)
         context = Context.now()
         (site.folder / "keys.yaml").write_text("[]")
@@ -176,7 +173,7 @@ def test_no_grant_outlives_its_key(site):
         assert dave.withdrawn
 
     asyncio.run(story())
-    assert Withdrawn(None, "dave", ("math", "code")) in site.told
+    assert Withdrawn(REQUEST, "dave", ("math", "code")) in site.told
 
 
 def test_a_key_that_expires_ends_what_runs(site):
@@ -564,7 +561,7 @@ def test_a_suspended_expert_is_nobodys_and_its_cache_never_found(site):
         assert salts(site, "public", "math") == before[1]
 
     asyncio.run(story())
-    assert site.told == [Withdrawn(None, "alice", ("news",)), Suspended("news"), Resumed("news")]
+    assert site.told == [Withdrawn(REQUEST, "alice", ("news",)), Suspended("news"), Resumed("news")]
 
 
 def test_a_suspension_forgets_what_is_cached_where_nobody_uses_it_now(site):
@@ -866,7 +863,7 @@ def test_a_grant_that_cannot_be_judged_is_withdrawn_and_the_others_are_judged(
         assert [grant.withdrawn for grant in (dave, wide, narrow)] == [True, True, False]
 
     asyncio.run(story())
-    assert Withdrawn(None, "dave", ("public", "math", "code")) in site.told
+    assert Withdrawn(REQUEST, "dave", ("public", "math", "code")) in site.told
     assert "ZeroDivisionError" in caplog.text
 
 
