@@ -55,6 +55,14 @@ class _WithEngineFlags(click.Command):
         return super().parse_args(ctx, args[:split])
 
 
+_config = click.option(
+    "--config",
+    "path",
+    type=click.Path(path_type=Path),
+    help=f"Who may ask, and what: a YAML file. Default: {CONFIG_FILE}.",
+)
+
+
 @click.group()
 @click.version_option(expertgate.__version__)
 def cli() -> None:
@@ -76,12 +84,7 @@ cli.add_command(usage)
     epilog="Behind `--`, vLLM's own flags: expertgate serve ./checkpoint -- --max-model-len 2048",
 )
 @click.argument("model", required=False)
-@click.option(
-    "--config",
-    "path",
-    type=click.Path(path_type=Path),
-    help=f"Who may ask, and what: a YAML file. Default: {CONFIG_FILE}.",
-)
+@_config
 @click.option("--host", help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on.")
 @click.pass_obj
@@ -89,6 +92,34 @@ def serve(
     flags: list[str], model: str | None, path: Path | None, host: str | None, port: int | None
 ) -> None:
     """Serve MODEL: a checkpoint folder, or a Hub id. The configuration may name it instead."""
+    config = _load(path)
+    from expertgate.server.serving import serve_config  # after --help, which needs none of it
+
+    serve_config(config, model=model, host=host, port=port, flags=flags)
+
+
+@cli.command(
+    cls=_WithEngineFlags,
+    options_metavar="[OPTIONS]",
+    epilog="Behind `--`, vLLM's own flags, as of `serve`.",
+)
+@click.argument("model", required=False)
+@_config
+@click.pass_obj
+def check(flags: list[str], model: str | None, path: Path | None) -> None:
+    """Check all that `serve` would read and be told, without serving.
+
+    The configuration, the checkpoint and its catalogue, keys, policies, suspensions, certificates
+    and the engine's arguments. Weights whose hashes the catalogue states are read whole.
+    """
+    config = _load(path)
+    from expertgate.server.serving import check_config
+
+    check_config(config, model=model, flags=flags)
+    click.echo("all of it holds")
+
+
+def _load(path: Path | None) -> Config:
     path = path or Path(CONFIG_FILE)
     if not path.exists():
         raise _Mistake(
@@ -96,9 +127,7 @@ def serve(
             "Write one that names `identity: {api_keys: keys.yaml}` and `policies: policies/`, "
             "make keys with `expertgate keys create`, and put *.cedar files into the folder"
         )
-    from expertgate.server.serving import serve_config  # after --help, which needs none of it
-
-    serve_config(Config.load(path), model=model, host=host, port=port, flags=flags)
+    return Config.load(path)
 
 
 @cli.command()

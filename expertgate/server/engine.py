@@ -58,10 +58,11 @@ def parse_flags(flags: Sequence[str]) -> dict[str, object]:
     return dict(vars(parser.parse_args(list(flags))))
 
 
-def start(model: Path, name: str, arguments: Mapping[str, object], grants: Grants) -> GuardedLLM:
-    """Starts vLLM's processes. Blocks for half a minute or so; raises SettingError or EngineError.
+def configure(model: Path, name: str, arguments: Mapping[str, object]) -> VllmConfig:
+    """The engine's configuration, without starting anything.
 
-    `name` is what the model is called, unless `served_model_name` is among `arguments`.
+    `name` is what the model is called, unless `served_model_name` is among `arguments`. Raises
+    SettingError for what vLLM, this machine or the masks don't admit.
     """
     refuse_arguments(arguments)
     load_general_plugins()
@@ -94,11 +95,20 @@ def start(model: Path, name: str, arguments: Mapping[str, object], grants: Grant
     except Exception as error:  # vLLM raises a dozen kinds here; each says what doesn't fit
         raise SettingError(f"engine arguments: {_first_line(error)}") from None
     refuse_config(config, worker, str(model), str(arguments.get("tokenizer") or model))
-    turns = bound(config)
     if current_platform.is_cpu():
         _check_memory(model, psutil.virtual_memory().available)
         _check_batch(config)
         _check_compiler(os.environ)
+    return config
+
+
+def start(model: Path, name: str, arguments: Mapping[str, object], grants: Grants) -> GuardedLLM:
+    """Starts vLLM's processes. Blocks for half a minute or so.
+
+    Raises SettingError as `configure` does, or EngineError.
+    """
+    config = configure(model, name, arguments)
+    turns = bound(config)
     try:
         with cpu_process.openmp(config):
             engine = AsyncLLM(
@@ -122,8 +132,11 @@ def _named(error: ValidationError, arguments: Mapping[str, object]) -> str:
     """What is wrong with which argument; of several, with one that was given."""
     faults = [(".".join(map(str, each["loc"])), each["msg"]) for each in error.errors()]
     name, what = next((fault for fault in faults if fault[0] in arguments), faults[0])
+    what = _first_line(what).removeprefix("Value error, ")
+    if not name:  # of several together
+        return f"engine arguments: {what}"
     value = f"={arguments[name]}" if name in arguments else ""
-    return f"engine argument {name}{value}: {_first_line(what)}"
+    return f"engine argument {name}{value}: {what}"
 
 
 def _check_memory(model: Path, available: int) -> None:

@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import expertgate
@@ -20,7 +21,7 @@ from expertgate.server.audit.writer import AuditLog
 from expertgate.server.config import AdminConfig, AuditConfig, Config
 from expertgate.server.identity import Identity
 from expertgate.server.listening import listen, listen_at
-from expertgate.server.policy_files import PolicyFiles, resources
+from expertgate.server.policy_files import PolicyFiles, Stamp, resources
 from expertgate.server.refusals import SettingError, refuse_arguments
 
 log = logging.getLogger(__name__)
@@ -40,51 +41,29 @@ def serve_config(
     `greet` is called with the server's URL once it can answer. Raises a named error for each part
     that doesn't hold, before anything slow begins.
     """
-    environment.settle()
-    environment.allow_files()
-    logs.set_up(config.logs)
-    wanted = model or config.model
-    if wanted is None:
-        raise SettingError(
-            "no model: name one on the command line, or as `model:` in the configuration"
-        )
-    arguments = dict(config.engine)
-    refuse_arguments(arguments)
-    checkpoint = Checkpoint(locate(wanted, config.revision))
-    known = catalogue.load(checkpoint, config.catalogue)
-    identity = Identity(config.identity)
-    beside = checkpoint.folder / catalogue.FILE_NAME
-    described = config.catalogue or (beside if beside.exists() else None)
-    files = PolicyFiles(config.policies, described, config.claims)
-    seen = files.stamp()  # before they are read: what changes from here on is seen
-    policies = PolicySet.load(config.policies, resources(known), config.claims)
-    if config.tls is not None:
-        config.tls.check()
-    # A folder's own name, or the Hub's id.
-    name = checkpoint.folder.name if Path(wanted).is_dir() else wanted
+    parts = _read(config, model)
+    known, policies = parts.known, parts.policies
     bound = listen(host or config.host, config.port if port is None else port)
     admin = None if config.admin is None else _admin(config.admin)
     url = f"{'http' if config.tls is None else 'https'}://{_authority(bound)}"
-    print(f"expertgate {expertgate.__version__}: starting {wanted} at {url}", flush=True)
-    for line in _summary(config, known, policies, admin):
+    print(f"expertgate {expertgate.__version__}: starting {parts.model} at {url}", flush=True)
+    for line in [*_summary(config, parts), f"operators: {_operators(admin)}"]:
         print(line, flush=True)
 
-    with _audited(config.audit, known, name, policies.version) as trail:
+    with _audited(config.audit, known, parts.name, policies.version) as trail:
         # vLLM takes seconds to import, and reads its environment while it is.
         from expertgate.server import tracing
         from expertgate.server.admin import create_admin
         from expertgate.server.app import create_app
-        from expertgate.server.engine import parse_flags, start
-        from expertgate.server.handlers import Handlers, check_tool_parser
+        from expertgate.server.engine import start
+        from expertgate.server.handlers import Handlers
         from expertgate.server.oversight import Oversight
         from expertgate.server.run import Listener, run
         from expertgate.server.service import Service
 
-        arguments |= parse_flags(flags)
-        refuse_arguments(arguments)
-        check_tool_parser(config.tool_parser)
-        service = Service(known, identity, policies, trail, Admission(config.limits))
-        oversight = Oversight(service, files, seen, config.suspended)
+        arguments = _arguments(config, flags)
+        service = Service(known, parts.identity, policies, trail, Admission(config.limits))
+        oversight = Oversight(service, parts.files, parts.seen, config.suspended)
         oversight.listeners.append(trail.changed)
         began = time.monotonic()
 
@@ -100,13 +79,90 @@ def serve_config(
             service,
             oversight,
             listeners,
-            lambda: start(checkpoint.folder, name, arguments, service.grants),
+            lambda: start(parts.checkpoint.folder, parts.name, arguments, service.grants),
             lambda engine: Handlers.around(engine, config.tool_parser),
             ready,
             config.drain_s,
         )
         if spans is not None:
             spans.shutdown()
+
+
+def check_config(config: Config, *, model: str | None, flags: Sequence[str]) -> None:
+    """Reads and checks what `serve_config` would, and says what would be served.
+
+    Neither listens nor writes, so it can be asked beside a server that runs. Raises as it does.
+    """
+    parts = _read(config, model)
+    if config.admin is not None:
+        config.admin.read_token()
+    if config.audit.enabled and config.audit.signing_key.exists():
+        SigningKey.load(config.audit.signing_key)
+    for line in _summary(config, parts):
+        print(line, flush=True)
+
+    from expertgate.server.engine import configure
+    from expertgate.server.oversight import Oversight
+    from expertgate.server.service import Service
+
+    service = Service(parts.known, parts.identity, parts.policies, Trail(None, parts.known))
+    Oversight(service, parts.files, parts.seen, config.suspended)
+    configure(parts.checkpoint.folder, parts.name, _arguments(config, flags))
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a configuration names, read and checked."""
+
+    model: str
+    name: str
+    """A folder's own name, or the Hub's id."""
+    checkpoint: Checkpoint
+    known: Catalogue
+    identity: Identity
+    files: PolicyFiles
+    seen: Stamp
+    """Of the files, from before they were read: what changes from then on is seen."""
+    policies: PolicySet
+
+
+def _read(config: Config, model: str | None) -> _Parts:
+    """Raises a named error for each part that doesn't hold."""
+    environment.settle()
+    environment.allow_files()
+    logs.set_up(config.logs)
+    wanted = model or config.model
+    if wanted is None:
+        raise SettingError(
+            "no model: name one on the command line, or as `model:` in the configuration"
+        )
+    refuse_arguments(config.engine)
+    checkpoint = Checkpoint(locate(wanted, config.revision))
+    known = catalogue.load(checkpoint, config.catalogue)
+    identity = Identity(config.identity)
+    beside = checkpoint.folder / catalogue.FILE_NAME
+    described = config.catalogue or (beside if beside.exists() else None)
+    files = PolicyFiles(config.policies, described, config.claims)
+    seen = files.stamp()
+    policies = PolicySet.load(config.policies, resources(known), config.claims)
+    if config.tls is not None:
+        config.tls.check()
+    name = checkpoint.folder.name if Path(wanted).is_dir() else wanted
+    return _Parts(wanted, name, checkpoint, known, identity, files, seen, policies)
+
+
+def _arguments(config: Config, flags: Sequence[str]) -> dict[str, object]:
+    """Those of the engine, `flags` before the configuration's. Raises SettingError.
+
+    vLLM takes seconds to import, and reads its environment while it is.
+    """
+    from expertgate.server.engine import parse_flags
+    from expertgate.server.handlers import check_tool_parser
+
+    arguments = {**config.engine, **parse_flags(flags)}
+    refuse_arguments(arguments)
+    check_tool_parser(config.tool_parser)
+    return arguments
 
 
 @contextmanager
@@ -142,28 +198,26 @@ def _open_log(config: AuditConfig) -> AuditLog | None:
     )
 
 
-def _summary(
-    config: Config,
-    known: Catalogue,
-    policies: PolicySet,
-    admin: tuple[socket.socket, str] | None,
-) -> list[str]:
+def _summary(config: Config, parts: _Parts) -> list[str]:
     """What is served to whom, a line each."""
-    experts = [f"{e.name} ({e.owner})" if e.owner else e.name for e in known.experts]
+    experts = [f"{e.name} ({e.owner})" if e.owner else e.name for e in parts.known.experts]
     identity = ["API keys"] if config.identity.api_keys else []
     identity += [f"tokens of {issuer.name} ({issuer.issuer})" for issuer in config.identity.jwt]
     identity += ["client certificates"] if config.identity.certificates else []
     identity += ["anonymous"] if config.identity.anonymous else []
-    operators = "nowhere: no `admin:` in the configuration"
-    if admin is not None:
-        unix = admin[0].family == socket.AF_UNIX
-        operators = f"unix:{admin[0].getsockname()}" if unix else f"http://{_authority(admin[0])}"
     return [
         f"experts: {', '.join(experts)}",
         f"identity: {', '.join(identity)}",
-        f"policies: {config.policies}, version {policies.version[:12]}",
-        f"operators: {operators}",
+        f"policies: {config.policies}, version {parts.policies.version[:12]}",
     ]
+
+
+def _operators(admin: tuple[socket.socket, str] | None) -> str:
+    """Where their listener is."""
+    if admin is None:
+        return "nowhere: no `admin:` in the configuration"
+    unix = admin[0].family == socket.AF_UNIX
+    return f"unix:{admin[0].getsockname()}" if unix else f"http://{_authority(admin[0])}"
 
 
 def _admin(config: AdminConfig) -> tuple[socket.socket, str]:
