@@ -1,14 +1,14 @@
 """What the audit log costs: the same server with it and without it, asked in turn, with real fsync.
 
-`python -m benchmarks.audit` starts `expertgate serve` twice on the demo model, one with `audit:
-{enabled: false}`, and asks them in alternating rounds, so that whatever else the machine does meets
-both. Throughput is what a server gives whose engine always has somebody waiting, so twice as many
-ask as it runs; what a request takes longer is measured with one that asks alone. Where other
-programs share the machine, its clock tells little; so the seconds that all of a server's processes
-are on a CPU are told as well, per request. Of servers that are alike some are faster for as long as
-they run, by more than the log costs; so there are two of each, and `--starts` says how often all
-four are started anew. `--log-only` measures the log by itself, without an engine: how long a record
-takes to be on disk while so many wait.
+`python -m benchmarks.audit` starts `expertgate serve` on the demo model, or on the one that
+`--model` names, with and without `audit: {enabled: false}`, and asks the two in alternating rounds,
+so that whatever else the machine does meets both. Throughput is what a server gives whose engine
+always has somebody waiting, so twice as many ask as it runs; what a request takes longer is
+measured with one that asks alone. Where other programs share the machine, its clock tells little;
+so the seconds that all of a server's processes are on a CPU are told as well, per request. Of
+servers that are alike some are faster for as long as they run, by more than the log costs; so there
+are two of each, and `--starts` says how often all four are started anew. `--log-only` measures the
+log by itself, without an engine: how long a record takes to be on disk while so many wait.
 """
 
 import argparse
@@ -27,13 +27,14 @@ from typing import Any
 
 import psutil
 
-from benchmarks.checkpoints import BUILD
+from benchmarks.checkpoints import BUILD, DEMO, SHAPES, locate
 from benchmarks.load import Client, Job, client
 from benchmarks.machine import about
+from expertgate.model.catalogue import FILE_NAME
 
 RUNNING = 16
 CLIENTS = 2 * RUNNING
-REQUESTS = 192
+REQUESTS = 512
 PROMPT_TOKENS = 16
 OUTPUT_TOKENS = 32
 RECORDS = 2000
@@ -68,19 +69,28 @@ def log_alone(folder: Path, waiting: int) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def server(folder: Path, *, audited: bool) -> Iterator[tuple[str, str, int]]:
-    """A server of the demo model: its URL, a key, and its process id."""
-    from expertgate.server.demo import DEMO
+def server(folder: Path, model: Path, *, audited: bool) -> Iterator[tuple[str, str, int]]:
+    """A server of `model`: its URL, a key, and its process id.
+
+    The demo model comes with its policies; of another all is granted.
+    """
     from expertgate.server.key_edits import create_key
 
     folder.mkdir()
-    shutil.copytree(DEMO / "policies", folder / "policies")
-    shutil.copy(DEMO / "model" / "experts.json", folder)
+    if model == DEMO:
+        shutil.copytree(DEMO.parent / "policies", folder / "policies")
+    else:
+        (folder / "policies").mkdir()
+        (folder / "policies" / "all.cedar").write_text("permit(principal, action, resource);\n")
     key = create_key(folder / "keys.yaml", "nurse", ["clinical"], None)
+    described = {}
+    if (model / FILE_NAME).exists():
+        shutil.copy(model / FILE_NAME, folder)
+        described["catalogue"] = FILE_NAME
     engine = {"max_model_len": 1024, "max_num_seqs": RUNNING, "kv_cache_memory_bytes": 1 << 28}
     config: dict[str, Any] = {
-        "model": str(DEMO / "model"),
-        "catalogue": "experts.json",
+        "model": str(model),
+        **described,
         "identity": {"api_keys": "keys.yaml"},
         "policies": "policies",
         "audit": {"enabled": audited},
@@ -116,13 +126,14 @@ def cpu_s(pid: int) -> float:
     return float(sum(time.user + time.system for time in times))
 
 
-def one_round(asking: Client, url: str, key: str, clients: int) -> tuple[float, float]:
+def one_round(
+    asking: Client, url: str, model: str, key: str, clients: int, count: int
+) -> tuple[float, float]:
     """Requests per second, and the median milliseconds of one."""
-    count = REQUESTS if clients > 1 else REQUESTS // 16
     prompts = [[2 + (7 * n + 13 * m) % 200 for m in range(PROMPT_TOKENS)] for n in range(count)]
     lengths = [OUTPUT_TOKENS] * count
     began = time.perf_counter()
-    answers = asking.do(Job(url, "model", [key], prompts, lengths, streams=clients))
+    answers = asking.do(Job(url, model, [key], prompts, lengths, streams=clients))
     seconds = time.perf_counter() - began
     if not all(answer.whole for answer in answers):
         raise SystemExit(f"statuses {sorted({answer.status for answer in answers})}")
@@ -130,17 +141,18 @@ def one_round(asking: Client, url: str, key: str, clients: int) -> tuple[float, 
     return count / seconds, statistics.median(took)
 
 
-def beside(folder: Path, rounds: int) -> dict[str, Any]:
+def beside(folder: Path, model: Path, rounds: int, requests: int) -> dict[str, Any]:
     """The audited servers' figures over the others', round by round."""
     folder.mkdir()
+    few = max(requests // 16, 4)
     with contextlib.ExitStack() as stack:
         asking = stack.enter_context(client())
         running = [
-            (audited, *stack.enter_context(server(folder / f"server-{place}", audited=audited)))
+            (audited, *stack.enter_context(server(folder / f"{place}", model, audited=audited)))
             for place, audited in enumerate((True, False, False, True))
         ]
         for _, url, key, _ in running:
-            one_round(asking, url, key, CLIENTS)  # warm
+            one_round(asking, url, model.name, key, CLIENTS, requests)  # warm
         rates: list[float] = []
         adds: list[float] = []
         costs: dict[bool, list[float]] = {True: [], False: []}
@@ -149,9 +161,10 @@ def beside(folder: Path, rounds: int) -> dict[str, Any]:
             # Each goes first in as many rounds.
             for audited, url, key, pid in running[turn % 4 :] + running[: turn % 4]:
                 used = cpu_s(pid)
-                speed[audited] += one_round(asking, url, key, CLIENTS)[0] / 2
-                cost[audited] += (cpu_s(pid) - used) / REQUESTS * 1e3 / 2
-                wait[audited] += one_round(asking, url, key, 1)[1] / 2
+                many = one_round(asking, url, model.name, key, CLIENTS, requests)
+                cost[audited] += (cpu_s(pid) - used) / requests * 1e3 / 2
+                speed[audited] += many[0] / 2
+                wait[audited] += one_round(asking, url, model.name, key, 1, few)[1] / 2
             rates.append(speed[True] / speed[False])
             adds.append(wait[True] - wait[False])
             for audited in costs:
@@ -172,6 +185,8 @@ def beside(folder: Path, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", default=str(DEMO), help="a folder, or one of random shape")
+    parser.add_argument("--requests", type=int, default=REQUESTS, help="of each round")
     parser.add_argument("--starts", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=10, help="of each start")
     parser.add_argument("--log-only", action="store_true", help="without servers")
@@ -180,6 +195,9 @@ def main() -> None:
     command = {"command": " ".join(["python -m benchmarks.audit", *sys.argv[1:]])}
     figures: dict[str, Any] = {"about": about() | command, "log": {}}
     BUILD.mkdir(parents=True, exist_ok=True)
+    model = Path(options.model)
+    if options.model in SHAPES:
+        model, _ = locate(options.model)
     # Beside the checkpoints, on a real file system, for an fsync that is one.
     with tempfile.TemporaryDirectory(dir=BUILD) as name:
         for waiting in WAITING:
@@ -189,7 +207,8 @@ def main() -> None:
             starts = figures["beside"] = []
             for start in range(options.starts):
                 print(f"start {start + 1} of {options.starts}", flush=True)
-                starts.append(beside(Path(name) / f"start-{start}", options.rounds))
+                folder = Path(name) / f"start-{start}"
+                starts.append(beside(folder, model, options.rounds, options.requests))
             for key in starts[0]:
                 of_starts = [statistics.median(start[key]) for start in starts]
                 middle = statistics.median(value for start in starts for value in start[key])

@@ -21,6 +21,7 @@ import httpx
 import yaml
 
 from benchmarks.audit import server
+from benchmarks.checkpoints import DEMO
 from benchmarks.machine import about
 
 STREAMS = 8
@@ -97,7 +98,7 @@ def main() -> None:
     took: dict[str, list[float]] = {}
     with (
         tempfile.TemporaryDirectory() as name,
-        server(Path(name) / "site", audited=True) as (url, key, _),
+        server(Path(name) / "site", DEMO, audited=True) as (url, key, _),
         httpx.Client(
             base_url=url,
             headers={"Authorization": f"Bearer {key}"},
