@@ -9,10 +9,12 @@ from typing import Any
 import click
 
 from expertgate.server.columns import echo_columns
+from expertgate.server.config import CONFIG_FILE, Config, ConfigError
 from expertgate.server.key_edits import create_key, expire_key, revoke_key, rotate_key
 from expertgate.server.keys import Key, KeysError, parse_keys
 
 _SPAN = re.compile(r"([0-9]{1,4})([dhm])")
+_DEFAULT = Path("keys.yaml")
 _UNITS = {"d": "days", "h": "hours", "m": "minutes"}
 
 
@@ -53,14 +55,27 @@ def _expiry(_: click.Context, __: click.Parameter, value: str | None) -> datetim
     return time
 
 
+def _configured(_: click.Context, option: click.Parameter, given: Path | None) -> Path:
+    """That of the server whose configuration is here: another would change nothing for it."""
+    if given is not None or not Path(CONFIG_FILE).exists():
+        return given or _DEFAULT
+    try:
+        found = Config.load(Path(CONFIG_FILE)).identity.api_keys
+    except ConfigError as error:
+        raise ConfigError(f"{error}\nor name the key file with --file") from None
+    if found is None:
+        words = f"{CONFIG_FILE} has no identity.api_keys; name a file"
+        raise click.BadParameter(words, param=option)
+    return found
+
+
 def _file(help: str) -> Callable[[Any], Any]:  # noqa: A002
     return click.option(
         "--file",
         "path",
         type=click.Path(dir_okay=False, path_type=Path),
-        default="keys.yaml",
-        show_default=True,
-        help=help,
+        callback=_configured,
+        help=f"{help} Default: `identity.api_keys` of {CONFIG_FILE}, or {_DEFAULT} without one.",
     )
 
 
@@ -81,7 +96,7 @@ def keys() -> None:
     is_flag=True,
     help="For a gateway: it names its users, with no other groups than these.",
 )
-@_file("The key file; made if it is missing.")
+@_file("The key file, which is made if it is missing.")
 def create(
     id: str,  # noqa: A002
     groups: tuple[str, ...],

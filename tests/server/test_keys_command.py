@@ -29,6 +29,30 @@ def test_the_secret_is_all_there_is_on_stdout(run, tmp_path):
     assert "keys.yaml" in result.stderr
 
 
+def test_the_file_is_that_of_the_configuration_that_is_there(run, tmp_path):
+    """A key in another file would be one that the server doesn't know, or doesn't forget."""
+    config = tmp_path / "expertgate.yaml"
+    (tmp_path / "secrets").mkdir()
+    config.write_text("identity: {api_keys: secrets/k.yaml}\npolicies: policies\n")
+    assert run("--id", "alice").exit_code == 0
+    assert call("list").stdout.splitlines()[1].startswith("alice")
+    assert (tmp_path / "secrets" / "k.yaml").exists()
+    assert run("--id", "bob", "--file", "keys.yaml").exit_code == 0
+    assert [line.split()[0] for line in call("list").stdout.splitlines()] == ["ID", "alice"]
+    config.write_text("identity: {anonymous: true}\npolicies: policies\n")
+    result = call("list")
+    assert result.exit_code == 2
+    assert "expertgate.yaml has no identity.api_keys; name a file" in result.stderr
+
+
+def test_a_configuration_that_is_broken_is_told_and_can_be_passed_by(run, tmp_path, capsys):
+    (tmp_path / "expertgate.yaml").write_text("identity: [\n")
+    assert main(["keys", "revoke", "alice"]) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last == "expertgate: or name the key file with --file"
+    assert run("--id", "alice", "--file", "keys.yaml").exit_code == 0
+
+
 @pytest.mark.parametrize(("given", "days"), [("30d", 30), ("an instant", 2)])
 def test_expiry(run, tmp_path, given, days):
     if given == "an instant":
