@@ -110,7 +110,8 @@ def check(flags: list[str], model: str | None, path: Path | None) -> None:
     """Check all that `serve` would read and be told, without serving.
 
     The configuration, the checkpoint and its catalogue, keys, policies, suspensions, certificates
-    and the engine's arguments. Weights whose hashes the catalogue states are read whole.
+    and the engine's arguments. A model of the Hub is fetched; weights whose hashes the catalogue
+    states are read whole.
     """
     config = _load(path)
     from expertgate.server.serving import check_config
