@@ -107,7 +107,7 @@ def serve(
 @_config
 @click.pass_obj
 def check(flags: list[str], model: str | None, path: Path | None) -> None:
-    """Check all that `serve` would read and be told, without serving.
+    """Check everything that `serve` would read, without serving.
 
     The configuration, the checkpoint and its catalogue, keys, policies, suspensions, certificates
     and the engine's arguments. A model of the Hub is fetched; weights whose hashes the catalogue
