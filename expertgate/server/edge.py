@@ -81,5 +81,5 @@ class Edge:
 
 
 def _shown(path: str) -> str:
-    """A client's own words, so that they stay within their line."""
-    return path[:200].encode("unicode_escape").decode()
+    """A client's own words, so that they stay within their line, and say nothing behind a blank."""
+    return path[:200].encode("unicode_escape").decode().replace(" ", r"\x20")
