@@ -4,6 +4,7 @@ Model Runner V2 needs a Triton with a CPU back end; without one vLLM's CPU worke
 whose runner knows no per-model state. Given to vLLM as `worker_cls`.
 """
 
+import os
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,9 @@ class MaskedCPUModelRunner(CPUModelRunner):
 
 class MaskedCPUWorker(ProvesMasks, ReportsUsage, CPUWorker):
     def init_device(self) -> None:
+        # Else vLLM cuts a long context into parts for its threads, at places that depend on who
+        # else is in the batch, and what is put together again has other last bits.
+        os.environ["VLLM_CPU_ATTN_SPLIT_KV"] = "0"
         super().init_device()
         if not self.use_v2_model_runner:
             self.model_runner = MaskedCPUModelRunner(self.vllm_config, torch.device("cpu"))

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from expertgate.server import tracing
-from expertgate.server.errors import bad_request
+from expertgate.server.errors import ApiError, bad_request
 from expertgate.server.logs import FACTS, request_id
 from expertgate.server.metrics import DENIALS
 
@@ -59,9 +59,14 @@ class Edge:
             await send(message)
 
         app: ASGIApp = self._app
+        error = None
         if given and not known:
             message = f"{HEADER} must be sent once, as 1 to 128 letters, digits and . _ : / + = -"
             error = bad_request(message, HEADER)
+        elif scope["path"].endswith("\n"):
+            # Starlette would take it for the same path without: a pattern's $ stands there too.
+            error = ApiError(404, "not_found", "there is no route that ends with a line feed")
+        if error is not None:
             DENIALS.labels(error.code).inc()
             app = JSONResponse(error.body(), error.status)
         method, above = scope["method"], tracing.context_in(headers)
@@ -81,5 +86,5 @@ class Edge:
 
 
 def _shown(path: str) -> str:
-    """A client's own words, so that they stay within their line."""
-    return path[:200].encode("unicode_escape").decode()
+    """A client's own words, so that they stay within their line, and say nothing behind a blank."""
+    return path[:200].encode("unicode_escape").decode().replace(" ", r"\x20")

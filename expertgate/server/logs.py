@@ -41,9 +41,14 @@ def set_up(form: Form) -> None:
 class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         facts: Mapping[str, Any] = getattr(record, FACTS, {})
-        told = "".join(f" {name}={value}" for name, value in facts.items())
+        told = "".join(f" {name}={_within(value)}" for name, value in facts.items())
         line, *trace = super().format(record).split("\n")
         return "\n".join([line + told, *trace])
+
+
+def _within(value: object) -> str:
+    """A fact without blanks: a user may be called `ada experts=public`."""
+    return str(value).replace("\\", r"\\").replace(" ", r"\x20")
 
 
 _TEXT = _Text("%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s")

@@ -82,8 +82,16 @@ def _one_of(*values: object) -> Callable[[object], bool]:
     return lambda value: value in values
 
 
+_VETTED_NGRAM = {"method", "num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min"}
+
+
 def _ngram(value: object) -> bool:
-    return isinstance(value, Mapping) and value.get("method") == "ngram" and "model" not in value
+    """Which drafts there are; not whether they are taken unseen (`rejection_sample_method`)."""
+    return (
+        isinstance(value, Mapping)
+        and value.get("method") == "ngram"
+        and set(value) <= _VETTED_NGRAM
+    )
 
 
 _VETTED_COMPILATION = {
@@ -168,7 +176,10 @@ _VETTED: dict[str, tuple[Callable[[object], bool], str]] = {
     "prefix_caching_hash_algo": (_one_of("sha256", "sha256_cbor"), "sha256 or sha256_cbor"),
     "runner": (_one_of("auto", "generate"), "generate"),
     "scheduling_policy": (_one_of("fcfs"), "fcfs"),
-    "speculative_config": (_ngram, "the method ngram"),
+    "speculative_config": (
+        _ngram,
+        f"the method ngram, with {', '.join(sorted(_VETTED_NGRAM - {'method'}))}",
+    ),
     "tokenizer_mode": (_one_of("auto", "hf"), "auto or hf"),
 }
 
@@ -259,7 +270,10 @@ def refuse_config(config: Any, worker_cls: str, model_path: str, tokenizer: str)
         "kv_offloading_size": bool(cache.kv_offloading_size),
         "kv_sharing_fast_prefill": cache.kv_sharing_fast_prefill,
         "prefix_caching_hash_algo": cache.prefix_caching_hash_algo not in ("sha256", "sha256_cbor"),
-        "speculative_config": speculative is not None and speculative.method != "ngram",
+        "speculative_config": speculative is not None
+        and not (
+            speculative.method == "ngram" and speculative.rejection_sample_method == "standard"
+        ),
         "scheduling_policy": scheduler.policy != "fcfs",
         "scheduler_cls": not _is_vllms(scheduler.scheduler_cls),
         "enable_sleep_mode": model.enable_sleep_mode,

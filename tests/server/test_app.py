@@ -290,6 +290,12 @@ def test_there_are_no_pages_only_the_document(service):
     assert client.get("/openapi.json").status_code == 200
 
 
+def test_a_line_feed_behind_a_route_is_another_path(service):
+    """To a gateway in front of us, which lets some routes through, it is one already."""
+    response = TestClient(create_app(service)).get("/health%0a")
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
+
+
 def test_leaving_while_the_handler_works_ends_grant_and_handler(service, script):
     ended = []
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import pytest
 from fastapi import FastAPI, Request
@@ -85,6 +86,23 @@ def test_a_path_keeps_to_its_line(client, caplog):
     record.request_id = "-"
     assert "\n" not in _TEXT.format(record)
     assert len(record.getMessage()) < 300
+
+
+def test_no_path_says_what_the_line_says_of_a_request(client, caplog):
+    caplog.set_level(logging.INFO, "expertgate.access")
+    client.get("/none%20status=200%20principal=alice%20experts=news")
+    (record,) = caplog.records
+    record.request_id = "-"
+    assert re.findall(r" (\w+)=", _TEXT.format(record)) == ["status", "took_ms"]
+
+
+def test_nor_does_a_name():
+    """A gateway's users, and an issuer's, may be called almost anything."""
+    record = logging.makeLogRecord(
+        {"name": "n", "levelname": "INFO", "levelno": 20, "msg": "hi", "request_id": "r1",
+         "facts": {"principal": r"portal/a\ experts=public", "experts": "news"}}
+    )  # fmt: skip
+    assert _TEXT.format(record).endswith(r" principal=portal/a\\\x20experts=public experts=news")
 
 
 def test_lines_as_text_and_as_json():

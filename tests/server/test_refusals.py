@@ -96,6 +96,11 @@ def safe_config():
         ("scheduler_config", "scheduler_cls", "another.Scheduler"),
         (None, "speculative_config", Config(method="suffix")),
         (None, "speculative_config", Config(method="draft_model")),
+        (
+            None,
+            "speculative_config",
+            Config(method="ngram", rejection_sample_method="synthetic"),
+        ),
         (None, "lora_config", object()),
         (None, "kv_transfer_config", object()),
         (None, "kv_events_config", Config(enable_kv_cache_events=True)),
@@ -138,7 +143,7 @@ def test_a_resolved_setting_is_refused_by_its_name_and_with_the_reason(
 def test_vllms_own_scheduler_and_ngram_are_fine():
     config = safe_config()
     config.scheduler_config.scheduler_cls = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
-    config.speculative_config = Config(method="ngram")
+    config.speculative_config = Config(method="ngram", rejection_sample_method="standard")
     refuse_config(config, WORKER, "/checkpoint", "/tokenizer")
 
 
@@ -170,6 +175,10 @@ def test_vllms_own_scheduler_and_ngram_are_fine():
         ("speculative_config", {"method": "suffix"}),
         ("speculative_config", {"method": "ngram", "model": "another"}),
         ("speculative_config", "ngram"),
+        (
+            "speculative_config",
+            {"method": "ngram", "rejection_sample_method": "synthetic"},
+        ),
         ("compilation_config", {"backend": "a.b"}),
         ("compilation_config", True),
         ("structured_outputs_config", {"backend": "outlines"}),
