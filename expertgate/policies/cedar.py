@@ -5,6 +5,7 @@ skips it, so that a failing `forbid` would leave access open); else a `forbid` d
 `permit` allows; else the expert is denied.
 """
 
+import difflib
 import hashlib
 import json
 import re
@@ -24,6 +25,14 @@ from expertgate.policies.statement import PolicyError, Statement, statements
 
 NOT_PERMITTED = "no policy permits it"
 
+_ATTRIBUTES: Mapping[tuple[str, ...], Sequence[str]] = {
+    ("principal",): (),
+    ("action",): (),
+    ("resource",): ("owner", "license", "tags"),
+    ("context",): tuple(ATTRIBUTES),
+}
+"""The attributes that there are, by the way to what has them. Claims are the configuration's."""
+
 _CACHED_DECISIONS = 1024
 _FAILURE = re.compile(r"error while evaluating policy `policy(\d+)`: (.*)", re.DOTALL)
 
@@ -41,6 +50,7 @@ class PolicySet:
         for policy in policies:
             policy.check()
         _check_experts(policies, resources)
+        _check_attributes(policies, claims)
         self._ids = _ids(policies)
         self._resources = tuple(resources)
         self._claims = dict(claims)
@@ -172,6 +182,31 @@ def _check_experts(policies: Iterable[Statement], resources: Iterable[Resource])
                 raise PolicyError(
                     f'{place}: there is no Expert::"{name}"; the experts are {", ".join(known)}'
                 )
+
+
+def _check_attributes(policies: Iterable[Statement], claims: Mapping[str, ClaimKind]) -> None:
+    # Cedar takes `has` with any name for a question whose answer may be no, and a `forbid` that
+    # asks for a misspelt attribute forbids nothing.
+    known = {**_ATTRIBUTES, ("context", "claims"): tuple(claims)}
+    anywhere = [name for names in known.values() for name in names]
+    for policy in policies:
+        for place, way, name in policy.asked_for():
+            names = known.get(way, anywhere)
+            if name in names or "\\" in name:  # an escape may stand for any letter
+                continue
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = (
+                f"; did you mean {near[0]}?"
+                if near
+                else f", only {', '.join(names)}"
+                if names
+                else ""
+            )
+            if way == ("context", "claims"):
+                raise PolicyError(f"{place}: the claim {name!r} is not declared{hint}")
+            raise PolicyError(
+                f"{place}: {'.'.join((*way, name))}: there is no such attribute{hint}"
+            )
 
 
 def _reads(policies: Iterable[Statement]) -> frozenset[str]:
