@@ -32,11 +32,19 @@
 Paths are relative to the file's folder.
 """
 
+import re
 import ssl
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 
 from expertgate.policies.context import ClaimKind
 from expertgate.server.identity_config import IdentityConfig
@@ -125,14 +133,21 @@ class TlsConfig(BaseModel):
 _LEAST_TOKEN_CHARS = 32
 
 
+_LISTEN = re.compile(r"unix:.+|\[[0-9a-fA-F:.]+\]:\d{1,5}|[^\s:/]+:\d{1,5}")
+
+
+def _listen(value: object) -> object:
+    if not isinstance(value, str) or not _LISTEN.fullmatch(value):
+        raise ValueError("must be HOST:PORT, such as 127.0.0.1:9100, or unix:PATH")
+    return value
+
+
 class AdminConfig(BaseModel):
     """The operators' listener."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    listen: Annotated[
-        str, StringConstraints(pattern=r"^(unix:.+|\[[0-9a-fA-F:.]+\]:\d{1,5}|[^\s:/]+:\d{1,5})$")
-    ]
+    listen: Annotated[str, BeforeValidator(_listen)]
     token: Path
 
     def beside(self, folder: Path) -> "AdminConfig":

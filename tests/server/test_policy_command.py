@@ -145,7 +145,7 @@ def test_cases_that_do_not(run, folder):
     [
         ("", "cases.yaml:1: is empty"),
         ("[]", "cases.yaml:1: is empty"),
-        ("a: 1", "cases.yaml:1: Input should be a valid list"),
+        ("a: 1", "cases.yaml:1: must be a list, as [a, b]"),
         ("- {granted: [public]}", "cases.yaml:1: [0].principal: is missing"),
         ("- {principal: a}", "cases.yaml:1: says neither"),
         (
