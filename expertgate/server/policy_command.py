@@ -15,6 +15,7 @@ from expertgate.policies.decision import Decision
 from expertgate.policies.principal import Principal
 from expertgate.server import claim_options
 from expertgate.server.cases import Case, CaseTable
+from expertgate.server.circumstances import PURPOSES, is_purpose
 from expertgate.server.config import CONFIG_FILE
 from expertgate.server.policy_source import PolicySource
 
@@ -130,6 +131,10 @@ def explain(
     for name in wanted:
         if name not in known:
             raise click.BadParameter(f"there is no expert {name!r}, only {', '.join(known)}")
+    if not principal:
+        raise click.BadParameter("--as is empty; it must name who asks")
+    if purpose is not None and not is_purpose(purpose):
+        raise click.BadParameter(f"--purpose {PURPOSES}")
     context = Context(_time(time), purpose, _address(address))
     asking = Principal(principal, frozenset(groups), claim_options.given(claims, source.claims))
     decision = source.load().decide(asking, context)
@@ -199,9 +204,11 @@ def _time(text: str | None) -> datetime:
     try:
         found = datetime.fromisoformat(text)
     except ValueError:
-        raise click.BadParameter(f"{text!r} is no ISO 8601 time") from None
+        words = "is no ISO 8601 time, such as 2027-01-01T00:00:00Z"
+        raise click.BadParameter(f"{text!r} {words}") from None
     if found.tzinfo is None:
-        raise click.BadParameter(f"{text!r} has no time zone; add Z if UTC is meant")
+        words = f"has no time zone; write {found.isoformat()}Z if UTC is meant"
+        raise click.BadParameter(f"{text!r} {words}")
     return found
 
 

@@ -42,7 +42,7 @@ def test_expiry(run, tmp_path, given, days):
 @pytest.mark.parametrize(
     ("expires", "words"),
     [
-        ("2999-01-01", "has no time zone; add Z"),
+        ("2999-01-01", "has no time zone; write 2999-01-01T00:00:00Z if UTC"),
         ("2001-01-01T00:00:00Z", "not in the future"),
         ("0d", "not in the future"),
         ("-1d", "neither a time span"),

@@ -157,6 +157,8 @@ def test_cases_that_do_not(run, folder):
             "- {principal: a, granted: [], claims: {departmnt: x}}",
             "cases.yaml:1: [0].claims.departmnt: is not declared under `claims:`",
         ),
+        ("- {principal: a, granted: [], purpose: ''}", "cases.yaml:1: [0].purpose: has 1 to 256 "),
+        ("- {principal: '', granted: []}", "cases.yaml:1: [0].principal: must have at least 1 "),
         ("- {principal: a, granted: [], address: 10}", "cases.yaml:1: [0].address: "),
         ("- {principal: a, granted: [], address: 1.2.3.4.5}", "cases.yaml:1: [0].address: "),
         ("- {principal: a, granted: [], time: 2026}", "cases.yaml:1: [0].time: "),
@@ -225,6 +227,7 @@ def test_explain_with_claims(run, folder):
     for wrong, words in (
         ("level=high", "'level=high' is not of the type integer"),
         ("lvl=3", "the claim 'lvl' is not declared, only department, level"),
+        ("level", "'level' is not NAME=VALUE"),
     ):
         status, _, err = run(*asked, "--claim", wrong)
         assert status == 2
@@ -279,7 +282,11 @@ def test_explain_in_a_context(run, folder):
         status, _, err = run(*asked, *wrong)
         assert status == 2
         assert repr(wrong[1]) in err
+    assert "write 2026-11-23T00:00:00Z if UTC" in run(*asked, "--time", "2026-11-23")[2]
     assert "there is no expert 'meth'" in run(*asked[:-1], "meth")[2]
+    # No request could ask so.
+    assert "--purpose has 1 to 256 printable" in run(*asked, "--purpose", "")[2]
+    assert "--as is empty" in run("policy", "explain", "--as", "")[2]
 
 
 def test_diff_lists_who_gains_and_who_loses(run, folder):
