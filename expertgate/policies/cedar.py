@@ -34,6 +34,7 @@ _ATTRIBUTES: Mapping[tuple[str, ...], Sequence[str]] = {
 """The attributes that there are, by the way to what has them. Claims are the configuration's."""
 
 _CACHED_DECISIONS = 1024
+_OPTIONAL = re.compile(r"access to optional attribute `([\w.]+)` in context")
 _FAILURE = re.compile(r"error while evaluating policy `policy(\d+)`: (.*)", re.DOTALL)
 
 
@@ -92,9 +93,10 @@ class PolicySet:
         policies = [policy for path, text in texts for policy in statements(text, path)]
         if not policies:
             # Nobody could do anything, which no one would set up a server for.
+            where = "" if folder.is_dir() else "is no folder: "
             raise PolicyError(
-                f"{folder}: there is no policy, so no expert could be consulted; put at least one "
-                "`permit(...);` into a *.cedar file there"
+                f"{folder}: {where}there is no policy, so no expert could be consulted; put at "
+                "least one `permit(...);` into a *.cedar file there"
             )
         return cls(policies, resources, claims)
 
@@ -240,4 +242,8 @@ def _validate(text: str, policies: Sequence[Statement], schema_text: str) -> Non
     for error in result.errors:
         policy = policies[int(error.policy_id.removeprefix("policy"))]
         words = error.error.removeprefix(f"for policy `{error.policy_id}`, ")
-        raise PolicyError(f"{policy.place}: {' '.join(words.split())}")
+        hint = ""
+        if optional := _OPTIONAL.search(words):
+            way, _, name = f"context.{optional[1]}".rpartition(".")
+            hint = f"; ask for it first: `{way} has {name} && ...`"
+        raise PolicyError(f"{policy.place}: {' '.join(words.split())}{hint}")

@@ -337,6 +337,13 @@ def test_what_is_not_valid_is_refused_with_its_place(text, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("way", ["context purpose", "context.claims department"])
+def test_how_to_ask_for_an_optional_attribute_is_told(way):
+    where, name = way.split()
+    with pytest.raises(PolicyError, match=rf"; ask for it first: `{where} has {name} && \.\.\.`"):
+        policies(when(f'{where}.{name} == "a"'))
+
+
 @pytest.mark.parametrize(
     "condition",
     ["context has claims.level", 'context.claims has "lev\\u{65}l"', "resource has tags",
@@ -363,7 +370,7 @@ def test_no_policy_at_all_is_a_mistake(tmp_path, content):
         (tmp_path / "a.cedar").write_text(content)
     with pytest.raises(PolicyError, match="there is no policy"):
         PolicySet.load(tmp_path, RESOURCES)
-    with pytest.raises(PolicyError, match="there is no policy"):
+    with pytest.raises(PolicyError, match="missing: is no folder: there is no policy"):
         PolicySet.load(tmp_path / "missing", RESOURCES)
 
 
