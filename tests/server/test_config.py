@@ -87,6 +87,10 @@ def test_engine_arguments_pass_through_as_they_are(load):
             LEAST + "admin: {listen: nowhere, token: t}\n",
             ["3: admin.listen: must be HOST:PORT, such as 127.0.0.1:9100, or"],
         ),
+        (
+            LEAST + "admin: {listen: '127.0.0.1:99999', token: t}\n",
+            ["3: admin.listen: must be HOST:PORT, such as 127.0.0.1:9100, or"],
+        ),
         (LEAST + "logs: xml\n", ["3: logs: must be 'text' or 'json'"]),
         (LEAST + "model: 7\n", ["3: model: must be text; quote what looks like a number"]),
         (LEAST + "engine: [1]\n", ["3: engine: must be a mapping, as {key: value}"]),

@@ -127,6 +127,13 @@ def test_a_grace_that_cannot_be_meant_changes_nothing(run, tmp_path, grace):
     assert (tmp_path / "keys.yaml").read_text() == before
 
 
+def test_help_without_a_command_and_a_mistake_in_one_line(run, capsys):
+    assert main([]) == 2
+    assert capsys.readouterr().err.startswith("Usage: ")
+    assert main(["usage"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 def test_a_broken_file_is_a_line_for_each_fault_and_status_2(run, tmp_path, capsys):
     (tmp_path / "keys.yaml").write_text("- id: a:b\n- id: c\n  sha256: short\n")
     assert main(["keys", "list"]) == 2

@@ -41,6 +41,8 @@ def _time(_: click.Context, __: click.Parameter, value: str | None) -> datetime 
 )
 def usage(path: Path, by: By, since: datetime | None, until: datetime | None, form: str) -> None:
     """Add up the usage in the audit log in the folder PATH."""
+    if since is not None and until is not None and until <= since:
+        raise click.BadParameter("--to must be later than --from; it is not included")
     rows = []
     for row in add_up(path, by, since, until):
         fields = asdict(row)
