@@ -76,7 +76,8 @@ def policy() -> None:
 def check(source: PolicySource) -> None:
     """Read and validate the policies, as the server would."""
     found = source.load()
-    click.echo(f"{len(found)} policies about {len(source.catalogue)} experts hold: {found.version}")
+    counted = f"policies: {len(found)}; experts: {len(source.catalogue)}; version {found.version}"
+    click.echo(f"no fault found; {counted}")
 
 
 @policy.command()
@@ -98,7 +99,9 @@ def test(source: PolicySource, table: Path) -> None:
 
 
 @policy.command()
-@click.option("--as", "principal", required=True, metavar="PRINCIPAL", help="Who asks.")
+@click.option(
+    "--as", "principal", required=True, metavar="PRINCIPAL", help="Who asks: alice, or corp:ada."
+)
 @click.option("--group", "groups", multiple=True, help="A group of theirs; may be repeated.")
 @click.option("--experts", help="Only these, by commas; all where missing.")
 @click.option(

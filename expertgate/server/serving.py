@@ -154,7 +154,7 @@ def _summary(
     identity += [f"tokens of {issuer.name} ({issuer.issuer})" for issuer in config.identity.jwt]
     identity += ["client certificates"] if config.identity.certificates else []
     identity += ["anonymous"] if config.identity.anonymous else []
-    operators = "nowhere: no `admin:` in the configuration"
+    operators = "no listener, as the configuration has no `admin:`"
     if admin is not None:
         unix = admin[0].family == socket.AF_UNIX
         operators = f"unix:{admin[0].getsockname()}" if unix else f"http://{_authority(admin[0])}"

@@ -54,7 +54,7 @@ def cases(folder, text: str) -> str:
 def test_check(run, folder):
     status, out, _ = run("policy", "check")
     assert status == 0
-    assert out.startswith("4 policies about 4 experts hold: ")
+    assert out.startswith("no fault found; policies: 4; experts: 4; version ")
     write(folder / "policies", PUBLIC + "\npermit(principal, action, resource == User::1);")
     status, _, err = run("policy", "check")
     assert status == 2
