@@ -5,6 +5,7 @@ skips it, so that a failing `forbid` would leave access open); else a `forbid` d
 `permit` allows; else the expert is denied.
 """
 
+import difflib
 import hashlib
 import json
 import re
@@ -24,7 +25,16 @@ from expertgate.policies.statement import PolicyError, Statement, statements
 
 NOT_PERMITTED = "no policy permits it"
 
+_ATTRIBUTES: Mapping[tuple[str, ...], Sequence[str]] = {
+    ("principal",): (),
+    ("action",): (),
+    ("resource",): ("owner", "license", "tags"),
+    ("context",): tuple(ATTRIBUTES),
+}
+"""The attributes that there are, by the way to what has them. Claims are the configuration's."""
+
 _CACHED_DECISIONS = 1024
+_OPTIONAL = re.compile(r"access to optional attribute `([\w.]+)` in context")
 _FAILURE = re.compile(r"error while evaluating policy `policy(\d+)`: (.*)", re.DOTALL)
 
 
@@ -41,6 +51,7 @@ class PolicySet:
         for policy in policies:
             policy.check()
         _check_experts(policies, resources)
+        _check_attributes(policies, claims)
         self._ids = _ids(policies)
         self._resources = tuple(resources)
         self._claims = dict(claims)
@@ -82,9 +93,10 @@ class PolicySet:
         policies = [policy for path, text in texts for policy in statements(text, path)]
         if not policies:
             # Nobody could do anything, which no one would set up a server for.
+            where = "" if folder.is_dir() else "is no folder: "
             raise PolicyError(
-                f"{folder}: there is no policy, so no expert could be consulted; put at least one "
-                "`permit(...);` into a *.cedar file there"
+                f"{folder}: {where}there is no policy, so no expert could be consulted; put at "
+                "least one `permit(...);` into a *.cedar file there"
             )
         return cls(policies, resources, claims)
 
@@ -174,6 +186,31 @@ def _check_experts(policies: Iterable[Statement], resources: Iterable[Resource])
                 )
 
 
+def _check_attributes(policies: Iterable[Statement], claims: Mapping[str, ClaimKind]) -> None:
+    # Cedar takes `has` with any name for a question whose answer may be no, and a `forbid` that
+    # asks for a misspelt attribute forbids nothing.
+    known = {**_ATTRIBUTES, ("context", "claims"): tuple(claims)}
+    anywhere = [name for names in known.values() for name in names]
+    for policy in policies:
+        for place, way, name in policy.asked_for():
+            names = known.get(way, anywhere)
+            if name in names or "\\" in name:  # an escape may stand for any letter
+                continue
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = (
+                f"; did you mean {near[0]}?"
+                if near
+                else f", only {', '.join(names)}"
+                if names
+                else ""
+            )
+            if way == ("context", "claims"):
+                raise PolicyError(f"{place}: the claim {name!r} is not declared{hint}")
+            raise PolicyError(
+                f"{place}: {'.'.join((*way, name))}: there is no such attribute{hint}"
+            )
+
+
 def _reads(policies: Iterable[Statement]) -> frozenset[str]:
     """Attributes of the context whose names stand in a policy, or in a string that may spell them.
 
@@ -205,4 +242,8 @@ def _validate(text: str, policies: Sequence[Statement], schema_text: str) -> Non
     for error in result.errors:
         policy = policies[int(error.policy_id.removeprefix("policy"))]
         words = error.error.removeprefix(f"for policy `{error.policy_id}`, ")
-        raise PolicyError(f"{policy.place}: {' '.join(words.split())}")
+        hint = ""
+        if optional := _OPTIONAL.search(words):
+            way, _, name = f"context.{optional[1]}".rpartition(".")
+            hint = f"; ask for it first: `{way} has {name} && ...`"
+        raise PolicyError(f"{policy.place}: {' '.join(words.split())}{hint}")

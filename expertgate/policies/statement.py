@@ -5,7 +5,7 @@ the process down on deep nesting; so files are cut into policies here, and measu
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +73,24 @@ class Statement:
             if token.text == "Expert" and sign.text == "::" and name.text.startswith('"'):
                 yield f"{self.file}:{name.line}", name.text[1:-1]
 
+    def asked_for(self) -> Iterator[tuple[str, tuple[str, ...], str]]:
+        """Every attribute that a `has` asks for: its place, the way to what may have it, its name.
+
+        The way is empty where it begins with something else than a variable.
+        """
+        words = [token.text for token in self.tokens]
+        for start, word in enumerate(words):
+            if word != "has" or words[start - 1] == "@":
+                continue
+            way = _way(words[:start])
+            names = self.tokens[start + 1 :]
+            for index in range(0, len(names), 2):  # `has a.b` asks for both
+                name = names[index].text.removeprefix('"').removesuffix('"')
+                yield f"{self.file}:{names[index].line}", way, name
+                way = (*way, name) if way else ()
+                if [token.text for token in names[index + 1 : index + 2]] != ["."]:
+                    break
+
     def check(self) -> None:
         """Raises PolicyError where this is too deep or too long to parse, or is not one policy."""
         depth = 0
@@ -116,6 +134,15 @@ class Statement:
             low, high = (low, middle) if found else (middle + 1, high)
         # The parser looks one token ahead before it speaks.
         return self.tokens[max(low - 1, 0)].line
+
+
+def _way(words: Sequence[str]) -> tuple[str, ...]:
+    """The variable and the attributes, `context.claims`, that `words` end with, if they do."""
+    start = len(words) - 1
+    while start >= 2 and words[start - 1] == ".":
+        start -= 2
+    way = tuple(words[start::2])
+    return way if way[0] in ("principal", "action", "resource", "context") else ()
 
 
 def statements(text: str, file: Path) -> Iterator[Statement]:

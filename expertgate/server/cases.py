@@ -22,6 +22,7 @@ from expertgate.policies.cedar import PolicySet
 from expertgate.policies.context import Context, ip_address
 from expertgate.policies.decision import Decision
 from expertgate.policies.principal import Principal
+from expertgate.server.circumstances import PURPOSES, is_purpose
 from expertgate.server.policy_source import PolicySource
 from expertgate.server.yaml_file import YamlError, YamlFile
 
@@ -45,7 +46,7 @@ class Case(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     case: str = ""
-    principal: Annotated[str, Field(strict=True)]
+    principal: Annotated[str, Field(strict=True, min_length=1)]
     groups: frozenset[str] = frozenset()
     claims: dict[str, Any] = Field(default_factory=dict)
     purpose: str | None = None
@@ -110,10 +111,12 @@ def _check(
             if name not in known:
                 words = f"there is no expert {name!r}, only {', '.join(known)}"
                 raise file.fault((index, field), words)
+    if case.purpose is not None and not is_purpose(case.purpose):
+        raise file.fault((index, "purpose"), PURPOSES)
     for name in case.claims:
         if name not in source.claims:
             declared = ", ".join(source.claims) or "none"
-            words = f"is not declared under `claims:` in the configuration; {declared} is"
+            words = f"is not declared under `claims:` in the configuration, only {declared}"
             raise file.fault((index, "claims", name), words)
     if case.time is None and reads & _CLOCK:
         raise file.fault((index,), "a policy reads the clock, so say a `time:`")

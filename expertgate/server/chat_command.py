@@ -10,20 +10,43 @@ import openai
 _TURNS = "An empty line ends it; /experts NAMES asks others from here on."
 
 
+def _url(_: click.Context, __: click.Parameter, value: str) -> str:
+    if not value.startswith(("http://", "https://")):
+        raise click.BadParameter(f"{value!r} must begin with http:// or https://")
+    return value.rstrip("/").removesuffix("/v1")  # OpenAI's clients are given it with this
+
+
+def _header(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not _fits_header(value):
+        raise click.BadParameter("must be printable ASCII")
+    return value
+
+
+def _fits_header(text: str) -> bool:
+    return text.isascii() and text.isprintable()
+
+
 @click.command()
-@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The server.")
+@click.option(
+    "--url", default="http://127.0.0.1:8000", show_default=True, callback=_url, help="The server."
+)
 @click.option(
     "--key",
     envvar="EXPERTGATE_KEY",
     prompt="key",
     hide_input=True,
+    callback=_header,
     help="Your credential. Default: the variable EXPERTGATE_KEY, else it is asked for.",
 )
-@click.option("--experts", help="Who may speak: public,math or -news. Default: all you may ask.")
+@click.option(
+    "--experts",
+    callback=_header,
+    help="Who may speak: public,math or -news. Default: all you may ask.",
+)
 @click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(1))
 def chat(url: str, key: str, experts: str | None, max_tokens: int) -> None:
     """Talk to the model of a running server."""
-    api = openai.OpenAI(base_url=f"{url.rstrip('/')}/v1", api_key=key, max_retries=0)
+    api = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
     try:
         model = api.models.list().data[0].id
     except openai.APIConnectionError:
@@ -33,8 +56,13 @@ def chat(url: str, key: str, experts: str | None, max_tokens: int) -> None:
     click.echo(f"{model} at {url}. {_TURNS}")
     messages: list[Any] = []
     while said := _ask():
-        if said.startswith("/experts"):
-            experts = said.removeprefix("/experts").strip() or None
+        if said.startswith("/"):
+            command, _, names = said.partition(" ")
+            if command == "/experts" and _fits_header(names):
+                experts = names.strip() or None
+            else:
+                # A slip, sent as a message, would be answered by experts that weren't meant.
+                click.echo("the only command is /experts NAMES, as in /experts public", err=True)
             continue
         messages.append({"role": "user", "content": said})
         try:

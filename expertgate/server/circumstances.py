@@ -29,6 +29,14 @@ Purpose = Annotated[
 ]
 
 
+PURPOSES = f"has 1 to {_MAX_PURPOSE_CHARS} printable ASCII characters"
+
+
+def is_purpose(text: str) -> bool:
+    """Whether a request may say this. ASCII, as headers are: policies compare the two."""
+    return 1 <= len(text) <= _MAX_PURPOSE_CHARS and text.isascii() and text.isprintable()
+
+
 def context_of(request: Request, in_body: str | None = None) -> Context:
     """Raises ApiError 400 for a purpose that is malformed, or said twice and differently."""
     said = [(PURPOSE_HEADER, purpose) for purpose in request.headers.getlist(PURPOSE_HEADER)]
@@ -37,12 +45,8 @@ def context_of(request: Request, in_body: str | None = None) -> Context:
     if in_body is not None:
         said.append(("purpose", in_body))
     for place, purpose in said:
-        # ASCII, because headers are, and policies compare it with what they say.
-        if not (1 <= len(purpose) <= _MAX_PURPOSE_CHARS and purpose.isascii()) or not (
-            purpose.isprintable()
-        ):
-            message = f"{place} has 1 to {_MAX_PURPOSE_CHARS} printable ASCII characters"
-            raise _invalid(message, place)
+        if not is_purpose(purpose):
+            raise _invalid(f"{place} {PURPOSES}", place)
     if len({purpose for _, purpose in said}) > 1:
         message = f"header {PURPOSE_HEADER} and field purpose differ; say it once, or alike"
         raise _invalid(message, "purpose")

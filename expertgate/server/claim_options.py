@@ -30,7 +30,9 @@ def given(texts: Iterable[str], kinds: Mapping[str, ClaimKind]) -> dict[str, obj
     """Of `NAME=VALUE` each, by the claims that are declared. Raises click.BadParameter."""
     found: dict[str, object] = {}
     for text in texts:
-        name, _, value = text.partition("=")
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise click.BadParameter(f"{text!r} is not NAME=VALUE")
         if name not in kinds:
             known = ", ".join(kinds) or "none"
             raise click.BadParameter(f"the claim {name!r} is not declared, only {known}")

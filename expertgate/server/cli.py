@@ -151,6 +151,11 @@ def main(arguments: list[str] | None = None) -> Any:
         return _fail(str(error), 2)
     except (EngineError, ProofError) as error:
         return _fail(str(error), 1)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return error.exit_code
+    except click.UsageError as error:  # of several lines, where it has choices to list
+        return _fail(" ".join(error.format_message().split()), error.exit_code)
     except click.ClickException as error:
         return _fail(error.format_message(), error.exit_code)
     except click.Abort:

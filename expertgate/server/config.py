@@ -32,11 +32,19 @@
 Paths are relative to the file's folder.
 """
 
+import re
 import ssl
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 
 from expertgate.policies.context import ClaimKind
 from expertgate.server.identity_config import IdentityConfig
@@ -108,21 +116,40 @@ class TlsConfig(BaseModel):
 
     def check(self) -> None:
         """Raises ConfigError for files that can't be used."""
+        for path in filter(None, (self.certificate, self.key, self.client_ca)):
+            try:
+                path.read_bytes()
+            except OSError as error:
+                raise ConfigError(f"tls: {path}: {error.strerror or error}") from None
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            context.load_cert_chain(self.certificate, self.key)
+            # Without a password, OpenSSL would ask whoever sits at the terminal for it.
+            context.load_cert_chain(self.certificate, self.key, password="")
         except OSError as error:  # as SSLError is
+            words = "are no certificate and its private key, unencrypted, both in PEM"
             files = f"{self.certificate} and {self.key}"
-            raise ConfigError(f"tls: {files}: {error.strerror or error}") from None
+            raise ConfigError(f"tls: {files}: {words} ({error.strerror or error})") from None
         try:
             if self.client_ca is not None:
                 context.load_verify_locations(self.client_ca)
         except OSError as error:
-            why = error.strerror or error
-            raise ConfigError(f"tls: client_ca {self.client_ca}: {why}") from None
+            words = f"has no certificate in PEM ({error.strerror or error})"
+            raise ConfigError(f"tls: client_ca {self.client_ca}: {words}") from None
 
 
 _LEAST_TOKEN_CHARS = 32
+
+
+_LISTEN = re.compile(r"unix:.+|(?:\[[0-9a-fA-F:.]+\]|[^\s:/]+):(\d{1,5})")
+_LAST_PORT = 65535
+
+
+def _listen(value: object) -> object:
+    found = _LISTEN.fullmatch(value) if isinstance(value, str) else None
+    # A resolver takes a port that is too large for another one.
+    if found is None or int(found[1] or 0) > _LAST_PORT:
+        raise ValueError("must be HOST:PORT, such as 127.0.0.1:9100, or unix:PATH")
+    return value
 
 
 class AdminConfig(BaseModel):
@@ -130,9 +157,7 @@ class AdminConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    listen: Annotated[
-        str, StringConstraints(pattern=r"^(unix:.+|\[[0-9a-fA-F:.]+\]:\d{1,5}|[^\s:/]+:\d{1,5})$")
-    ]
+    listen: Annotated[str, BeforeValidator(_listen)]
     token: Path
 
     def beside(self, folder: Path) -> "AdminConfig":
@@ -169,7 +194,7 @@ class Config(BaseModel):
     suspended: Path = Path("suspended.yaml")
     audit: AuditConfig = AuditConfig()
     host: str = "127.0.0.1"
-    port: Annotated[int, Field(strict=True, ge=0, le=65535)] = 8000
+    port: Annotated[int, Field(strict=True, ge=0, le=_LAST_PORT)] = 8000
     limits: dict[str, Limits] = Field(default_factory=dict)
     tls: TlsConfig | None = None
     admin: AdminConfig | None = None

@@ -102,9 +102,12 @@ class Identity:
             principal = await source.identify(connection)
             if principal is not None:
                 return principal
-        if "Authorization" in connection.headers:
-            raise invalid_credential("this credential is of no kind or issuer that is known here")
-        raise invalid_credential("send a credential: 'Authorization: Bearer ...'")
+        if "Authorization" not in connection.headers:
+            raise invalid_credential("send a credential: 'Authorization: Bearer ...'")
+        if not bearer_token(connection.headers):
+            words = "the Authorization header must be 'Bearer', a blank, and the key or token"
+            raise invalid_credential(words)
+        raise invalid_credential("this credential is of no kind or issuer that is known here")
 
     async def refresh(self) -> AsyncIterator[CredentialsChanged]:
         """Looks at what credentials are judged by, and tells of each change as it comes into force.

@@ -26,7 +26,7 @@ def _span(text: str) -> timedelta | None:
 def _grace(_: click.Context, __: click.Parameter, value: str) -> timedelta:
     span = _span(value)
     if span is None:
-        raise click.BadParameter(f"{value!r} is no time span, such as 24h, 30m or 7d")
+        raise click.BadParameter(f"{value!r} is no time span, such as 7d, 24h or 30m")
     return span
 
 
@@ -42,10 +42,12 @@ def _expiry(_: click.Context, __: click.Parameter, value: str | None) -> datetim
             time = datetime.fromisoformat(value)
         except ValueError:
             raise click.BadParameter(
-                f"{value!r} is neither a time span, as 30d, nor an ISO 8601 time"
+                f"{value!r} is neither a time span, such as 30d, 24h or 90m, nor an ISO 8601 time, "
+                "such as 2027-01-01T00:00:00Z"
             ) from None
     if time.tzinfo is None:
-        raise click.BadParameter(f"{value!r} has no time zone; add Z if UTC is meant")
+        words = f"has no time zone; write {time.isoformat()}Z if UTC is meant"
+        raise click.BadParameter(f"{value!r} {words}")
     try:
         time = time.astimezone(UTC)
     except OverflowError:

@@ -15,6 +15,7 @@ from expertgate.policies.decision import Decision
 from expertgate.policies.principal import Principal
 from expertgate.server import claim_options
 from expertgate.server.cases import Case, CaseTable
+from expertgate.server.circumstances import PURPOSES, is_purpose
 from expertgate.server.config import CONFIG_FILE
 from expertgate.server.policy_source import PolicySource
 
@@ -75,7 +76,8 @@ def policy() -> None:
 def check(source: PolicySource) -> None:
     """Read and validate the policies, as the server would."""
     found = source.load()
-    click.echo(f"{len(found)} policies about {len(source.catalogue)} experts hold: {found.version}")
+    counted = f"policies: {len(found)}; experts: {len(source.catalogue)}; version {found.version}"
+    click.echo(f"no fault found; {counted}")
 
 
 @policy.command()
@@ -97,7 +99,9 @@ def test(source: PolicySource, table: Path) -> None:
 
 
 @policy.command()
-@click.option("--as", "principal", required=True, metavar="PRINCIPAL", help="Who asks.")
+@click.option(
+    "--as", "principal", required=True, metavar="PRINCIPAL", help="Who asks: alice, or corp:ada."
+)
 @click.option("--group", "groups", multiple=True, help="A group of theirs; may be repeated.")
 @click.option("--experts", help="Only these, by commas; all where missing.")
 @click.option(
@@ -130,6 +134,10 @@ def explain(
     for name in wanted:
         if name not in known:
             raise click.BadParameter(f"there is no expert {name!r}, only {', '.join(known)}")
+    if not principal:
+        raise click.BadParameter("--as is empty; it must name who asks")
+    if purpose is not None and not is_purpose(purpose):
+        raise click.BadParameter(f"--purpose {PURPOSES}")
     context = Context(_time(time), purpose, _address(address))
     asking = Principal(principal, frozenset(groups), claim_options.given(claims, source.claims))
     decision = source.load().decide(asking, context)
@@ -199,9 +207,11 @@ def _time(text: str | None) -> datetime:
     try:
         found = datetime.fromisoformat(text)
     except ValueError:
-        raise click.BadParameter(f"{text!r} is no ISO 8601 time") from None
+        words = "is no ISO 8601 time, such as 2027-01-01T00:00:00Z"
+        raise click.BadParameter(f"{text!r} {words}") from None
     if found.tzinfo is None:
-        raise click.BadParameter(f"{text!r} has no time zone; add Z if UTC is meant")
+        words = f"has no time zone; write {found.isoformat()}Z if UTC is meant"
+        raise click.BadParameter(f"{text!r} {words}")
     return found
 
 

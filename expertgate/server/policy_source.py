@@ -37,6 +37,11 @@ class PolicySource:
         path = config or Path(CONFIG_FILE)
         if config is None and catalogue is not None and not path.exists():
             return cls(policies, Catalogue.read(catalogue), claims, frozenset())
+        if config is None and not path.exists():
+            raise SettingError(
+                f"{path}: No such file or directory; name the configuration with --config, or "
+                "give --policies and --catalogue"
+            )
         found = Config.load(path)
         experts = _catalogue(found, catalogue)
         suspended = suspensions.read(found.suspended) or frozenset()

@@ -147,10 +147,12 @@ def _check_item(item: Mapping[str, Any], place: str) -> None:
     own = item["role"] == "assistant"
     wanted = "output_text" if own else "input_text"
     for index, part in enumerate(content):
-        if part.get("type") != wanted or not isinstance(part.get("text"), str):
-            part_place = f"{where}[{index}]"
+        part_place = f"{where}[{index}]"
+        if part.get("type") != wanted:
             message = f"{part_place}: only parts of type {wanted!r} can be read here"
             raise bad_request(message, part_place)
+        if not isinstance(part.get("text"), str):
+            raise bad_request(f"{part_place}.text must be text", f"{part_place}.text")
     if own and len(content) > 1:
         # vLLM would read the first, and silently leave out the others.
         raise bad_request(f"{where}: a message of the assistant may have one part", where)

@@ -317,8 +317,10 @@ def _check_fields(kind: type[Body], body: Mapping[str, Any]) -> None:
 def check_parts(body: Mapping[str, Any]) -> None:
     """Messages are of text alone: anything else would be fetched. Raises ApiError 400."""
     for place, part in _at(body, "messages[].content[]"):
-        if part.get("type") != "text" or not isinstance(part.get("text"), str):
+        if part.get("type") != "text":
             raise bad_request(f"{place}: only parts of type 'text' can be read", place)
+        if not isinstance(part.get("text"), str):
+            raise bad_request(f"{place}.text must be text", f"{place}.text")
 
 
 def check_tools(body: Mapping[str, Any]) -> None:
@@ -351,6 +353,9 @@ def _check_nested(body: Mapping[str, Any], nested: Mapping[str, frozenset[str]])
             if form.get("type") not in ("text", "json_object", "json_schema"):
                 where = f"{place}.type"
                 raise bad_request(f"{where} must be text, json_object or json_schema", where)
+    for place, schema in _at(body, "response_format.json_schema"):
+        if schema.get("schema") is None:  # vLLM's words for it are of its own insides
+            raise bad_request(f"{place}.schema is missing", f"{place}.schema")
 
 
 def _unknown(name: str, place: str, allowed: Iterable[str]) -> ApiError:

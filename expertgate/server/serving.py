@@ -215,7 +215,7 @@ def _summary(config: Config, parts: _Parts) -> list[str]:
 def _operators(admin: tuple[socket.socket, str] | None) -> str:
     """Where their listener is."""
     if admin is None:
-        return "nowhere: no `admin:` in the configuration"
+        return "no listener, as the configuration has no `admin:`"
     unix = admin[0].family == socket.AF_UNIX
     return f"unix:{admin[0].getsockname()}" if unix else f"http://{_authority(admin[0])}"
 

@@ -5,6 +5,7 @@ huge), and times stay text.
 """
 
 import difflib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -19,6 +20,19 @@ MAX_DEPTH = 32
 _CORE = "tag:yaml.org,2002:"
 _KINDS = {"null": "a null", "bool": "a bool", "int": "an int", "float": "a float", "str": "text"}
 """Tags of scalars that become values, and how to say so."""
+_WORDS = {
+    "missing": "is missing",
+    "dict_type": "must be a mapping, as {key: value}",
+    "mapping_type": "must be a mapping, as {key: value}",
+    "list_type": "must be a list, as [a, b]",
+    "tuple_type": "must be a list, as [a, b]",
+    "frozen_set_type": "must be a list, as [a, b]",
+    "string_type": "must be text; quote what looks like a number",
+    "bool_type": "must be true or false",
+    "int_type": "must be a whole number, without quotes",
+    "path_type": "must be text, a path",
+}
+"""Pydantic's types of faults, and what it says of them in words of Python's."""
 
 T = TypeVar("T")
 Place = tuple[str | int, ...]
@@ -149,11 +163,12 @@ def _words(kind: Any, fault: Any) -> str:
     if fault["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(place[-1]), _fields(kind, place[:-1]), n=1)
         return "unknown key" + (f"; did you mean {near[0]}?" if near else "")
-    if fault["type"] == "missing":
-        return "is missing"
     if fault["type"] in ("model_type", "model_attributes_type"):
         return f"must be a mapping of {', '.join(_fields(kind, place))}"
-    return str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] in _WORDS:
+        return _WORDS[fault["type"]]
+    words = str(fault["msg"]).removeprefix("Value error, ")
+    return re.sub("^(Input|String) should ", "must ", words)
 
 
 def _fields(kind: Any, place: Place) -> list[str]:

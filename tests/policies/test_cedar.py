@@ -299,6 +299,31 @@ def test_what_decisions_depend_on(condition, read):
             EVERYBODY + '\nforbid(principal, action,\nresource == Expert::"meth");',
             'rules.cedar:3: there is no Expert::"meth"; the experts are public, math, news',
         ),
+        # Nor these: it takes them for attributes that happen to be missing.
+        (
+            when("true") + when("context has purpse").replace("permit", "\nforbid"),
+            "rules.cedar:2: context.purpse: there is no such attribute; did you mean purpose?",
+        ),
+        (
+            'forbid(principal, action, resource) when { context . claims has "departement" };',
+            "rules.cedar:1: the claim 'departement' is not declared; did you mean department?",
+        ),
+        (
+            when('context has claims.dept && context.claims.dept == "a"'),
+            "rules.cedar:1: the claim 'dept' is not declared, only department, level, on_call, ",
+        ),
+        (
+            when("resource has ownr"),
+            "rules.cedar:1: resource.ownr: there is no such attribute; did you mean owner?",
+        ),
+        (
+            when("principal has age"),
+            "rules.cedar:1: principal.age: there is no such attribute",
+        ),
+        (
+            when("(if true then context else context) has purpse"),
+            "rules.cedar:1: purpse: there is no such attribute; did you mean purpose?",
+        ),
         (
             f'@id("a") {EVERYBODY}\n@id("a") {EVERYBODY}',
             "rules.cedar:2: the @id 'a' is that of the policy at rules.cedar:1",
@@ -310,6 +335,22 @@ def test_what_is_not_valid_is_refused_with_its_place(text, words):
         policies(text)
     assert str(error.value).startswith(words)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("way", ["context purpose", "context.claims department"])
+def test_how_to_ask_for_an_optional_attribute_is_told(way):
+    where, name = way.split()
+    with pytest.raises(PolicyError, match=rf"; ask for it first: `{where} has {name} && \.\.\.`"):
+        policies(when(f'{where}.{name} == "a"'))
+
+
+@pytest.mark.parametrize(
+    "condition",
+    ["context has claims.level", 'context.claims has "lev\\u{65}l"', "resource has tags",
+     "{has_it: 1} has tags", '(if true then context else context)["claims"] has department'],
+)  # fmt: skip
+def test_attributes_that_there_are_may_be_asked_for(condition):
+    policies(f'@has("x") {when(condition)}')
 
 
 def test_a_folder_is_read_in_the_order_of_names(tmp_path):
@@ -329,7 +370,7 @@ def test_no_policy_at_all_is_a_mistake(tmp_path, content):
         (tmp_path / "a.cedar").write_text(content)
     with pytest.raises(PolicyError, match="there is no policy"):
         PolicySet.load(tmp_path, RESOURCES)
-    with pytest.raises(PolicyError, match="there is no policy"):
+    with pytest.raises(PolicyError, match="missing: is no folder: there is no policy"):
         PolicySet.load(tmp_path / "missing", RESOURCES)
 
 

@@ -34,3 +34,21 @@ def test_a_wrong_key_or_no_server_is_one_line(server):
     done = talk(server, "", "--url", "http://127.0.0.1:1")
     assert done.returncode == 1
     assert "is the server running?" in done.stderr
+
+
+def test_a_slip_is_one_line_and_no_message(server):
+    done = talk(server, "/expert public\n/experts caf\u00e9\n\n", "--url", f"{server.url}/v1/")
+    assert done.returncode == 0, done.stderr
+    assert (
+        done.stderr.splitlines()
+        == ["the only command is /experts NAMES, as in /experts public"] * 2
+    )
+    for option, value in (
+        ("--url", "127.0.0.1:1"),
+        ("--experts", "caf\u00e9"),
+        ("--key", "\u00e9"),
+    ):
+        done = talk(server, "hi\n", option, value)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+        assert option in done.stderr

@@ -61,6 +61,13 @@ def test_anything_else_is_a_401_that_repeats_nothing(identity, secret, form):
     assert error.__cause__ is None
 
 
+def test_how_a_credential_is_sent_is_told(identity, secret):
+    for form in (secret, f"Basic {secret}", "Bearer"):
+        assert "must be 'Bearer', a blank" in refused(identity, ("Authorization", form)).message
+    other = refused(identity, ("Authorization", "Bearer sk-1234"))
+    assert "no kind or issuer that is known" in other.message
+
+
 def test_no_credential(identity):
     assert refused(identity).code == "invalid_credential"
     # A key in any other place is no credential.

@@ -66,7 +66,7 @@ def test_expiry(run, tmp_path, given, days):
 @pytest.mark.parametrize(
     ("expires", "words"),
     [
-        ("2999-01-01", "has no time zone; add Z"),
+        ("2999-01-01", "has no time zone; write 2999-01-01T00:00:00Z if UTC"),
         ("2001-01-01T00:00:00Z", "not in the future"),
         ("0d", "not in the future"),
         ("-1d", "neither a time span"),
@@ -149,6 +149,13 @@ def test_a_grace_that_cannot_be_meant_changes_nothing(run, tmp_path, grace):
     assert result.exit_code == 2
     assert "no time span" in " ".join(result.stderr.split())
     assert (tmp_path / "keys.yaml").read_text() == before
+
+
+def test_help_without_a_command_and_a_mistake_in_one_line(run, capsys):
+    assert main([]) == 2
+    assert capsys.readouterr().err.startswith("Usage: ")
+    assert main(["usage"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_a_broken_file_is_a_line_for_each_fault_and_status_2(run, tmp_path, capsys):

@@ -55,6 +55,16 @@ def test_malformed_experts_have_their_own_code(value):
     assert refused(chat, experts=value).code == "invalid_experts"
 
 
+def test_what_is_missing_inside_is_named():
+    form = {"type": "json_schema", "json_schema": {"name": "n"}}
+    assert refused(chat, response_format=form).param == "response_format.json_schema.schema"
+    for part in ({"type": "text", "txt": "x"}, {"type": "text"}):
+        message = {"role": "user", "content": [part]}
+        assert refused(chat, messages=[message]).param == "messages[0].content[0].text"
+    part = {"role": "user", "content": [{"type": "input_text"}]}
+    assert refused(response, input=[part]).param == "input[0].content[0].text"
+
+
 @pytest.mark.parametrize("name", ["expert", "Experts", "EXPERTS", "extra_body", "expertz"])
 def test_a_misspelt_field_is_named(name):
     error = refused(chat, **{name: ["public"]})
@@ -157,7 +167,6 @@ def test_so_are_the_tools_of_a_chat(wrong):
         {"type": "image_url", "image_url": {"url": "http://127.0.0.1/"}},
         {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}},
         {"type": "prompt_embeds", "data": ""},
-        {"type": "text"},
         {"image_url": "http://127.0.0.1/"},
     ],
 )

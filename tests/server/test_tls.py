@@ -222,6 +222,23 @@ def test_files_that_cannot_be_used(authority, tmp_path):
     ):
         with pytest.raises(ConfigError, match=r"^tls: "):
             TlsConfig(**made).check()
+    with pytest.raises(ConfigError, match=r"none: No such file or directory$"):
+        TlsConfig(certificate=certificate, key=tmp_path / "none").check()
+
+
+def test_a_key_under_a_password_is_refused_and_nobody_asked_for_it(authority, tmp_path):
+    certificate, key = authority.issue("server", (NameOID.COMMON_NAME, "localhost"))
+    secret = serialization.load_pem_private_key(key.read_bytes(), None)
+    locked = tmp_path / "locked.pem"
+    locked.write_bytes(
+        secret.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(b"secret"),
+        )
+    )
+    with pytest.raises(ConfigError, match="its private key, unencrypted, both in PEM"):
+        TlsConfig(certificate=certificate, key=locked).check()
 
 
 def test_certificates_need_an_authority_that_checks_them(tmp_path):

@@ -26,7 +26,7 @@ def audit() -> None:
 @audit.command()
 @click.argument("file", type=_FILE, default="audit-key.pem")
 def keygen(file: Path) -> None:
-    """Make a signing key in FILE, and print its public half.
+    """Make a signing key in FILE (default: audit-key.pem), and print its public half.
 
     The server makes one by itself where there is none.
     """
@@ -36,7 +36,10 @@ def keygen(file: Path) -> None:
 @audit.command("public-key")
 @click.argument("file", type=_FILE, default="audit-key.pem")
 def public_key(file: Path) -> None:
-    """Print the public half of the signing key in FILE, as a set of JSON Web Keys."""
+    """Print the public half of the signing key in FILE, as a set of JSON Web Keys.
+
+    Without FILE, of audit-key.pem.
+    """
     _print_public(SigningKey.load(file))
 
 

@@ -29,9 +29,22 @@ def _time(_: click.Context, __: click.Parameter, value: str | None) -> datetime 
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path), default="audit")
-@click.option("--by", type=click.Choice(["expert", "owner", "principal"]), required=True)
-@click.option("--from", "since", callback=_time, metavar="TIME", help="From this on; UTC.")
-@click.option("--to", "until", callback=_time, metavar="TIME", help="Before this; UTC.")
+@click.option(
+    "--by",
+    type=click.Choice(["expert", "owner", "principal"]),
+    required=True,
+    help="What each row is about.",
+)
+@click.option(
+    "--from",
+    "since",
+    callback=_time,
+    metavar="TIME",
+    help="Requests that ended at this time or later; UTC where no zone is given.",
+)
+@click.option(
+    "--to", "until", callback=_time, metavar="TIME", help="Requests that ended before this time."
+)
 @click.option(
     "--format",
     "form",
@@ -40,7 +53,9 @@ def _time(_: click.Context, __: click.Parameter, value: str | None) -> datetime 
     show_default=True,
 )
 def usage(path: Path, by: By, since: datetime | None, until: datetime | None, form: str) -> None:
-    """Add up the usage in the audit log in the folder PATH."""
+    """Add up the usage in the audit log in the folder PATH (default: audit)."""
+    if since is not None and until is not None and until <= since:
+        raise click.BadParameter("--to must be later than --from; it is not included")
     rows = []
     for row in add_up(path, by, since, until):
         fields = asdict(row)

@@ -124,6 +124,8 @@ class AuditLog:
         except BlockingIOError:
             os.close(self._lock)
             raise AuditError(f"{folder}: another process is writing this log") from None
+        except FileExistsError:
+            raise AuditError(f"{folder}: is no folder; the log needs one of its own") from None
         except OSError as error:
             raise AuditError(f"{folder}: {error.strerror or error}") from None
         try:

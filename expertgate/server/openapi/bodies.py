@@ -106,10 +106,10 @@ COMPONENTS: Mapping[str, Schema] = {
             type=_one_of("text", "json_object", "json_schema"),
             json_schema=_or_null(
                 _object(
-                    ("name",),
+                    ("name", "schema"),
                     name=_TEXT,
                     description=_or_null(_TEXT),
-                    schema=_or_null({"type": "object"}),
+                    schema={"type": "object"},
                     strict=_or_null(_BOOLEAN),
                 )
             ),

@@ -111,6 +111,9 @@ def test_the_shares_of_all_experts_are_what_was_computed(call, folder):
 
 def test_bad_times_and_folders(call, folder, tmp_path):
     assert call(folder, "--by", "expert", "--from", "yesterday")[0] == 2
+    status, _, err = call(folder, "--by", "expert", "--from", "2026-12-01", "--to", "2026-11-01")
+    assert status == 2
+    assert "--to must be later than --from" in err
     for path in (tmp_path / "none", tmp_path):
         status, _, err = call(path, "--by", "expert")
         assert status == 2

@@ -186,6 +186,12 @@ def test_a_log_goes_on_where_it_ended(tmp_path):
     assert [r["seq"] for r in records(tmp_path)] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
+def test_a_file_in_the_place_of_the_folder_is_told(tmp_path):
+    (tmp_path / "audit").write_text("")
+    with pytest.raises(AuditError, match="audit: is no folder; the log needs one of its own"):
+        open_log(tmp_path)
+
+
 def test_two_writers_are_one_too_many(tmp_path):
     log = open_log(tmp_path)
     with pytest.raises(AuditError, match="another process is writing"):
