@@ -22,7 +22,7 @@ from expertgate.policies.context import Context
 from expertgate.policies.decision import Decision
 from expertgate.policies.expert_set import ExpertSet
 from expertgate.policies.principal import Principal
-from expertgate.server.audit.writer import Record
+from expertgate.server.audit.writer import Recorded
 
 HANDLE_ARG = "expertgate_grant"
 """The key of `SamplingParams.extra_args` that carries a handle. No schema lets a client set it."""
@@ -70,10 +70,10 @@ class Grant:
     `running` holds the engine's ids of the calls that are under way on this grant: several, where
     a request has several prompts; `granted` counts them, begun or not, `prompt_logprobs` what they
     ask for in all, and `tallies` are of those that have begun. `told` holds the usage of those that
-    have ended; `telling` asks for it. `basis` is missing where the server asks by itself. `record`:
-    where the audit log says that this may be; there is none before it is on disk, and no engine
-    call without it. `prompts`: SHA-256 of the token ids of each prompt that the engine was given;
-    `finish_reasons` by call and choice.
+    have ended; `telling` asks for it. `basis` is missing where the server asks by itself.
+    `recorded`: how the audit log holds the request; None until it is on disk or waived, and no
+    engine call runs before that. `prompts`: SHA-256 of the token ids of each prompt that the
+    engine was given; `finish_reasons` by call and choice.
     """
 
     experts: ExpertSet
@@ -89,7 +89,7 @@ class Grant:
     telling: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     told: list[Usage] = field(default_factory=list)
     basis: Basis | None = None
-    record: Record | None = None
+    recorded: Recorded | None = None
     prompts: list[bytes] = field(default_factory=list)
     finish_reasons: dict[tuple[str, int], str] = field(default_factory=dict)
     withdrawn: bool = False
@@ -132,7 +132,7 @@ class Grant:
             raise WithdrawnError(_WITHDRAWN)
         if not self.registry.holds(self):
             raise GrantError("an engine call on a grant that is closed")
-        if self.record is None:
+        if self.recorded is None:
             raise GrantError("an engine call for a request that is not on record")
 
     @property
@@ -181,12 +181,12 @@ class Grants:
         experts: ExpertSet,
         tenant: str,
         basis: Basis | None = None,
-        record: Record | None = None,
+        recorded: Recorded | None = None,
     ) -> Grant:
         """Raises ValueError for a set without experts: there is nothing to run."""
         if not experts:
             raise ValueError("a grant needs at least one expert")
-        grant = Grant(experts, tenant, secrets.token_hex(16), self, basis=basis, record=record)
+        grant = Grant(experts, tenant, secrets.token_hex(16), self, basis=basis, recorded=recorded)
         self._open[grant.handle] = grant
         return grant
 
