@@ -120,7 +120,7 @@ def test_one_that_is_full_of_answers_in_one_piece_is_ready_while_it_goes_on(cloc
             for _ in range(4):
                 await after(29)
                 assert not liveness.late
-            assert len(guard._calls) == 1  # a token would stand behind what runs
+            assert len(guard._running) == 1  # a token would stand behind what runs
             engine.stalled = True
             await after(6)
             await after(31)

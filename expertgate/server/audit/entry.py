@@ -70,17 +70,20 @@ class Entry:
         grant = self.grant
         names = [expert["name"] for expert in self._experts]
         usage = None if grant.usage is None else _told(grant.usage, grant.experts, names)
+        reasons = Counter(reason for call in grant.calls for reason in call.finish_reasons.values())
         ended = {
             "status": self.status,
             "code": self.code,
-            "finish_reasons": dict(Counter(grant.finish_reasons.values())),
+            "finish_reasons": dict(reasons),
             "usage": usage,
         }
         self.result = self._log.note(
             "result",
             request=self.request_id,
             effective=names,
-            prompts=[self._log.key.keyed_digest(_PROMPT, prompt) for prompt in grant.prompts],
+            prompts=[
+                self._log.key.keyed_digest(_PROMPT, call.prompt_digest) for call in grant.calls
+            ],
             **ended,
         )
         if self._receipts is not None and grant.basis is not None:
