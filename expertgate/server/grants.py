@@ -6,8 +6,10 @@ the next request of a connection, and a stream runs on after the code that set t
 """
 
 import asyncio
+import hashlib
 import secrets
-from collections.abc import AsyncGenerator, Callable, Iterator
+from array import array
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import reduce
@@ -22,7 +24,7 @@ from expertgate.policies.context import Context
 from expertgate.policies.decision import Decision
 from expertgate.policies.expert_set import ExpertSet
 from expertgate.policies.principal import Principal
-from expertgate.server.audit.writer import Record
+from expertgate.server.audit.writer import Recorded
 
 HANDLE_ARG = "expertgate_grant"
 """The key of `SamplingParams.extra_args` that carries a handle. No schema lets a client set it."""
@@ -54,44 +56,47 @@ class Basis:
         return getattr(self.connection.state, "request_id", None)
 
 
-@dataclass(slots=True)
-class Tally:
-    """The tokens of one engine call: of its prompt, and those that each choice has brought."""
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call of the engine under a grant, and what is known of it so far."""
 
-    prompt: int
+    id: str
+    """The engine's id. No client chose it, and no other call has it."""
+    prompt_tokens: int
+    prompt_digest: bytes
+    """SHA-256 of the prompt's token ids, each a native 32-bit integer."""
     choices: int
+    """How many completions it samples (OpenAI's `n`)."""
     generated: dict[int, int] = field(default_factory=dict)
+    """Tokens that each choice has brought so far, by the choice's index."""
+    finish_reasons: dict[int, str] = field(default_factory=dict)
+    """By the index of each choice that has finished."""
+    report: asyncio.Task[None] | None = None
+    """Fetches the usage from the workers; started once, when the call has ended."""
+    usage: Usage | None = None
+    """Set by `report`; stays None where the engine dies first."""
 
 
 @dataclass(slots=True, eq=False)
 class Grant:
-    """Open from when the request is permitted until its response has ended.
-
-    `running` holds the engine's ids of the calls that are under way on this grant: several, where
-    a request has several prompts; `granted` counts them, begun or not, `prompt_logprobs` what they
-    ask for in all, and `tallies` are of those that have begun. `told` holds the usage of those that
-    have ended; `telling` asks for it. `basis` is missing where the server asks by itself. `record`:
-    where the audit log says that this may be; there is none before it is on disk, and no engine
-    call without it. `prompts`: SHA-256 of the token ids of each prompt that the engine was given;
-    `finish_reasons` by call and choice.
-    """
+    """Open from when the request is permitted until its response has ended."""
 
     experts: ExpertSet
     tenant: str
     handle: str
     registry: "Grants"
-    spend: Callable[[int], None] = lambda _: None
-    running: set[str] = field(default_factory=set)
-    calls: int = 0
-    granted: int = 0
-    prompt_logprobs: int = 0
-    tallies: dict[str, Tally] = field(default_factory=dict)
-    telling: dict[str, asyncio.Task[None]] = field(default_factory=dict)
-    told: list[Usage] = field(default_factory=list)
     basis: Basis | None = None
-    record: Record | None = None
-    prompts: list[bytes] = field(default_factory=list)
-    finish_reasons: dict[tuple[str, int], str] = field(default_factory=dict)
+    """None for the server's own probes."""
+    recorded: Recorded | None = None
+    """How the audit log holds the request. Until it is on disk or waived, no engine call runs."""
+    spend: Callable[[int], None] = lambda _: None
+    """Is given each number of tokens that the request uses, of prompts and of answers."""
+    calls: list[Call] = field(default_factory=list)
+    """The engine calls that have begun; several, where a request has several prompts."""
+    calls_expected: int = 0
+    """Engine calls asked for, whether they have begun or wait for their turn."""
+    prompt_logprobs: int = 0
+    """Log probabilities that these ask for along their prompts, all together."""
     withdrawn: bool = False
     _limit: asyncio.Timeout | None = field(default=None, init=False)
 
@@ -132,22 +137,28 @@ class Grant:
             raise WithdrawnError(_WITHDRAWN)
         if not self.registry.holds(self):
             raise GrantError("an engine call on a grant that is closed")
-        if self.record is None:
+        if self.recorded is None:
             raise GrantError("an engine call for a request that is not on record")
 
     @property
     def usage(self) -> Usage | None:
         """The usage of all calls together, from when the last of them has ended.
 
-        None before; also where nothing ran, or the engine died before it could tell.
+        None before; also where nothing ran, or the engine died before it could report.
         """
-        return reduce(add, self.told) if len(self.told) == self.granted > 0 else None
+        found = [call.usage for call in self.calls if call.usage is not None]
+        return reduce(add, found) if len(found) == self.calls_expected > 0 else None
 
-    def next_call_id(self) -> str:
-        """An id for the engine that no client chose and no other call has."""
-        self.calls += 1
-        # Not the handle itself: ids are logged, handles are secrets.
-        return f"{secrets.token_hex(8)}-{self.calls}"
+    def expect_call(self, prompt_token_ids: Sequence[int], choices: int) -> Call:
+        """A call that is to run on this grant; it joins `calls` when it begins."""
+        self.calls_expected += 1
+        return Call(
+            # Not the handle itself: ids are logged, handles are secrets.
+            id=f"{secrets.token_hex(8)}-{self.calls_expected}",
+            prompt_tokens=len(prompt_token_ids),
+            prompt_digest=hashlib.sha256(array("I", prompt_token_ids)).digest(),
+            choices=choices,
+        )
 
     def close(self) -> None:
         self.registry.close(self)
@@ -181,12 +192,12 @@ class Grants:
         experts: ExpertSet,
         tenant: str,
         basis: Basis | None = None,
-        record: Record | None = None,
+        recorded: Recorded | None = None,
     ) -> Grant:
         """Raises ValueError for a set without experts: there is nothing to run."""
         if not experts:
             raise ValueError("a grant needs at least one expert")
-        grant = Grant(experts, tenant, secrets.token_hex(16), self, basis=basis, record=record)
+        grant = Grant(experts, tenant, secrets.token_hex(16), self, basis=basis, recorded=recorded)
         self._open[grant.handle] = grant
         return grant
 

@@ -12,7 +12,6 @@ import hmac
 import logging
 import secrets
 import sys
-from array import array
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import aclosing
@@ -29,7 +28,7 @@ from expertgate.model.ledger import ACCOUNT_ARG
 from expertgate.model.masks import EXTRA_ARG
 from expertgate.model.usage import Usage, Work
 from expertgate.policies.expert_set import ExpertSet
-from expertgate.server.grants import HANDLE_ARG, Grant, GrantError, Grants, Tally
+from expertgate.server.grants import HANDLE_ARG, Call, Grant, GrantError, Grants
 from expertgate.server.names import voucher
 from expertgate.server.progress import Progress
 from expertgate.server.reports import Reports
@@ -103,7 +102,7 @@ class GuardedLLM:
         self._turns = Turns(sys.maxsize) if turns is None else turns
         self._draining = False
         self._cut = False
-        self._calls: set[str] = set()
+        self._running: set[str] = set()
         self.on_work: Callable[[Work], None] = lambda _: None
         """Told what each engine call was computed with."""
         self.heard = 0
@@ -132,7 +131,7 @@ class GuardedLLM:
     @property
     def busy(self) -> bool:
         """Calls run in the engine, or are on their way there."""
-        return bool(self._calls)
+        return bool(self._running)
 
     @property
     def places(self) -> int:
@@ -197,16 +196,15 @@ class GuardedLLM:
         if "prompt" in prompt:
             granted["prompt"] = prompt["prompt"]
 
-        grant.granted += 1
+        call = grant.expect_call(granted["prompt_token_ids"], params.n)
 
-        def start(call_id: str) -> AsyncGenerator[RequestOutput, None]:
-            grant.tallies[call_id] = Tally(len(granted["prompt_token_ids"]), params.n)
+        def start() -> AsyncGenerator[RequestOutput, None]:
             # A new dictionary: the one that is there is what the caller wrote.
-            params.extra_args = {EXTRA_ARG: grant.experts.mask, ACCOUNT_ARG: call_id}
+            params.extra_args = {EXTRA_ARG: grant.experts.mask, ACCOUNT_ARG: call.id}
             generator: AsyncGenerator[RequestOutput, None] = self._engine.generate(
                 granted,
                 params,
-                call_id,
+                call.id,
                 prompt_text=prompt_text,
                 reasoning_ended=reasoning_ended,
                 reasoning_parser_kwargs=reasoning_parser_kwargs,
@@ -216,13 +214,13 @@ class GuardedLLM:
         progress = Progress(self._engine)
         running = self._run(
             grant,
+            call,
             start,
             progress,
-            hashlib.sha256(array("I", granted["prompt_token_ids"])).digest(),
             constrained=params.structured_outputs is not None,
             piecemeal=params.output_kind is RequestOutputKind.DELTA,
         )
-        return self._in_turn(grant, running, progress, params.n, len(granted["prompt_token_ids"]))
+        return self._in_turn(grant, call, running, progress)
 
     def _prompt_logprobs(self, prompt: Mapping[str, Any], params: SamplingParams) -> int:
         """How many an answer will hold: those asked for and the prompt's own, in each choice."""
@@ -236,14 +234,13 @@ class GuardedLLM:
     async def _in_turn(
         self,
         grant: Grant,
+        call: Call,
         running: AsyncGenerator[RequestOutput, None],
         progress: Progress,
-        choices: int,
-        prompt_tokens: int,
     ) -> AsyncGenerator[RequestOutput, None]:
-        turn = self._turns.turn(grant.tenant, choices, prompt_tokens, progress)
+        turn = self._turns.turn(grant.tenant, call.choices, call.prompt_tokens, progress)
         async with turn, aclosing(running):
-            grant.spend(prompt_tokens)
+            grant.spend(call.prompt_tokens)
             async for output in running:
                 progress.heard = True
                 tokens = sum(len(choice.token_ids) for choice in output.outputs)
@@ -254,9 +251,9 @@ class GuardedLLM:
     async def _run(
         self,
         grant: Grant,
-        start: Callable[[str], AsyncGenerator[RequestOutput, None]],
+        call: Call,
+        start: Callable[[], AsyncGenerator[RequestOutput, None]],
         progress: Progress,
-        prompt_digest: bytes,
         *,
         constrained: bool,
         piecemeal: bool,
@@ -265,11 +262,10 @@ class GuardedLLM:
         grant.check()
         if self._cut:
             raise self.dead_error
-        progress.call_id = call_id = grant.next_call_id()
-        grant.prompts.append(prompt_digest)
-        grant.running.add(call_id)
-        self._calls.add(call_id)
-        outputs = start(call_id)
+        progress.call_id = call.id
+        grant.calls.append(call)
+        self._running.add(call.id)
+        outputs = start()
         finished = False
         try:
             async for output in outputs:
@@ -285,16 +281,15 @@ class GuardedLLM:
                     raise self.dead_error
                 self.heard += 1
                 _strip(output)
-                generated = grant.tallies[call_id].generated
                 for choice in output.outputs:
-                    before = generated.get(choice.index, 0) if piecemeal else 0
-                    generated[choice.index] = before + len(choice.token_ids)
+                    before = call.generated.get(choice.index, 0) if piecemeal else 0
+                    call.generated[choice.index] = before + len(choice.token_ids)
                     if choice.finish_reason is not None:
-                        grant.finish_reasons[call_id, choice.index] = choice.finish_reason
+                        call.finish_reasons[choice.index] = choice.finish_reason
                 finished = output.finished
                 if finished:
-                    # Before the last output goes out, so that whoever sends it can tell the usage.
-                    await asyncio.shield(self._tell(grant, call_id))
+                    # Before the last output goes out, because its event carries the usage.
+                    await asyncio.shield(self._report(grant, call))
                 yield output
         except EngineDeadError:
             raise self.dead_error from None
@@ -304,10 +299,9 @@ class GuardedLLM:
                 if not finished and not self._engine.errored:
                     # vLLM registers a request before it sends it, and keeps its place in the
                     # queue for ever where sending fails.
-                    await self._engine.abort([call_id])
+                    await self._engine.abort([call.id])
             finally:
-                grant.running.discard(call_id)
-                self._calls.discard(call_id)
+                self._running.discard(call.id)
 
     def forget(self, experts: ExpertSet) -> None:
         """Makes what is cached of sets with one of these experts unreachable, for good."""
@@ -318,39 +312,39 @@ class GuardedLLM:
         self._salts.renew_of(vouchers)
 
     async def end(self, grant: Grant) -> None:
-        """Closes a grant, aborts what still runs on it, and waits until its usage is told."""
+        """Closes a grant, aborts what still runs on it, and waits until its usage is known."""
         grant.close()
-        left = [call_id for call_id in grant.tallies if call_id not in grant.telling]
+        left = [call for call in grant.calls if call.report is None]
         if left and not self._engine.errored:
-            await self._engine.abort(left)
-            for call_id in left:
-                self._tell(grant, call_id)
-        if grant.telling:
-            await asyncio.wait(grant.telling.values())
-        for telling in grant.telling.values():
-            if (error := telling.exception()) is not None:
+            await self._engine.abort([call.id for call in left])
+            for call in left:
+                self._report(grant, call)
+        reports = [call.report for call in grant.calls if call.report is not None]
+        if reports:
+            await asyncio.wait(reports)
+        for report in reports:
+            if (error := report.exception()) is not None:
                 log.error("the usage of an engine call is not known: %s", error)
-        grant.granted = grant.calls
+        grant.calls_expected = len(grant.calls)  # those that still waited for their turn never run
 
-    def _tell(self, grant: Grant, call_id: str) -> asyncio.Task[None]:
-        """Asks what a call that has ended was computed with; once, and whoever leaves meanwhile."""
-        if call_id not in grant.telling:
-            grant.telling[call_id] = asyncio.create_task(self._add_usage(grant, call_id))
-        return grant.telling[call_id]
+    def _report(self, grant: Grant, call: Call) -> asyncio.Task[None]:
+        """Fetches the usage of a call that has ended: once, and even if its client has left."""
+        if call.report is None:
+            call.report = asyncio.create_task(self._fetch_usage(grant, call))
+        return call.report
 
-    async def _add_usage(self, grant: Grant, call_id: str) -> None:
-        work = await self._reports.of(call_id)
+    async def _fetch_usage(self, grant: Grant, call: Call) -> None:
+        work = await self._reports.of(call.id)
         if not ExpertSet.of(e for e, slots in enumerate(work.slots) if slots) <= grant.experts:
             raise GrantError("experts outside of the grant were consulted")
         self.on_work(work)
-        tally = grant.tallies[call_id]
-        generated = sum(tally.generated.values())
-        # An answer in one piece that nobody waits for any more has told of none of its tokens.
-        unseen = work.computed + work.cached - tally.choices * tally.prompt - generated
+        generated = sum(call.generated.values())
+        # An answer in one piece that was left before its end has brought none of its tokens here.
+        unseen = work.computed + work.cached - call.choices * call.prompt_tokens - generated
         if unseen > 0:
             self._turns.spend(grant.tenant, unseen)
             grant.spend(unseen)
-        grant.told.append(Usage(tally.prompt, generated, work))
+        call.usage = Usage(call.prompt_tokens, generated, work)
 
     async def _ask_workers(self, accounts: list[str]) -> list[Any]:
         asking = asyncio.ensure_future(
@@ -390,8 +384,8 @@ class GuardedLLM:
     async def cut(self) -> None:
         """Ends what still runs, each with an error that says why."""
         self._draining = self._cut = True
-        if self._calls and not self._engine.errored:
-            await self._engine.abort(list(self._calls))
+        if self._running and not self._engine.errored:
+            await self._engine.abort(list(self._running))
 
     def shutdown(self, timeout_s: float) -> None:
         """Stops the engine's processes. Blocks for seconds."""

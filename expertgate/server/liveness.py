@@ -5,7 +5,7 @@ import contextlib
 import time
 from collections.abc import Callable
 
-from expertgate.server.audit.writer import Record
+from expertgate.server.audit.writer import Recorded
 from expertgate.server.grants import Grants
 from expertgate.server.guard import GuardedLLM, UnavailableError
 from expertgate.server.proof import one_token
@@ -21,13 +21,13 @@ class Liveness:
         self,
         engine: GuardedLLM,
         grants: Grants,
-        record: Record,
+        recorded: Recorded,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`record`: where the audit log says that the server tries its engine."""
+        """`recorded`: how the audit log holds the probe that the server made of its engine."""
         self._engine = engine
         self._grants = grants
-        self._record = record
+        self._recorded = recorded
         self._clock = clock
         self._heard_at = clock()
         self._heard = engine.heard
@@ -53,7 +53,7 @@ class Liveness:
                 # A token would stand behind what runs, which may show nothing before its end.
                 await self._engine.ask()
             else:
-                await one_token(self._engine, self._grants, self._record)
+                await one_token(self._engine, self._grants, self._recorded)
 
     def _look(self) -> float:
         if self._engine.heard != self._heard:

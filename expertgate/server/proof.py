@@ -10,7 +10,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from expertgate.model.usage import Usage
 from expertgate.policies.expert_set import PUBLIC_ONLY, ExpertSet
-from expertgate.server.audit.writer import Record
+from expertgate.server.audit.writer import Recorded
 from expertgate.server.failures import ProofError
 from expertgate.server.grants import HANDLE_ARG, Grants
 from expertgate.server.guard import GuardedLLM
@@ -22,13 +22,13 @@ _TENANT = "expertgate/proof"
 _VLLM_KERNELS = "vllm.model_executor.layers.fused_moe.experts."
 
 
-async def prove(engine: GuardedLLM, grants: Grants, num_experts: int, record: Record) -> None:
-    """`record`: that of this proof in the audit log. Raises ProofError."""
+async def prove(engine: GuardedLLM, grants: Grants, num_experts: int, recorded: Recorded) -> None:
+    """`recorded`: how the audit log holds this probe. Raises ProofError."""
     for rank, facts in enumerate(await engine.worker_facts(_TIMEOUT_S)):
         check_facts(rank, facts)
-    public = await _answer(engine, grants, PUBLIC_ONLY, record)
+    public = await _answer(engine, grants, PUBLIC_ONLY, recorded)
     every = ExpertSet.first(num_experts)
-    if num_experts > 1 and public == await _answer(engine, grants, every, record):
+    if num_experts > 1 and public == await _answer(engine, grants, every, recorded):
         raise ProofError(
             "the probe got one answer from 'public' and from all experts: masks don't act"
         )
@@ -59,7 +59,7 @@ def check_facts(rank: int, facts: Mapping[str, Any]) -> None:
 
 
 async def prove_namespaces(
-    engine: GuardedLLM, grants: Grants, num_experts: int, record: Record
+    engine: GuardedLLM, grants: Grants, num_experts: int, recorded: Recorded
 ) -> None:
     """Prefixes must be found again within a namespace of the cache, and never from another.
 
@@ -76,7 +76,7 @@ async def prove_namespaces(
     mine = ExpertSet.first(max(1, num_experts - 1))
 
     async def cached(experts: ExpertSet, tenant: str, own: str | None = None) -> int:
-        found, _ = await _run(engine, grants, experts, record, tenant, prompt, own)
+        found, _ = await _run(engine, grants, experts, recorded, tenant, prompt, own)
         return found.num_cached_tokens or 0
 
     own_namespace = (mine, _TENANT, "salt")
@@ -97,18 +97,18 @@ async def prove_namespaces(
             raise ProofError(f"{what} found {tokens} tokens of a prefix that isn't theirs")
 
 
-async def one_token(engine: GuardedLLM, grants: Grants, record: Record) -> None:
+async def one_token(engine: GuardedLLM, grants: Grants, recorded: Recorded) -> None:
     """Has the engine write a token. Raises UnavailableError where it can't."""
-    await _run(engine, grants, PUBLIC_ONLY, record, _TENANT, [0])
+    await _run(engine, grants, PUBLIC_ONLY, recorded, _TENANT, [0])
 
 
 async def _answer(
-    engine: GuardedLLM, grants: Grants, experts: ExpertSet, record: Record
+    engine: GuardedLLM, grants: Grants, experts: ExpertSet, recorded: Recorded
 ) -> list[tuple[int, float]]:
     """Token ids and log-probabilities of a fixed prompt under these experts."""
     vocabulary = engine.model_config.get_vocab_size()
     prompt = [place * vocabulary // _PROBE_TOKENS for place in range(_PROBE_TOKENS)]
-    output, usage = await _run(engine, grants, experts, record, _TENANT, prompt)
+    output, usage = await _run(engine, grants, experts, recorded, _TENANT, prompt)
     _check_usage(usage)
     return [
         (token, choice.logprob)
@@ -121,12 +121,12 @@ async def _run(
     engine: GuardedLLM,
     grants: Grants,
     experts: ExpertSet,
-    record: Record,
+    recorded: Recorded,
     tenant: str,
     prompt: list[int],
     salt: str | None = None,
 ) -> tuple[RequestOutput, Usage | None]:
-    with grants.issue(experts, tenant, record=record) as grant:
+    with grants.issue(experts, tenant, recorded=recorded) as grant:
         params = SamplingParams(
             temperature=0.0,
             max_tokens=_PROBE_ANSWER,

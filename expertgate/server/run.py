@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from vllm.envs import enable_envs_cache
 from vllm.utils.gc_utils import freeze_gc_heap
 
-from expertgate.server.audit.writer import Record
+from expertgate.server.audit.writer import Recorded
 from expertgate.server.config import TlsConfig
 from expertgate.server.errors import ApiError
 from expertgate.server.failures import ProofError
@@ -196,10 +196,10 @@ async def _open(
     service: Service, engine: GuardedLLM, make_handlers: Callable[[GuardedLLM], Handlers]
 ) -> None:
     try:
-        record = await service.audit.probe()
+        recorded = await service.audit.probe()
         async with asyncio.timeout(_PROOF_S):
-            await prove(engine, service.grants, len(service.catalogue), record)
-            service.fault = await _fault(engine, service, record)
+            await prove(engine, service.grants, len(service.catalogue), recorded)
+            service.fault = await _fault(engine, service, recorded)
     except ApiError as error:
         raise ProofError(f"the engine was not tried: {error}") from None
     except UnavailableError as error:
@@ -213,7 +213,7 @@ async def _open(
     names = service.catalogue.names(service.catalogue.all)
     engine.on_work = partial(count_work, names)
     service.handlers = make_handlers(engine)
-    service.liveness = Liveness(engine, service.grants, record)
+    service.liveness = Liveness(engine, service.grants, recorded)
     # What has been made by now stays. The collector would look through it again and again while
     # requests wait, which took more time than they did; and vLLM reads the environment anew for
     # each token, as its other processes don't.
@@ -222,9 +222,9 @@ async def _open(
     service.engine = engine
 
 
-async def _fault(engine: GuardedLLM, service: Service, record: Record) -> str | None:
+async def _fault(engine: GuardedLLM, service: Service, recorded: Recorded) -> str | None:
     try:
-        await prove_namespaces(engine, service.grants, len(service.catalogue), record)
+        await prove_namespaces(engine, service.grants, len(service.catalogue), recorded)
     except ProofError as error:
         return f"the engine failed its self-test: {error}"
     return None

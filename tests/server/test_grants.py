@@ -57,6 +57,6 @@ def test_call_ids_are_unique_and_do_not_tell_the_handle():
         grants.issue(PUBLIC_ONLY, "a") as first,
         grants.issue(PUBLIC_ONLY, "b") as second,
     ):
-        ids = [g.next_call_id() for g in (first, first, second, second)]
+        ids = [g.expect_call([1], 1).id for g in (first, first, second, second)]
     assert len(set(ids)) == 4
     assert not any(first.handle in call_id for call_id in ids)

@@ -11,7 +11,7 @@ from expertgate.policies.expert_set import PUBLIC_ONLY, ExpertSet
 from expertgate.server.grants import HANDLE_ARG, GrantError, Grants
 from expertgate.server.guard import CacheSalts, GuardedLLM, UnavailableError
 from expertgate.server.turns import Turns
-from tests.server.audit.logs import RECORD
+from tests.server.audit.logs import RECORDED
 from tests.server.fakes import FakeEngine
 
 MATH = ExpertSet.of([0, 1])
@@ -45,7 +45,7 @@ def run(generator):
 
 
 def test_the_engine_gets_the_mask_of_the_grant_and_nothing_of_the_callers(guard, engine, grants):
-    with grants.issue(MATH, "alice", record=RECORD) as grant:
+    with grants.issue(MATH, "alice", recorded=RECORDED) as grant:
         given = params(grant.handle, expertgate_mask=(1 << 64) - 1, experts=[0, 1, 2])
         run(guard.generate(PROMPT, given, "client id\nforged", priority=-9, session_id="s",
                            data_parallel_rank=3, trace_headers={"traceparent": "x"}))  # fmt: skip
@@ -58,7 +58,7 @@ def test_the_engine_gets_the_mask_of_the_grant_and_nothing_of_the_callers(guard,
 
 
 def test_prompts_keep_only_tokens_and_text(guard, engine, grants):
-    with grants.issue(MATH, "alice", record=RECORD) as grant:
+    with grants.issue(MATH, "alice", recorded=RECORDED) as grant:
         prompt = {**PROMPT, "multi_modal_data": object(), "arrival_time": 1.0}
         run(guard.generate(prompt, params(grant.handle), "id"))
     (call,) = engine.calls
@@ -80,7 +80,7 @@ def test_prompts_keep_only_tokens_and_text(guard, engine, grants):
     ],
 )
 def test_only_rendered_tokens_run(guard, engine, grants, prompt):
-    with grants.issue(MATH, "alice", record=RECORD) as grant, pytest.raises(GrantError):
+    with grants.issue(MATH, "alice", recorded=RECORDED) as grant, pytest.raises(GrantError):
         guard.generate(prompt, params(grant.handle), "id")
     assert engine.calls == []
 
@@ -99,7 +99,7 @@ def test_a_grant_that_is_not_on_record_runs_nothing(guard, engine, grants):
 
 
 def test_a_call_made_before_the_grant_closed_does_not_run_after(guard, engine, grants):
-    with grants.issue(MATH, "alice", record=RECORD) as grant:
+    with grants.issue(MATH, "alice", recorded=RECORDED) as grant:
         late = guard.generate(PROMPT, params(grant.handle), "id")
     with pytest.raises(GrantError):
         run(late)
@@ -110,7 +110,7 @@ def test_a_running_call_ends_when_its_grant_closes(guard, engine, grants):
     engine.outputs = 3
 
     async def close_midway():
-        grant = grants.issue(MATH, "alice", record=RECORD)
+        grant = grants.issue(MATH, "alice", recorded=RECORDED)
         generator = guard.generate(PROMPT, params(grant.handle), "id")
         await anext(generator)
         await guard.end(grant)
@@ -126,11 +126,11 @@ def test_leaving_a_stream_ends_the_engines(guard, engine, grants):
     engine.outputs = 3
 
     async def leave():
-        grant = grants.issue(MATH, "alice", record=RECORD)
+        grant = grants.issue(MATH, "alice", recorded=RECORDED)
         generator = guard.generate(PROMPT, params(grant.handle), "id")
         await anext(generator)
         await generator.aclose()
-        assert grant.running == set()
+        assert not guard.busy
         assert engine.ended == 1  # at once, not when the garbage is collected
 
     asyncio.run(leave())
@@ -138,22 +138,22 @@ def test_leaving_a_stream_ends_the_engines(guard, engine, grants):
 
 def test_a_call_that_fails_within_the_engine_gives_its_place_back(guard, engine, grants):
     engine.refuses = OverflowError("int too big to convert")
-    with grants.issue(MATH, "alice", record=RECORD) as grant:
+    with grants.issue(MATH, "alice", recorded=RECORDED) as grant:
         with pytest.raises(OverflowError):
             run(guard.generate(PROMPT, params(grant.handle), "id"))
-        assert grant.running == set()
+        assert not guard.busy
     assert engine.aborted == [engine.calls[0].request_id]
 
 
 def test_a_call_that_finishes_is_not_aborted(guard, engine, grants):
-    with grants.issue(MATH, "alice", record=RECORD) as grant:
+    with grants.issue(MATH, "alice", recorded=RECORDED) as grant:
         run(guard.generate(PROMPT, params(grant.handle), "id"))
     assert engine.aborted == []
 
 
 def test_a_schema_that_fails_in_the_engine_is_the_clients_fault(guard, engine, grants):
     engine.finish_reason = "error"
-    with grants.issue(MATH, "alice", record=RECORD) as grant:
+    with grants.issue(MATH, "alice", recorded=RECORDED) as grant:
         free = params(grant.handle)
         (found,) = run(guard.generate(PROMPT, free, "id"))  # vLLM's handlers see to this one
         assert found.outputs[0].finish_reason == "error"
@@ -164,19 +164,19 @@ def test_a_schema_that_fails_in_the_engine_is_the_clients_fault(guard, engine, g
 
 
 def test_several_prompts_run_on_one_grant_with_ids_of_their_own(guard, engine, grants):
-    with grants.issue(MATH, "alice", record=RECORD) as grant:
+    with grants.issue(MATH, "alice", recorded=RECORDED) as grant:
         for _ in range(3):
             run(guard.generate(PROMPT, params(grant.handle), "same id"))
     assert len({call.request_id for call in engine.calls}) == 3
 
 
 def test_a_lora_request_is_refused(guard, grants):
-    with grants.issue(MATH, "alice", record=RECORD) as grant, pytest.raises(GrantError):
+    with grants.issue(MATH, "alice", recorded=RECORDED) as grant, pytest.raises(GrantError):
         guard.generate(PROMPT, params(grant.handle), "id", lora_request=object())
 
 
 def test_outputs_carry_no_traces(guard, grants):
-    with grants.issue(MATH, "alice", record=RECORD) as grant:
+    with grants.issue(MATH, "alice", recorded=RECORDED) as grant:
         (found,) = run(guard.generate(PROMPT, params(grant.handle), "id"))
     assert found.outputs[0].routed_experts is None
     assert found.kv_transfer_params is None
@@ -184,7 +184,7 @@ def test_outputs_carry_no_traces(guard, grants):
 
 
 def test_a_dead_engine_is_unavailable_before_and_while_it_runs(guard, engine, grants):
-    with grants.issue(MATH, "alice", record=RECORD) as grant:
+    with grants.issue(MATH, "alice", recorded=RECORDED) as grant:
         engine.dies = True
         with pytest.raises(UnavailableError) as died:
             run(guard.generate(PROMPT, params(grant.handle), "id"))
@@ -196,7 +196,7 @@ def test_a_dead_engine_is_unavailable_before_and_while_it_runs(guard, engine, gr
 
 
 def test_a_draining_engine_admits_nothing_and_is_not_called_dead(guard, engine, grants):
-    with grants.issue(MATH, "alice", record=RECORD) as grant:
+    with grants.issue(MATH, "alice", recorded=RECORDED) as grant:
         guard.drain()
         assert guard.errored
         assert not guard.dead
@@ -211,7 +211,7 @@ def test_usage_is_there_before_the_last_output_is(guard, engine, grants):
     engine.outputs = 3
 
     async def watch():
-        with grants.issue(MATH, "alice", record=RECORD) as grant:
+        with grants.issue(MATH, "alice", recorded=RECORDED) as grant:
             generator = guard.generate(PROMPT, params(grant.handle), "id")
             return [grant.usage async for _ in generator]
 
@@ -226,7 +226,7 @@ def test_usage_of_pieces_and_of_several_calls_adds_up(guard, engine, grants):
     engine.outputs = 3
 
     async def both():
-        grant = grants.issue(MATH, "alice", record=RECORD)
+        grant = grants.issue(MATH, "alice", recorded=RECORDED)
         pieces = params(grant.handle)
         pieces.output_kind = RequestOutputKind.DELTA
         first, second = (guard.generate(PROMPT, pieces, "id") for _ in range(2))
@@ -244,7 +244,7 @@ def test_usage_of_a_call_that_is_left_or_aborted_is_told_when_the_grant_ends(gua
     engine.outputs = 3
 
     async def leave(close):
-        grant = grants.issue(MATH, "alice", record=RECORD)
+        grant = grants.issue(MATH, "alice", recorded=RECORDED)
         generator = guard.generate(PROMPT, params(grant.handle), "id")
         await anext(generator)
         if close:
@@ -261,7 +261,7 @@ def test_usage_of_a_call_that_is_left_or_aborted_is_told_when_the_grant_ends(gua
 
 def test_each_call_is_asked_for_once_and_many_share_a_question(guard, engine, grants):
     async def crowd():
-        grant = grants.issue(MATH, "alice", record=RECORD)
+        grant = grants.issue(MATH, "alice", recorded=RECORDED)
         calls = [guard.generate(PROMPT, params(grant.handle), "id") for _ in range(20)]
 
         async def drain(call):
@@ -276,12 +276,12 @@ def test_each_call_is_asked_for_once_and_many_share_a_question(guard, engine, gr
     asked = [account for question in engine.asked for account in question]
     assert sorted(asked) == sorted(call.request_id for call in engine.calls)
     assert len(engine.asked) <= 2
-    assert len(grant.told) == 20
+    assert [call.usage.prompt_tokens for call in grant.calls] == [2] * 20
 
 
 def test_an_answer_by_experts_outside_the_grant_is_not_given(guard, engine, grants):
     engine.slots = [2, 1, 1]
-    with grants.issue(MATH, "alice", record=RECORD) as grant:
+    with grants.issue(MATH, "alice", recorded=RECORDED) as grant:
         with pytest.raises(GrantError, match="outside"):
             run(guard.generate(PROMPT, params(grant.handle), "id"))
         assert grant.usage is None
@@ -294,7 +294,7 @@ def test_an_engine_that_dies_before_it_tells_leaves_nobody_waiting(guard, engine
             await asyncio.Event().wait()
 
         engine.collective_rpc = never
-        grant = grants.issue(MATH, "alice", record=RECORD)
+        grant = grants.issue(MATH, "alice", recorded=RECORDED)
         with pytest.raises(UnavailableError):
             async for _ in guard.generate(PROMPT, params(grant.handle), "id"):
                 pass
@@ -350,7 +350,7 @@ def test_what_is_cut_off_ends_with_an_error_and_what_waits_does_not_begin(grants
     guard = GuardedLLM(engine, grants, CacheSalts(b"w"), Turns(1))
 
     async def go():
-        with grants.issue(MATH, "alice", record=RECORD) as grant:
+        with grants.issue(MATH, "alice", recorded=RECORDED) as grant:
             runs = guard.generate(PROMPT, params(grant.handle), "a")
             waits = guard.generate(PROMPT, params(grant.handle), "b")
             assert await anext(runs) is not None
@@ -378,7 +378,7 @@ def test_what_was_written_and_never_seen_is_charged_too(grants, outputs, compute
     spent = []
 
     async def go():
-        grant = grants.issue(MATH, "alice", record=RECORD)
+        grant = grants.issue(MATH, "alice", recorded=RECORDED)
         grant.spend = spent.append
         call = guard.generate(PROMPT, params(grant.handle), "a")
         await anext(call)

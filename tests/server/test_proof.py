@@ -13,7 +13,7 @@ from expertgate.server.grants import Grants
 from expertgate.server.guard import CacheSalts, GuardedLLM
 from expertgate.server.proof import prove_namespaces
 from expertgate.server.service import Service
-from tests.server.audit.logs import RECORD
+from tests.server.audit.logs import RECORDED
 from tests.server.fakes import FakeEngine
 
 
@@ -44,7 +44,7 @@ def guard(engine, grants):
 def proved(key, experts=4):
     engine = Caching(key)
     grants = Grants()
-    asyncio.run(prove_namespaces(guard(engine, grants), grants, experts, RECORD))
+    asyncio.run(prove_namespaces(guard(engine, grants), grants, experts, RECORDED))
     assert len(grants) == 0
     return engine
 
@@ -76,7 +76,7 @@ def test_a_cache_that_is_off_has_nothing_to_show():
     engine = Caching(by_salt)
     engine.vllm_config.cache_config.enable_prefix_caching = False
     grants = Grants()
-    asyncio.run(prove_namespaces(guard(engine, grants), grants, 4, RECORD))
+    asyncio.run(prove_namespaces(guard(engine, grants), grants, 4, RECORDED))
     assert engine.calls == []
 
 

@@ -10,7 +10,7 @@ from expertgate.model.masks import EXTRA_ARG
 from expertgate.policies.expert_set import PUBLIC_ONLY
 from expertgate.server.grants import HANDLE_ARG, Grants
 from expertgate.server.guard import CacheSalts, GuardedLLM
-from tests.server.audit.logs import RECORD
+from tests.server.audit.logs import RECORDED
 from tests.server.fakes import FakeEngine
 
 ALL = (1 << 64) - 1
@@ -42,7 +42,7 @@ def test_no_spelling_gets_in(server, spelling):
 def test_the_guard_never_merges():
     engine, grants = FakeEngine(), Grants()
     guard = GuardedLLM(engine, grants, CacheSalts(b"w"))
-    with grants.issue(PUBLIC_ONLY, "bob", record=RECORD) as grant:
+    with grants.issue(PUBLIC_ONLY, "bob", recorded=RECORDED) as grant:
         extra_args = {HANDLE_ARG: grant.handle, EXTRA_ARG: ALL, "session_id": "x"}
         generator = guard.generate(
             {"type": "token", "prompt_token_ids": [1]}, SamplingParams(extra_args=extra_args), ""

@@ -11,7 +11,7 @@ from expertgate.server.failures import ProofError
 from expertgate.server.grants import Grants
 from expertgate.server.guard import CacheSalts, GuardedLLM
 from expertgate.server.proof import check_facts, prove
-from tests.server.audit.logs import RECORD
+from tests.server.audit.logs import RECORDED
 from tests.server.fakes import FakeEngine
 
 OURS = {
@@ -73,8 +73,8 @@ def test_an_engine_in_which_masks_change_nothing_is_not_served():
     grants = Grants()
     guard = GuardedLLM(Deaf(), grants, CacheSalts(b"w"))
     with pytest.raises(ProofError, match="masks"):
-        asyncio.run(prove(guard, grants, 7, RECORD))
-    asyncio.run(prove(guard, grants, 1, RECORD))  # with one expert there is nothing to tell apart
+        asyncio.run(prove(guard, grants, 7, RECORDED))
+    asyncio.run(prove(guard, grants, 1, RECORDED))  # with one expert there is nothing to tell apart
     assert len(grants) == 0
 
 
@@ -82,4 +82,4 @@ def test_an_engine_that_does_not_count_is_not_served():
     grants, engine = Grants(), Deaf()
     engine.computed = 0
     with pytest.raises(ProofError, match="counted"):
-        asyncio.run(prove(GuardedLLM(engine, grants, CacheSalts(b"w")), grants, 1, RECORD))
+        asyncio.run(prove(GuardedLLM(engine, grants, CacheSalts(b"w")), grants, 1, RECORDED))

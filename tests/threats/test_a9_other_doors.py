@@ -10,7 +10,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from expertgate.policies.expert_set import PUBLIC_ONLY
 from expertgate.server.grants import HANDLE_ARG, GrantError, Grants
 from expertgate.server.guard import CacheSalts, GuardedLLM
-from tests.server.audit.logs import RECORD
+from tests.server.audit.logs import RECORDED
 from tests.server.fakes import FakeEngine
 
 # Of vLLM's own methods, those that handlers may reach. `generate` asks for a grant; the others
@@ -58,7 +58,7 @@ async def stream_of_prompts():
 def test_only_rendered_prompts_run_even_with_a_grant(prompt):
     engine, grants = FakeEngine(), Grants()
     guard = GuardedLLM(engine, grants, CacheSalts(b"w"))
-    with grants.issue(PUBLIC_ONLY, "bob", record=RECORD) as grant:
+    with grants.issue(PUBLIC_ONLY, "bob", recorded=RECORDED) as grant:
         params = SamplingParams(extra_args={HANDLE_ARG: grant.handle})
         with pytest.raises(GrantError):
             guard.generate(prompt, params, "id")

@@ -11,7 +11,7 @@ from vllm.sampling_params import SamplingParams
 
 from expertgate.server.errors import ApiError
 from expertgate.server.grants import HANDLE_ARG
-from tests.server.audit.logs import RECORD
+from tests.server.audit.logs import RECORDED
 from tests.server.running import EXPERTS
 from tests.server.sites import ALICE, PUBLIC, RESEARCH, Site
 
@@ -30,7 +30,7 @@ TAKEN = {
 async def salt(site, *experts):
     """Under which the engine caches what dave asks."""
     grant = await site.ask("dave", *experts)
-    grant.record = RECORD
+    grant.recorded = RECORDED
     prompt = {"type": "token", "prompt_token_ids": [1, 2, 3]}
     params = SamplingParams(extra_args={HANDLE_ARG: grant.handle})
     async for _ in site.service.engine.generate(prompt, params, "id"):

@@ -12,7 +12,7 @@ import pytest
 from expertgate.server.grants import Grants
 from expertgate.server.guard import CacheSalts, GuardedLLM
 from expertgate.server.liveness import Liveness
-from tests.server.audit.logs import RECORD
+from tests.server.audit.logs import RECORDED
 from tests.server.fakes import FakeEngine
 from tests.server.running import Server, make_key, prepare, start, stop
 from tests.server.test_guard import MATH, PROMPT, params
@@ -53,7 +53,7 @@ def clock():
 def watched(engine, clock, scenario):
     async def go():
         grants = Grants()
-        liveness = Liveness(GuardedLLM(engine, grants, CacheSalts(b"w")), grants, RECORD, clock)
+        liveness = Liveness(GuardedLLM(engine, grants, CacheSalts(b"w")), grants, RECORDED, clock)
         watching = asyncio.create_task(liveness.watch())
 
         async def after(seconds):
@@ -115,12 +115,12 @@ def test_one_that_is_full_of_answers_in_one_piece_is_ready_while_it_goes_on(cloc
 
     async def scenario(liveness, after):
         guard = liveness._engine
-        with guard._grants.issue(MATH, "alice", record=RECORD) as grant:
+        with guard._grants.issue(MATH, "alice", recorded=RECORDED) as grant:
             asked = asyncio.create_task(anext(guard.generate(PROMPT, params(grant.handle), "a")))
             for _ in range(4):
                 await after(29)
                 assert not liveness.late
-            assert len(guard._calls) == 1  # a token would stand behind what runs
+            assert len(guard._running) == 1  # a token would stand behind what runs
             engine.stalled = True
             await after(6)
             await after(31)

@@ -8,7 +8,7 @@ from vllm.sampling_params import SamplingParams
 from expertgate.policies.expert_set import PUBLIC_ONLY
 from expertgate.server.grants import HANDLE_ARG, Grants
 from expertgate.server.guard import CacheSalts, GuardedLLM
-from tests.server.audit.logs import RECORD
+from tests.server.audit.logs import RECORDED
 from tests.server.fakes import FakeEngine
 
 STEERING = {
@@ -24,7 +24,7 @@ def test_the_engine_sees_ours():
     guard = GuardedLLM(engine, grants, CacheSalts(b"w"))
 
     async def go():
-        with grants.issue(PUBLIC_ONLY, "bob", record=RECORD) as grant:
+        with grants.issue(PUBLIC_ONLY, "bob", recorded=RECORDED) as grant:
             params = SamplingParams(extra_args={HANDLE_ARG: grant.handle, "session_id": "theirs"})
             prompt = {"type": "token", "prompt_token_ids": [1]}
             return [output async for output in guard.generate(prompt, params, "id", **STEERING)]

@@ -302,14 +302,14 @@ def test_what_the_engine_is_done_with_holds_no_turn(coreless, monkeypatch):
         for _ in range(2):
             stalled(stack, coreless)
         requests = guard._engine.output_processor.external_req_ids
-        while len(guard._calls) < 2 or requests:  # both have begun, and the engine is done
+        while len(guard._running) < 2 or requests:  # both have begun, and the engine is done
             time.sleep(0.01)
         core.most_tokens = 4
         headers = coreless.headers("bob")
         url = f"{coreless.url}/v1/completions"
         answer = httpx.post(url, json={"prompt": "hi"}, headers=headers, timeout=60)
         assert answer.status_code == 200
-        assert len(guard._calls) == 2  # which nobody has read to their ends
+        assert len(guard._running) == 2  # which nobody has read to their ends
 
 
 def test_who_does_not_read_keeps_no_expert_that_is_withdrawn(coreless, monkeypatch):
@@ -320,9 +320,7 @@ def test_who_does_not_read_keeps_no_expert_that_is_withdrawn(coreless, monkeypat
     core.most_tokens, core.step_s = 1000, 0.003
 
     def sent():
-        return [
-            sum(tally.generated.values()) for grant in grants for tally in grant.tallies.values()
-        ]
+        return [sum(call.generated.values()) for grant in grants for call in grant.calls]
 
     with contextlib.ExitStack() as stack:
         stalled(stack, coreless)
@@ -335,7 +333,7 @@ def test_who_does_not_read_keeps_no_expert_that_is_withdrawn(coreless, monkeypat
         loop = guard._engine.output_handler.get_loop()
         loop.call_soon_threadsafe(grant.withdraw)
         time.sleep(0.5)
-        assert not guard._calls
+        assert not guard._running
         assert not guard._engine.output_processor.request_states
 
 
@@ -351,7 +349,7 @@ def test_an_answer_in_one_piece_is_seen_to_have_begun(coreless):
         core.most_tokens = 4
         answer = httpx.post(url, json=body, headers=coreless.headers("bob"), timeout=60)
         assert answer.status_code == 200
-        assert len(guard._calls) == 1  # alice's is still running
+        assert len(guard._running) == 1  # alice's is still running
         assert long.result().status_code == 200
 
 
@@ -365,7 +363,7 @@ def test_what_the_engine_has_not_begun_lets_others_wait(coreless):
             while guard._turns.waiting < n:
                 time.sleep(0.01)
         time.sleep(0.3)
-        assert len(guard._calls) == 1
+        assert len(guard._running) == 1
         assert guard._turns.waiting == 2
         with pytest.raises(httpx.ReadTimeout):
             asked.result()

@@ -9,7 +9,7 @@ from typing import Any
 from expertgate.model.usage import Usage
 from expertgate.policies.expert_set import ExpertSet
 from expertgate.server.audit.receipts import Receipts, statement
-from expertgate.server.audit.writer import AuditLog, AuditUnavailable, Record, Waived, Written
+from expertgate.server.audit.writer import AuditLog, AuditUnavailable, Recorded, Waived, Written
 from expertgate.server.errors import ApiError
 from expertgate.server.grants import Grant
 
@@ -54,7 +54,7 @@ class Entry:
         """
         self.begun = True
         try:
-            self.grant.record = await append(self._log, "request", **self._fields)
+            self.grant.recorded = await append(self._log, "request", **self._fields)
         except ApiError:
             self.begun = False
             raise
@@ -70,23 +70,26 @@ class Entry:
         grant = self.grant
         names = [expert["name"] for expert in self._experts]
         usage = None if grant.usage is None else _told(grant.usage, grant.experts, names)
+        reasons = Counter(reason for call in grant.calls for reason in call.finish_reasons.values())
         ended = {
             "status": self.status,
             "code": self.code,
-            "finish_reasons": dict(Counter(grant.finish_reasons.values())),
+            "finish_reasons": dict(reasons),
             "usage": usage,
         }
         self.result = self._log.note(
             "result",
             request=self.request_id,
             effective=names,
-            prompts=[self._log.key.keyed_digest(_PROMPT, prompt) for prompt in grant.prompts],
+            prompts=[
+                self._log.key.keyed_digest(_PROMPT, call.prompt_digest) for call in grant.calls
+            ],
             **ended,
         )
         if self._receipts is not None and grant.basis is not None:
             said = statement(ended, self._experts, self._fields)
             self._receipts.keep(
-                self.request_id, grant.basis.principal, grant.record, self.result, said
+                self.request_id, grant.basis.principal, grant.recorded, self.result, said
             )
 
     async def receipt(self) -> str | None:
@@ -100,7 +103,7 @@ class Entry:
             return None
 
 
-async def append(audit_log: AuditLog | None, kind: str, **fields: Any) -> Record:
+async def append(audit_log: AuditLog | None, kind: str, **fields: Any) -> Recorded:
     """Returns once the record is on disk, or waived. Raises ApiError 503 `audit_unavailable`."""
     if audit_log is None:
         return Waived("there is no audit log")

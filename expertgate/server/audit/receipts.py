@@ -21,7 +21,7 @@ import jwt
 from expertgate.policies.principal import Principal
 from expertgate.server.audit.chain import AuditError
 from expertgate.server.audit.signing import PublicKeys, SigningKey
-from expertgate.server.audit.writer import AuditUnavailable, Record, Written
+from expertgate.server.audit.writer import AuditUnavailable, Recorded, Written
 from expertgate.server.errors import ApiError
 
 KEPT_S = 3600.0
@@ -60,7 +60,7 @@ class Receipts:
         self,
         request_id: str,
         principal: Principal,
-        request: Record | None,
+        request: Recorded | None,
         result: Future[Written],
         said: dict[str, Any],
         age_s: float = 0.0,
@@ -232,5 +232,5 @@ def _salted(salt: str, name: str) -> str:
     return hashlib.sha256(f"{salt}:{name}".encode()).hexdigest()
 
 
-def _place(record: Record | None) -> dict[str, Any] | None:
-    return {"seq": record.seq, "sha256": record.hash} if isinstance(record, Written) else None
+def _place(recorded: Recorded | None) -> dict[str, Any] | None:
+    return {"seq": recorded.seq, "sha256": recorded.hash} if isinstance(recorded, Written) else None

@@ -27,7 +27,7 @@ from expertgate.server.audit.chain import AuditError, digest, line_of
 from expertgate.server.audit.entry import Entry, append
 from expertgate.server.audit.lately import lately
 from expertgate.server.audit.receipts import Receipts
-from expertgate.server.audit.writer import AuditLog, AuditUnavailable, Record
+from expertgate.server.audit.writer import AuditLog, AuditUnavailable, Recorded
 from expertgate.server.changes import (
     Change,
     CredentialsChanged,
@@ -98,7 +98,7 @@ class Trail:
         self.log.note("stop")
         self.log.close()
 
-    async def probe(self) -> Record:
+    async def probe(self) -> Recorded:
         """Raises ApiError 503 `audit_unavailable`."""
         everything = self._catalogue.names(self._catalogue.all)
         return await append(self.log, "probe", effective=everything)

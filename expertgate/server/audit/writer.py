@@ -1,9 +1,9 @@
-"""Appends records to the log; whoever must know waits until theirs is on disk.
+"""Appends records to the log; callers that need it can wait until their record is on disk.
 
-One thread writes. What comes while it waits for the disk is written together next time, so that
-many requests share one write; what nobody waits for goes with the next that somebody does, or after
-a moment. What can't be written leaves no trace in the files: they are cut back to what is known to
-be on disk, and the chain goes on from there.
+A single thread writes. Records that arrive while it waits for the disk form the next batch, so
+that many requests share one synchronous write. A record that no caller waits for goes out with
+the next one that is waited for, or after `_MOMENT_S`. A failed write leaves no trace: the file is
+truncated to what is known to be on disk, and the chain continues from there.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ class AuditUnavailable(Exception):  # noqa: N818  (what it is, and named as one)
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """Where a record stands in the log; there is none before it is on disk."""
+    """A record's number and line hash. Made only after the record is on disk."""
 
     seq: int
     hash: str
@@ -56,17 +56,22 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Waived:
-    """No record, and none needed: the configuration says so."""
+    """The configuration allows the request to go on without a record on disk."""
 
     why: str
 
 
-Record = Written | Waived
+Recorded = Written | Waived
+"""How the log answered for a record: with its place, or with why it may be missing."""
 
 
 @dataclass(slots=True)
-class _Entry:
-    """`waits`: somebody can't go on without it; else it is kept while the disk fails."""
+class _Queued:
+    """A record on its way to the disk; `place` resolves once it is there.
+
+    `waits`: a caller can't go on until then, and is refused if the write fails. Other records
+    stay queued and are tried again.
+    """
 
     fields: dict[str, Any]
     waits: bool
@@ -75,7 +80,7 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """What is on disk: the last record, records since the last head, the file and its size."""
+    """What is on disk: last record (`seq`, `hash`), records since the last head, file and bytes."""
 
     seq: int
     hash: str
@@ -103,7 +108,7 @@ class AuditLog:
         self._sign_every = sign_every
         self.fail_open = fail_open
         self._wake = threading.Condition()  # around a lock that its holder may take again
-        self._queue: deque[_Entry] = deque()
+        self._queue: deque[_Queued] = deque()
         self._urgent = False  # somebody waits for what is in the queue
         self._asleep = False  # the thread, until something comes
         self._closing = False
@@ -153,12 +158,12 @@ class AuditLog:
         """Records that wait to be written."""
         return len(self._queue)
 
-    async def append(self, kind: str, **fields: Any) -> Record:
+    async def append(self, kind: str, **fields: Any) -> Recorded:
         """Returns once the record is on disk. Raises AuditUnavailable.
 
         A log that is open on failure says Waived instead, and keeps the record for later.
         """
-        entry = _Entry(_stamped(kind, fields), waits=True)
+        queued = _Queued(_stamped(kind, fields), waits=True)
         try:
             if not self.healthy:
                 raise AuditUnavailable(self.fault)
@@ -167,12 +172,12 @@ class AuditLog:
         except AuditUnavailable as error:
             if not self.fail_open:
                 raise
-            self._push(replace(entry, waits=False))
+            self._push(replace(queued, waits=False))
             return Waived(str(error))
-        self._push(entry)
+        self._push(queued)
         try:
             async with asyncio.timeout(_WRITE_TIMEOUT_S):
-                return await Landing(entry.place)
+                return await Landing(queued.place)
         except (AuditUnavailable, TimeoutError) as error:
             # After a timeout the record still waits, or is being written.
             words = str(error) or self.fault or _TOO_SLOW
@@ -182,16 +187,16 @@ class AuditLog:
 
     def note(self, kind: str, **fields: Any) -> Future[Written]:
         """Queues a record that nothing need wait for; it is kept while the disk fails."""
-        entry = _Entry(_stamped(kind, fields), waits=False)
-        self._push(entry)
-        return entry.place
+        queued = _Queued(_stamped(kind, fields), waits=False)
+        self._push(queued)
+        return queued.place
 
     def record(self, kind: str, **fields: Any) -> None:
         """As `append`, for a thread that may wait. Raises AuditUnavailable."""
-        entry = _Entry(_stamped(kind, fields), waits=True)
-        self._push(entry)
+        queued = _Queued(_stamped(kind, fields), waits=True)
+        self._push(queued)
         try:
-            entry.place.result(_WRITE_TIMEOUT_S)
+            queued.place.result(_WRITE_TIMEOUT_S)
         except TimeoutError:
             raise AuditUnavailable(_TOO_SLOW) from None
 
@@ -212,13 +217,13 @@ class AuditLog:
 
     # --- on the thread ------------------------------------------------------------------------
 
-    def _push(self, entry: _Entry) -> None:
+    def _push(self, queued: _Queued) -> None:
         with self._wake:
-            if not entry.waits and len(self._queue) >= _MAX_KEPT:
-                self._lose(entry, "more records than can be kept wait for the disk")
+            if not queued.waits and len(self._queue) >= _MAX_KEPT:
+                self._lose(queued, "more records than can be kept wait for the disk")
                 return
-            self._queue.append(entry)
-            self._urgent = self._urgent or entry.waits
+            self._queue.append(queued)
+            self._urgent = self._urgent or queued.waits
             if self._urgent or self._asleep:
                 self._wake.notify()
 
@@ -250,23 +255,23 @@ class AuditLog:
         if self._queue:
             self._wake.wait_for(pressed, _MOMENT_S)
 
-    def _commit(self, entries: list[_Entry], *, sign: bool) -> None:
+    def _commit(self, entries: list[_Queued], *, sign: bool) -> None:
         """Writes entries, and a head behind them where it is time, or none of it."""
         untold = self._untold
         if untold or self._fault:
             # Also what shows, without a request, whether the disk is back.
             gap = _stamped("gap", {"lost": untold, "why": self._fault})
-            entries.insert(0, _Entry(gap, waits=False))
+            entries.insert(0, _Queued(gap, waits=False))
         elif not entries and not (sign and self._state.unsigned):
             return
         batch = _Batch(self._state, self.key, self._sign_every)
-        written: list[tuple[_Entry, Written]] = []
-        for entry in entries:
+        written: list[tuple[_Queued, Written]] = []
+        for queued in entries:
             try:
-                written.append((entry, batch.add(entry.fields)))
+                written.append((queued, batch.add(queued.fields)))
             except ValueError as error:
                 log.error("a record has no canonical form and is lost: %s", error)
-                self._lose(entry, "the record has no canonical form")
+                self._lose(queued, "the record has no canonical form")
         rotate = self._state.size + batch.size >= self._rotate_bytes
         if batch.state.unsigned and (sign or rotate):
             batch.add_head()
@@ -274,7 +279,7 @@ class AuditLog:
         try:
             self._write(batch)
         except Exception as error:  # whatever it is, nothing may be taken for written
-            self._failed(error, [entry for entry, _ in written])
+            self._failed(error, [queued for queued, _ in written])
             return
         finally:
             self._began = None
@@ -284,9 +289,9 @@ class AuditLog:
         if self._fault:
             log.warning("the audit log is written again: %s", self.folder)
             self._fault = ""
-        for entry, place in written:
-            if entry.place.set_running_or_notify_cancel():
-                entry.place.set_result(place)
+        for queued, place in written:
+            if queued.place.set_running_or_notify_cancel():
+                queued.place.set_result(place)
         if rotate:
             self._close_file()
             self._state = replace(self._state, path=None, size=0)
@@ -360,7 +365,7 @@ class AuditLog:
         if there.st_size != self._state.size:
             raise _Tampered(f"{path} was written to by someone else")
 
-    def _failed(self, error: Exception, entries: list[_Entry]) -> None:
+    def _failed(self, error: Exception, entries: list[_Queued]) -> None:
         self._close_file()
         words = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
         if words != self._fault or self.fail_open:
@@ -372,23 +377,23 @@ class AuditLog:
             )
         self._fault = words or type(error).__name__
         kept = []
-        for entry in entries:
-            if entry.fields["kind"] == "gap":
+        for queued in entries:
+            if queued.fields["kind"] == "gap":
                 continue  # made anew at the next try
-            if not entry.waits:
-                kept.append(entry)
+            if not queued.waits:
+                kept.append(queued)
                 continue
-            _reject(entry, self._fault)
+            _reject(queued, self._fault)
             if self.fail_open:
-                kept.append(_Entry(entry.fields, waits=False))
+                kept.append(_Queued(queued.fields, waits=False))
         with self._wake:
             self._queue.extendleft(reversed(kept))
 
-    def _lose(self, entry: _Entry, why: str) -> None:
+    def _lose(self, queued: _Queued, why: str) -> None:
         with self._wake:
             self.lost += 1
             self._untold += 1
-        _reject(entry, why)
+        _reject(queued, why)
 
     def _close_file(self) -> None:
         if self._file is not None:
@@ -472,6 +477,6 @@ def _stamped(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
     return {**fields, "v": VERSION, "kind": kind, "time": now}
 
 
-def _reject(entry: _Entry, why: str) -> None:
-    if entry.place.set_running_or_notify_cancel():
-        entry.place.set_exception(AuditUnavailable(why))
+def _reject(queued: _Queued, why: str) -> None:
+    if queued.place.set_running_or_notify_cancel():
+        queued.place.set_exception(AuditUnavailable(why))

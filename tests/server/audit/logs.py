@@ -7,8 +7,8 @@ from expertgate.server.audit.signing import PublicKeys, SigningKey
 from expertgate.server.audit.verify import Report, verify
 from expertgate.server.audit.writer import AuditLog, Written
 
-RECORD = Written(seq=1, hash="0" * 64)
-"""Of a request that some log has."""
+RECORDED = Written(seq=1, hash="0" * 64)
+"""The place of a request in some log."""
 
 
 def signing_key(folder: Path) -> SigningKey:
