@@ -299,7 +299,7 @@ SAID: Mapping[str, str] = {
     "parallel_tool_calls": "Whether one answer may call several tools.",
     "presence_penalty": "Makes tokens less likely that are there already.",
     "previous_response_id": "Nothing is stored here: send the whole conversation as `input`.",
-    "prompt": "Text, token ids, or a list of either.",
+    "prompt": "What is asked: text or, where the type admits it, token ids or a list of either.",
     "prompt_logprobs": (
         "Of how many tokens log probabilities are given, along the prompt. With the prompt's own, "
         "of all prompts and choices together, at most 32768."
@@ -350,8 +350,6 @@ def schema(kind: type[Body]) -> Schema:
                 field = {k: v for k, v in field.items() if (k, v) != ("default", None)}
         if name in SAID:
             field = {**field, "description": SAID[name]}
-        if name == "prompt" and field.get("type") == "string":
-            field = {**field, "description": "Text."}
         properties[name] = field
     required = [] if kind.required is None else [kind.required]
     return {

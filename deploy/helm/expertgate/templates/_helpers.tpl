@@ -63,6 +63,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- toYaml (mergeOverwrite (deepCopy .Values.config) $own) -}}
 {{- end -}}
 
+{{- /* What the public listener speaks. */ -}}
+{{- define "expertgate.scheme" -}}
+{{- dig "tls" nil .Values.config | empty | ternary "http" "https" -}}
+{{- end -}}
+
 {{- /* What clients ask for. The rest of the public listener is for probes inside the cluster. */ -}}
 {{- define "expertgate.paths" -}}
 /.well-known/expertgate-keys: Exact

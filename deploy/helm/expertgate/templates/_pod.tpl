@@ -6,7 +6,7 @@ The pod of a server. Takes the root context and the role: `server`, or, over sev
 {{- $root := .root -}}
 {{- $role := .role -}}
 {{- $worker := eq $role "worker" -}}
-{{- $scheme := dig "tls" nil $root.Values.config | empty | ternary "HTTP" "HTTPS" -}}
+{{- $scheme := include "expertgate.scheme" $root | upper -}}
 metadata:
   labels:
     {{- include "expertgate.selector" $root | nindent 4 }}
