@@ -1,6 +1,5 @@
 """Who asks: from a request's credential to its principal."""
 
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Protocol
 
@@ -30,7 +29,8 @@ class CredentialSource(Protocol):
     async def refresh(self) -> CredentialsChanged | None:
         """Looks at what credentials are judged by; what is another from now on.
 
-        Between that and the return nothing is awaited.
+        Between that and the return nothing is awaited, so that whoever asks can act before anybody
+        is identified by it. Only keys that were fetched may have been believed since the last look.
         """
 
 
@@ -83,6 +83,9 @@ class Identity:
         if config.anonymous:
             others.append(Anonymous())
         self._others = tuple(others)
+        self.sources: tuple[CredentialSource, ...] = tuple(
+            source for source in (self._keys, *others) if source is not None
+        )
 
     async def identify(self, connection: HTTPConnection) -> Principal:
         """Raises ApiError.
@@ -108,13 +111,3 @@ class Identity:
             words = "the Authorization header must be 'Bearer', a blank, and the key or token"
             raise invalid_credential(words)
         raise invalid_credential("this credential is of no kind or issuer that is known here")
-
-    async def refresh(self) -> AsyncIterator[CredentialsChanged]:
-        """Looks at what credentials are judged by, and tells of each change as it comes into force.
-
-        Whoever iterates gets to act before anybody is identified by what has changed.
-        """
-        for source in (*([self._keys] if self._keys else []), *self._others):
-            changed = await source.refresh()
-            if changed is not None:
-                yield changed

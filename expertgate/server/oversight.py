@@ -11,6 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from expertgate.model.catalogue import Catalogue, CatalogueError
@@ -29,6 +30,7 @@ from expertgate.server.changes import (
 )
 from expertgate.server.errors import ApiError
 from expertgate.server.grants import Basis, Grant
+from expertgate.server.identity import CredentialSource
 from expertgate.server.names import voucher
 from expertgate.server.policy_files import PolicyFiles, Stamp
 from expertgate.server.service import Service
@@ -104,13 +106,15 @@ class Oversight:
 
     async def watch(self) -> None:
         """Looks until it is cancelled."""
+        sources = self._service.identity.sources
         # Apart, because a large file takes long to read, and an issuer long to answer. What any of
         # them finds it puts in force and judges grants by in one step of the event loop, with
         # what the others have put in force by then; so whichever comes last sees all of it.
         await asyncio.gather(
             _again(self.look_at_suspensions, LOOK_EVERY_S),
             _again(self.look_at_policies, LOOK_EVERY_S),
-            _again(self.look_at_credentials, LOOK_EVERY_S),
+            *(_again(partial(self.look_at, source), LOOK_EVERY_S) for source in sources),
+            _again(self.look_at_ends, LOOK_EVERY_S),
             _again(self.look_at_tokens, _TOKENS_EVERY_S),
         )
 
@@ -142,18 +146,23 @@ class Oversight:
             self._policy_watch.again()
             raise
 
-    async def look_at_credentials(self) -> None:
-        """Puts in force what they are judged by, and ends what lives longer than its own."""
-        async for change in self._service.identity.refresh():
-            vouchers = change.vouchers
-            # Before anybody who is told from now on who they are finds what was cached before; and
-            # once more for what open grants cache until they have been judged.
-            self._forget_of(vouchers)
-            self._tell(change)
-            for grant in self._service.grants:
-                if voucher(grant.tenant) in vouchers:
-                    await self._judge(grant)
-            self._forget_of(vouchers)
+    async def look_at(self, source: CredentialSource) -> None:
+        """Puts in force what its credentials are judged by, and judges those of open grants."""
+        change = await source.refresh()
+        if change is None:
+            return
+        vouchers = change.vouchers
+        # Before anybody who is told from now on who they are finds what was cached before; and
+        # once more for what open grants cache until they have been judged.
+        self._forget_of(vouchers)
+        self._tell(change)
+        for grant in self._service.grants:
+            if voucher(grant.tenant) in vouchers:
+                await self._judge(grant)
+        self._forget_of(vouchers)
+
+    async def look_at_ends(self) -> None:
+        """Ends what lives longer than its credential."""
         now = datetime.now(UTC)
         for grant in self._service.grants:
             expires = None if grant.basis is None else grant.basis.principal.expires

@@ -30,7 +30,8 @@ from expertgate.server.changes import (
 )
 from expertgate.server.errors import ApiError
 from expertgate.server.grants import WithdrawnError
-from expertgate.server.key_edits import create_key, expire_key, rotate_key
+from expertgate.server.identity import Anonymous
+from expertgate.server.key_edits import create_key, expire_key, revoke_key, rotate_key
 from expertgate.server.namespaces import Namespaces
 from expertgate.server.oversight import LOOK_EVERY_S
 from expertgate.server.policy_files import PolicyFiles
@@ -193,7 +194,7 @@ def test_a_key_that_expires_ends_what_runs(site):
         assert (erin.withdrawn, frank.withdrawn) == (False, False)
         while datetime.now(UTC) <= soon + timedelta(seconds=0.5):
             await asyncio.sleep(0.1)
-        await site.oversight.look_at_credentials()
+        await site.oversight.look_at_ends()
         assert (erin.withdrawn, frank.withdrawn, rotated.withdrawn) == (True, True, False)
         site.keys["frank"] = old
         with pytest.raises(ApiError):
@@ -806,6 +807,32 @@ def test_a_suspension_does_not_wait_for_policies_that_take_long(site, monkeypatc
                 assert (narrow.withdrawn, dave.withdrawn) == (False, True)
         finally:
             go_on.set()
+            watching.cancel()
+
+    asyncio.run(story())
+
+
+def test_a_revoked_key_does_not_wait_for_an_issuer(site):
+    """Whose keys, and all tokens that rest on them, take as long as they like to be judged."""
+    reached = asyncio.Event()
+
+    class Slow(Anonymous):
+        async def refresh(self):
+            reached.set()
+            await asyncio.Event().wait()
+
+    site.service.identity.sources = (Slow(), *site.service.identity.sources)
+
+    async def story():
+        grant = await site.ask("alice")
+        watching = asyncio.create_task(site.oversight.watch())
+        try:
+            async with asyncio.timeout(60):
+                await reached.wait()
+                revoke_key(site.folder / "keys.yaml", "alice")
+                while not grant.withdrawn:
+                    await asyncio.sleep(LOOK_EVERY_S)
+        finally:
             watching.cancel()
 
     asyncio.run(story())

@@ -76,7 +76,8 @@ def look(identity) -> list[CredentialsChanged]:
     """What a server would see in two looks: the first sees a change, the second its end."""
 
     async def looks():
-        return [change for _ in range(2) async for change in identity.refresh()]
+        found = [await source.refresh() for _ in range(2) for source in identity.sources]
+        return [change for change in found if change is not None]
 
     return asyncio.run(looks())
 
