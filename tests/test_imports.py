@@ -12,9 +12,9 @@ PACKAGE = Path(__file__).parents[1] / "expertgate"
 ALLOWED = {
     "policies": (),
     "kernels": (),
-    "model": ("expertgate.kernels", "expertgate.policies.expert_set"),
+    "model": ("expertgate.faults", "expertgate.kernels", "expertgate.policies.expert_set"),
     "forge": ("expertgate.model.catalogue", "expertgate.model.checkpoint"),
-    "server": ("expertgate.policies", "expertgate.model"),
+    "server": ("expertgate.faults", "expertgate.policies", "expertgate.model"),
 }
 # Room → packages of others that it does not know.
 FOREIGN = {

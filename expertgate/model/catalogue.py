@@ -7,13 +7,15 @@ A file `experts.json` beside the checkpoint's `config.json`:
       {"index": 1, "name": "math", "owner": "acme", "license": "closed", "tags": ["stem"]}]}
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from expertgate.faults import in_words, path_of
 from expertgate.model.checkpoint import Checkpoint
 from expertgate.policies.expert_set import MAX_EXPERTS, ExpertSet
 
@@ -83,14 +85,23 @@ class Catalogue(BaseModel):
         except OSError as error:
             raise CatalogueError(f"{path}: {error.strerror or error}") from error
         try:
-            catalogue = cls.model_validate_json(text)
+            catalogue = cls.model_validate(json.loads(text, object_pairs_hook=_object))
+        except json.JSONDecodeError as error:
+            raise CatalogueError(f"{path}:{error.lineno}: is not JSON: {error.msg}") from None
+        except UnicodeDecodeError:
+            raise CatalogueError(f"{path}: is not UTF-8") from None
+        except RecursionError:
+            raise CatalogueError(f"{path}: is nested too deep") from None
+        except _GivenTwice as error:
+            raise CatalogueError(f"{path}: {error.args[0]}: is given twice") from None
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            if first["loc"] == ("experts",) and first["type"] == "too_short":
-                raise CatalogueError(f"{path}: experts: names no expert") from None
-            place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in first["loc"])
-            where = f"{path}: {place.lstrip('.')}" if place else str(path)
-            raise CatalogueError(f"{where}: {first['msg']}") from None
+            fault = error.errors(include_url=False)[0]
+            empty = fault["loc"] == ("experts",) and fault["type"] == "too_short"
+            words = "names no expert" if empty else in_words(cls, fault)
+            where = f"{path}: {path_of(fault['loc'])}".rstrip(": ")
+            raise CatalogueError(f"{where}: {words}") from None
+        except ValueError as error:  # a number of thousands of digits
+            raise CatalogueError(f"{path}: {error}") from None
         catalogue._check_shape(path)
         return catalogue
 
@@ -145,6 +156,16 @@ def load(checkpoint: Checkpoint, path: Path | None = None) -> Catalogue:
     catalogue = Catalogue.read(path or beside)
     catalogue.check_against(checkpoint)
     return catalogue
+
+
+class _GivenTwice(Exception):  # noqa: N818  (what it is)
+    """A key, of which JSON's readers take one or the other."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for key in _repeated(key for key, _ in pairs):
+        raise _GivenTwice(key)
+    return dict(pairs)
 
 
 def _repeated(values: Iterable[str]) -> list[str]:

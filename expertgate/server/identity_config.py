@@ -39,8 +39,8 @@ from pydantic import (
     model_validator,
 )
 
+from expertgate.faults import Place
 from expertgate.server.names import Name, printable
-from expertgate.server.yaml_file import Place
 
 _SYMMETRIC = ("HS256", "HS384", "HS512", "none")
 

@@ -31,10 +31,11 @@ from pydantic import (
     StringConstraints,
 )
 
+from expertgate.faults import Place
 from expertgate.server.changes import CredentialChange
 from expertgate.server.names import Name, key_id
 from expertgate.server.watched import WatchedFile
-from expertgate.server.yaml_file import Place, YamlError, YamlFile
+from expertgate.server.yaml_file import YamlError, YamlFile
 
 log = logging.getLogger(__name__)
 

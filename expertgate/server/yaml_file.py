@@ -4,15 +4,14 @@ Plain data only: keys are text and stand once, there are no aliases (which can m
 huge), and times stay text.
 """
 
-import difflib
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+
+from expertgate.faults import Place, in_words, path_of
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
@@ -20,22 +19,7 @@ MAX_DEPTH = 32
 _CORE = "tag:yaml.org,2002:"
 _KINDS = {"null": "a null", "bool": "a bool", "int": "an int", "float": "a float", "str": "text"}
 """Tags of scalars that become values, and how to say so."""
-_WORDS = {
-    "missing": "is missing",
-    "dict_type": "must be a mapping, as {key: value}",
-    "mapping_type": "must be a mapping, as {key: value}",
-    "list_type": "must be a list, as [a, b]",
-    "tuple_type": "must be a list, as [a, b]",
-    "frozen_set_type": "must be a list, as [a, b]",
-    "string_type": "must be text; quote what looks like a number",
-    "bool_type": "must be true or false",
-    "int_type": "must be a whole number, without quotes",
-    "path_type": "must be text, a path",
-}
-"""Pydantic's types of faults, and what it says of them in words of Python's."""
-
 T = TypeVar("T")
-Place = tuple[str | int, ...]
 
 
 class YamlError(ValueError):
@@ -85,7 +69,7 @@ class YamlFile:
             return TypeAdapter(kind).validate_python(self.value)
         except ValidationError as error:
             faults = [
-                str(self.fault(fault["loc"], _words(kind, fault)))
+                str(self.fault(fault["loc"], in_words(kind, fault)))
                 for fault in error.errors(include_url=False, include_input=False)
             ]
             raise YamlError("\n".join(faults)) from None
@@ -94,8 +78,7 @@ class YamlFile:
         known = place
         while known not in self.lines:
             known = known[:-1]
-        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
-        label = f" {path.lstrip('.')}:" if path else ""
+        label = f" {path_of(place)}:" if place else ""
         return YamlError(f"{self.path}:{self.lines[known]}:{label} {words}")
 
 
@@ -156,30 +139,3 @@ class _Reader:
             self._lines[*place, key.value] = line
             found[key.value] = self.value(value, (*place, key.value))
         return found
-
-
-def _words(kind: Any, fault: Any) -> str:
-    place: Place = fault["loc"]
-    if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(place[-1]), _fields(kind, place[:-1]), n=1)
-        return "unknown key" + (f"; did you mean {near[0]}?" if near else "")
-    if fault["type"] in ("model_type", "model_attributes_type"):
-        return f"must be a mapping of {', '.join(_fields(kind, place))}"
-    if fault["type"] in _WORDS:
-        return _WORDS[fault["type"]]
-    words = str(fault["msg"]).removeprefix("Value error, ")
-    return re.sub("^(Input|String) should ", "must ", words)
-
-
-def _fields(kind: Any, place: Place) -> list[str]:
-    """The keys of the model that stands at `place` in a value of `kind`."""
-    for part in place:
-        if isinstance(part, int):
-            kind = get_args(kind)[0]
-        elif hasattr(kind, "model_fields"):
-            kind = kind.model_fields[part].annotation
-        else:  # a mapping's values
-            kind = get_args(kind)[1]
-        if isinstance(kind, UnionType):  # with None
-            kind = get_args(kind)[0]
-    return list(kind.model_fields)
