@@ -7,8 +7,10 @@ which comes first changes from round to round, so that whatever else the machine
 A client in a process of its own asks for streamed completions, with as many streams as the table
 says: in some rows all begin at once, and ask again in step, for answers of one length; in the
 others each goes at its own time, with answers of half to one and a half of that length, and the
-first of each stream isn't counted. Then arrivals come at twice the rate that the server had at best
-in that round, whatever becomes of those before.
+first of each stream isn't counted. There a faster server has more requests to take, for its streams
+ask again sooner; so both are then given the same arrivals, at four fifths of the rate that stock
+vLLM had at best in that round, whatever becomes of those before. Last come arrivals at twice the
+rate that the server itself had at best.
 """
 
 import argparse
@@ -36,6 +38,10 @@ OURS = "expertgate"
 STOCK = "stock vLLM"
 STREAMS = (1, 8, 32, 128)
 _LEAST_REQUESTS = 8
+SAME = "same arrivals"
+_OF_CAPACITY = 0.8
+"""Of stock vLLM's, that the same arrivals are."""
+_SAME_S = 8
 _OVERLOAD_S = 12
 _FILLING_S = 2
 """Of these, while the batch fills: what comes later, until the last arrival, is compared."""
@@ -81,15 +87,17 @@ class Bench:
         """Each stream asks several times. Says what came of it."""
         turns = self._options.turns * (1 + apart)
         job = self._job(max(_LEAST_REQUESTS, streams * turns), seed, streams=streams, apart=apart)
+        # Who asks first, where streams go apart, does so with all others.
+        return self._run(name_of(streams, apart), job, streams * apart)
+
+    def _run(self, name: str, job: Job, uncounted: int = 0) -> str:
         before = self._server.cpu_s()
         answers = self._whole(job)
         after = self._server.cpu_s()
         tokens = sum(job.output_tokens)
-        # Who asks first, where streams go apart, does so with all others.
-        times = [answer.times for answer in answers[streams * apart :]]
+        times = [answer.times for answer in answers[uncounted:]]
         found = figures(times, self._memory(), self._weights)
         cost = {part: 1000 * (after[part] - before[part]) / tokens for part in after}
-        name = name_of(streams, apart)
         self.runs.setdefault(name, []).append(found)
         self.costs.setdefault(name, []).append(cost)
         return (
@@ -97,9 +105,18 @@ class Bench:
             f" {found.ttft_ms['p50']:.1f} ms, CPU ms a token {_cost([cost])}"
         )
 
+    def same(self, rate: float, seed: int) -> str:
+        """Arrivals at `rate` requests a second. Says what came of it."""
+        requests = max(_LEAST_REQUESTS, int(rate * _SAME_S))
+        return self._run(SAME, self._job(requests, seed, rate=rate, apart=True))
+
+    def best(self) -> Figures:
+        """Of the last round."""
+        return max((found[-1] for found in self.runs.values()), key=lambda f: f.tokens_per_s)
+
     def overload(self, seed: int) -> str:
         """Arrivals at twice the requests a second that this round had at best."""
-        best = max((found[-1] for found in self.runs.values()), key=lambda f: f.tokens_per_s)
+        best = self.best()
         rate = 2 * best.requests_per_s
         answers = self._client.do(self._job(int(rate * _OVERLOAD_S), seed, rate=rate))
         whole = [answer for answer in answers if answer.whole]
@@ -171,6 +188,9 @@ def one_round(found: Mapping[str, Bench], streams: Sequence[int], turn: int) -> 
         for number in streams:
             for key in order:
                 print(f"  {key}, {found[key].run(number, apart, seed=turn)}", flush=True)
+    rate = _OF_CAPACITY * found[STOCK].best().requests_per_s
+    for key in order:
+        print(f"  {key}, {found[key].same(rate, seed=turn)}", flush=True)
     for key in order:
         print(f"  {key}, {found[key].overload(seed=turn)}", flush=True)
 
@@ -288,7 +308,8 @@ def main() -> None:
             name_of(n, apart): f"{'each at its own time' if apart else 'at once'}, all experts"
             for apart in (False, True)
             for n in options.streams
-        },
+        }
+        | {SAME: f"{_OF_CAPACITY} of stock vLLM's best rate, all experts"},
         notes(found[OURS], found[STOCK]),
         {key: {"cpu_ms_per_token": b.costs, "overload": b.overloads} for key, b in found.items()},
     )
