@@ -32,7 +32,8 @@ def create_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     for route in ROUTES:
-        app.add_api_route(route.path, route.endpoint, methods=[route.method], response_model=None)
+        methods = [route.method]
+        app.add_api_route(route.pattern, route.endpoint, methods=methods, response_model=None)
     whole = document()
     app.openapi = lambda: whole  # type: ignore[method-assign]  # FastAPI's own way to replace it
     show_errors(app)
@@ -56,7 +57,7 @@ async def _api_error(request: Request, error: Exception) -> Response:
     if entry is None or not entry.begun:
         service: Service = request.app.state.service
         service.audit.refused(
-            request.url.path,
+            request.scope["path"],
             getattr(request.state, "principal", None),
             None if request.client is None else request.client.host,
             error,
@@ -67,7 +68,7 @@ async def _api_error(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = _HTTP_CODES.get(error.status_code, "invalid_request")
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    message = f"{request.method} {request.scope['path']}: {error.detail}"
     headers = dict(error.headers) if error.headers else {}
     return _respond(ApiError(error.status_code, code, message, None, headers))
 

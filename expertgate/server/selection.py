@@ -28,6 +28,9 @@ _MAX_NAME_CHARS = 63
 _OWS = " \t"
 """What may surround an element of a header's list (RFC 9110, §5.6.3)."""
 _SHOWN_NAMES = 8
+_OURS = "x-experts"
+_LIKE_OURS, _OTHERS = "x-expert", "x-expertgate"
+"""How a header begins that was meant to be ours, and how one that somebody else may well send."""
 
 
 class _Exclude(Protocol):
@@ -57,8 +60,9 @@ def select(body: Asking, headers: Headers, served: str) -> Selection | None:
     """What the request asks for; None means all that are granted. `served` is the model's name.
 
     Raises ApiError: 404 `model_not_found` for another model, 400 `invalid_experts` for what is
-    malformed, empty, or said differently in two places.
+    malformed, empty, or said differently in two places, or in a header that is almost ours.
     """
+    _refuse_misspelt(headers)
     said = {
         "experts": from_body(body.experts),
         f"header {HEADER}": from_header(headers.getlist(HEADER)),
@@ -104,6 +108,13 @@ def from_model(model: str | None, served: str) -> Selection | None:
             "model",
         )
     return _signed(alias.split("+"), "model")
+
+
+def _refuse_misspelt(headers: Headers) -> None:
+    """A wish that nobody reads would be answered by all experts. Raises ApiError 400."""
+    for name in headers:
+        if name.startswith(_LIKE_OURS) and name != _OURS and not name.startswith(_OTHERS):
+            raise _invalid(f"there is no header {_shown(name)}; experts are named in {HEADER}")
 
 
 def effective(selection: Selection | None, granted: ExpertSet, catalogue: Catalogue) -> ExpertSet:

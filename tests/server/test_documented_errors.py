@@ -36,10 +36,14 @@ class Asking:
         self.service = server.service
         self.generates = route.event is not None
 
-    def ask(self, headers=None, content=None, request_id="none", **fields):
-        url = self.server.url + self.route.path.replace("{request_id}", request_id)
+    def ask(self, headers=None, content=None, request_id="none", model=None, **fields):
+        path = self.route.path.replace("{request_id}", request_id)
+        path = path.replace("{model}", model or "toy")
+        url = self.server.url + path
         sent = {**self.server.headers("dave"), **(headers or {})}
         if self.route.method == "POST":
+            if model is not None:
+                fields["model"] = model
             body = json.dumps({**BODIES[self.route.path], **fields}).encode()
             content = body if content is None else content
             sent.setdefault("Content-Type", "application/json")
@@ -78,6 +82,8 @@ class Asking:
         return self.ask(**told)
 
     def expert_not_permitted(self):
+        if "experts" not in self.fields:
+            return self.ask(model="toy:public+news")
         return self.ask(experts=["public", "news"])
 
     def expert_withdrawn(self):

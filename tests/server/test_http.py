@@ -244,6 +244,11 @@ def test_openai_stream(server):
 def test_openai_models_and_errors(server):
     api = client(server, "bob")
     assert [model.id for model in api.models.list()] == ["toy"]
+    assert api.models.retrieve("toy").id == "toy"
+    assert api.models.retrieve("toy:public").id == "toy:public"
+    for name in ("another", "toy:typo"):
+        with pytest.raises((openai.NotFoundError, openai.PermissionDeniedError)):
+            api.models.retrieve(name)
     with pytest.raises(openai.PermissionDeniedError) as denied:
         api.completions.create(model="toy:math", prompt="hi")
     assert denied.value.code == "expert_not_permitted"
@@ -251,6 +256,20 @@ def test_openai_models_and_errors(server):
         api.completions.create(model="another", prompt="hi")
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="eg-wrong", max_retries=0).models.list()
+
+
+def test_an_answers_own_id_finds_its_receipt(server):
+    api = client(server, "bob")
+    chat = [{"role": "user", "content": "hi"}]
+    answers = [
+        api.chat.completions.create(model="toy", messages=chat, max_tokens=1),
+        api.completions.create(model="toy", prompt="hi", max_tokens=1),
+        api.responses.create(model="toy", input="hi", max_output_tokens=1),
+    ]
+    for answer in answers:
+        found = server.get(f"/v1/receipts/{answer.id}", "bob")
+        assert found.status_code == 200, answer.id
+        assert server.get(f"/v1/receipts/{answer.id}", "alice").status_code == 404
 
 
 # --- streams --------------------------------------------------------------------------------------

@@ -254,11 +254,18 @@ def _records(first: int, last: int) -> str:
     return f"record {first} is" if first == last else f"records {first} to {last} are"
 
 
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def in_words(report: Report) -> list[str]:
     """What holds, as lines."""
+    records, files = _counted(report.records, "record"), _counted(report.files, "file")
+    hold = "hold" if report.heads != 1 else "holds"
+    since = _counted(report.unsigned, "record")
     return [
-        f"{report.records} records in {report.files} files: {report.first} to {report.last}",
+        f"{records} in {files}: {report.first} to {report.last}",
         f"from {report.first_time} to {report.last_time}",
-        f"{report.heads} signatures hold; {report.unsigned} records since the last head",
+        f"{_counted(report.heads, 'signature')} {hold}; {since} since the last head",
         *report.notes,
     ]

@@ -54,6 +54,20 @@ _HEADERS: dict[str, tuple[str, Schema, str]] = {
 }
 """Of requests: what each says, its schema, and an example."""
 
+_IN_PATH: dict[str, tuple[str, Schema, str]] = {
+    "request_id": (
+        "The id of the request's answer.",
+        {"type": "string", "minLength": 1},
+        "chatcmpl-" + "4f2c" * 8,
+    ),
+    "model": (
+        "The model's name, or an alias.",
+        {"type": "string", "minLength": 1},
+        "demo:public+formulary",
+    ),
+}
+"""What a path has in braces, likewise."""
+
 
 def document() -> dict[str, Any]:
     components = {**bodies.COMPONENTS, **replies.components()}
@@ -109,31 +123,22 @@ def _operation(route: Route) -> dict[str, Any]:
 
 
 def _parameters(route: Route) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    if "{request_id}" in route.path:
-        found.append(
-            {
-                "name": "request_id",
-                "in": "path",
-                "required": True,
-                "description": "The server's own id of the request, which the answer's `id` holds.",
-                "schema": {"type": "string", "minLength": 1},
-                "example": "4f2c" * 8,
-            }
-        )
-    for name in (*route.headers, REQUEST_ID):
-        says, schema, example = _HEADERS[name]
-        found.append(
-            {
-                "name": name,
-                "in": "header",
-                "required": False,
-                "description": says,
-                "schema": schema,
-                "example": example,
-            }
-        )
-    return found
+    in_path = [name for name in _IN_PATH if f"{{{name}}}" in route.path]
+    return [
+        *(_parameter(name, "path", *_IN_PATH[name]) for name in in_path),
+        *(_parameter(name, "header", *_HEADERS[name]) for name in (*route.headers, REQUEST_ID)),
+    ]
+
+
+def _parameter(name: str, where: str, says: str, schema: Schema, example: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "in": where,
+        "required": where == "path",
+        "description": says,
+        "schema": schema,
+        "example": example,
+    }
 
 
 def _responses(route: Route) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """What may be asked without running anything."""
 
+import re
+
 from fastapi import Request
 from fastapi.responses import JSONResponse
 
@@ -7,7 +9,12 @@ import expertgate
 from expertgate.server.audit.signing import jwks_of
 from expertgate.server.circumstances import context_of
 from expertgate.server.errors import ApiError
+from expertgate.server.handlers import Handlers
+from expertgate.server.selection import effective, from_model
 from expertgate.server.service import Service
+
+_OF_ANSWER = re.compile(r"^(chatcmpl-|cmpl-|resp_)")
+"""What stands before a request's id in the id of its answer."""
 
 
 async def health(request: Request) -> JSONResponse:
@@ -41,7 +48,8 @@ async def receipt(request: Request) -> JSONResponse:
     request.state.principal = principal = await service.identity.identify(request)
     if service.audit.receipts is None:
         raise ApiError(404, "not_found", "this server keeps no audit log, and so gives no receipts")
-    found = await service.audit.receipts.of(request.path_params["request_id"], principal)
+    answer_id: str = request.path_params["request_id"]
+    found = await service.audit.receipts.of(_OF_ANSWER.sub("", answer_id), principal)
     return JSONResponse({"object": "receipt", "receipt": found})
 
 
@@ -49,14 +57,30 @@ async def models(request: Request) -> JSONResponse:
     service = _service(request)
     request.state.principal = await service.identity.identify(request)
     _, handlers = service.running()
-    card = {
-        "id": handlers.model_name,
+    return JSONResponse({"object": "list", "data": [_card(handlers, handlers.model_name)]})
+
+
+async def model(request: Request) -> JSONResponse:
+    """The model, or an alias of it for experts that the caller is granted."""
+    service = _service(request)
+    request.state.principal = principal = await service.identity.identify(request)
+    _, handlers = service.running()
+    name: str = request.path_params["model"]
+    selection = from_model(name, handlers.model_name)
+    if selection is not None:
+        granted = service.decide(principal, context_of(request)).granted
+        effective(selection, granted, service.catalogue)
+    return JSONResponse(_card(handlers, name))
+
+
+def _card(handlers: Handlers, name: str) -> dict[str, object]:
+    return {
+        "id": name,
         "object": "model",
         "created": handlers.created,
         "owned_by": "expertgate",
         "max_model_len": handlers.max_model_len,
     }
-    return JSONResponse({"object": "list", "data": [card]})
 
 
 async def experts(request: Request) -> JSONResponse:

@@ -83,7 +83,7 @@ async def _answer(
     body.model = handlers.model_name
     request_id = request.state.request_id
     body.request_id = f"resp_{request_id}" if kind is ResponsesRequest else request_id
-    entry = service.audit.entry(request_id, request.url.path, grant, service.catalogue)
+    entry = service.audit.entry(request_id, request.scope["path"], grant, service.catalogue)
     request.state.entry = entry
     # The client's own is refused by the schema, so this is the only way in for a handle.
     body.vllm_xargs = {HANDLE_ARG: grant.handle}

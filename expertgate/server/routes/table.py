@@ -62,6 +62,11 @@ class Route:
     more: tuple[tuple[int, str], ...] = ()
 
     @property
+    def pattern(self) -> str:
+        """The path as Starlette takes it: a model's name may have slashes."""
+        return self.path.replace("{model}", "{model:path}")
+
+    @property
     def keyed(self) -> bool:
         """Whether it asks who it is."""
         return "invalid_credential" in self.codes
@@ -127,6 +132,23 @@ ROUTES: tuple[Route, ...] = (
     ),
     Route(
         method="GET",
+        path="/v1/models/{model}",
+        endpoint=about.model,
+        summary="The model, by name",
+        says="Its name may be an alias, `NAME:public+math` or `NAME:-news`, of experts that are "
+        "granted to the caller for this purpose.",
+        answer="Model",
+        codes=(
+            *_ASKED,
+            "invalid_experts",
+            "expert_not_permitted",
+            "model_not_found",
+            "engine_unavailable",
+        ),
+        headers=("X-Purpose", *_IDENTITY),
+    ),
+    Route(
+        method="GET",
         path="/v1/experts",
         endpoint=about.experts,
         summary="The experts that are granted",
@@ -155,7 +177,7 @@ ROUTES: tuple[Route, ...] = (
         summary="A receipt",
         says=(
             "That of a request of the caller's own which has ended within the hour. The ID is the"
-            " answer's own `id` without what stands before its first `-` or `_`; it isn't"
+            " answer's own `id`, with or without what stands before its first `-` or `_`; it isn't"
             " `X-Request-Id`, which a client may choose."
         ),
         answer="Receipt",

@@ -44,7 +44,7 @@ def key(call, tmp_path, folder):
 def test_a_log_that_holds(call, folder, key):
     status, out, err = call("verify", folder, "--key", key, "--head", folder / "head.json")
     assert (status, err) == (0, "")
-    assert "15 records in 1 files: 1 to 15" in out
+    assert "15 records in 1 file: 1 to 15" in out
     assert "3 signatures hold; 0 records since the last head" in out
 
 
