@@ -53,12 +53,12 @@ def create_admin(service: Service, oversight: Oversight, token: str) -> FastAPI:
 
     async def suspend(request: Request) -> Response:
         name = _expert(request, service)
-        with _told():
+        with _suspension_errors():
             return _changed(name, suspended=True, changed=await oversight.suspend(name))
 
     async def resume(request: Request) -> Response:
         name = _expert(request, service)
-        with _told():
+        with _suspension_errors():
             return _changed(name, suspended=False, changed=await oversight.resume(name))
 
     for path, change in (("suspend", suspend), ("resume", resume)):
@@ -75,7 +75,7 @@ def create_admin(service: Service, oversight: Oversight, token: str) -> FastAPI:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _suspension_errors() -> Iterator[None]:
     """An operator has to know that it is not so, and may know which file is why."""
     try:
         yield

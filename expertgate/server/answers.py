@@ -58,11 +58,11 @@ def experts(catalogue: Catalogue, grant: Grant) -> dict[str, Any]:
 
 def body(response: Any, experts: Mapping[str, Any]) -> dict[str, Any]:
     """The JSON of a whole response."""
-    return told(response.model_dump(mode="json", by_alias=True), experts)
+    return with_experts(response.model_dump(mode="json", by_alias=True), experts)
 
 
-def told(found: dict[str, Any], experts: Mapping[str, Any]) -> dict[str, Any]:
-    """A response, without what clients may not see and with what they are told."""
+def with_experts(found: dict[str, Any], experts: Mapping[str, Any]) -> dict[str, Any]:
+    """A response without what clients may not see, and with the experts that spoke."""
     hide(found)
     found["experts"] = dict(experts)
     return found
@@ -91,12 +91,12 @@ async def events(
     """
     mark = _TOTALS if totals else _FINISHED
     async with aclosing(rest):
-        yield _told(first, mark, experts)
+        yield _rewritten(first, mark, experts)
         async for chunk in rest:
-            yield _told(chunk, mark, experts)
+            yield _rewritten(chunk, mark, experts)
 
 
-def _told(chunk: str, mark: str, experts: Callable[[], Mapping[str, Any]]) -> str:
+def _rewritten(chunk: str, mark: str, experts: Callable[[], Mapping[str, Any]]) -> str:
     if (error := from_event(chunk)) is not None:
         return _event(error.body())
     if mark in chunk:
@@ -138,7 +138,7 @@ def error_code(event: str) -> str | None:
 
 
 def is_last(event: str) -> bool:
-    """Whether a stream has been told to its end."""
+    """Whether this is the event with which a whole stream ends."""
     return event == DONE or event.startswith(_NAMED_LAST)
 
 

@@ -89,7 +89,7 @@ def _answer(
 ) -> str:
     """Prints the answer as it comes, and who spoke. Raises openai.APIError."""
     text = ""
-    told: dict[str, Any] = {}
+    used: dict[str, Any] = {}
     with api.chat.completions.create(
         model=model,
         messages=messages,
@@ -102,8 +102,8 @@ def _answer(
             part = chunk.choices[0].delta.content or "" if chunk.choices else ""
             text += part
             print(part, end="", flush=True)
-            told = (chunk.model_extra or {}).get("experts", told)
-    print(f"\n[{', '.join(told.get('effective', []))}]", file=sys.stderr)
+            used = (chunk.model_extra or {}).get("experts", used)
+    print(f"\n[{', '.join(used.get('effective', []))}]", file=sys.stderr)
     return text
 
 

@@ -81,8 +81,8 @@ class Edge:
                 span.set_attribute("http.response.status_code", status)
         finally:
             took_ms = round((time.perf_counter() - began) * 1000, 1)
-            told = {FACTS: {"status": status, "took_ms": took_ms, **facts}}
-            log.info("%s %s", method, _shown(scope["path"]), extra=told)
+            extra = {FACTS: {"status": status, "took_ms": took_ms, **facts}}
+            log.info("%s %s", method, _shown(scope["path"]), extra=extra)
 
 
 def _shown(path: str) -> str:

@@ -25,9 +25,10 @@ from expertgate.model.cpu_dense import least_rows
 from expertgate.model.flex_olmo import FlexOlmoForCausalLM
 from expertgate.model.moe_kernel import DEFAULT, OPTION
 from expertgate.model.plugin import ARCHITECTURE
+from expertgate.server.cache_salts import CacheSalts
 from expertgate.server.failures import EngineError
 from expertgate.server.grants import Grants
-from expertgate.server.guard import CacheSalts, GuardedLLM
+from expertgate.server.guard import GuardedLLM
 from expertgate.server.newcomers import first_tokens_first
 from expertgate.server.refusals import SettingError, refuse_arguments, refuse_config
 from expertgate.server.room import bound

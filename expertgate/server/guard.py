@@ -7,12 +7,8 @@ weight updates, whatever a later vLLM brings) does not exist for them.
 
 import asyncio
 import copy
-import hashlib
-import hmac
 import logging
-import secrets
 import sys
-from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import aclosing
 from http import HTTPStatus
@@ -28,15 +24,14 @@ from expertgate.model.ledger import ACCOUNT_ARG
 from expertgate.model.masks import EXTRA_ARG
 from expertgate.model.usage import Usage, Work
 from expertgate.policies.expert_set import ExpertSet
+from expertgate.server.cache_salts import CacheSalts
 from expertgate.server.grants import HANDLE_ARG, Call, Grant, GrantError, Grants
-from expertgate.server.names import voucher
 from expertgate.server.progress import Progress
 from expertgate.server.reports import Reports
 from expertgate.server.turns import Turns
 
 log = logging.getLogger(__name__)
 
-_SALT_DOMAIN = b"expertgate/cache-salt/1"
 _MAX_PROMPT_LOGPROBS = 1 << 15
 """Of one request: vLLM makes text of each, one after the other, on everybody's event loop."""
 _LOOK_AFTER_S = 1  # how often the engine is looked after while its answer is waited for
@@ -51,41 +46,6 @@ class UnavailableError(GenerationError):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.status_code = HTTPStatus.SERVICE_UNAVAILABLE
-
-
-class CacheSalts:
-    """Prefix-cache salts: only requests of the same experts, tenant and weights share blocks.
-
-    The secret is made for this process, and KV blocks don't outlive it.
-    """
-
-    def __init__(self, weights: bytes, secret: bytes | None = None) -> None:
-        self._weights = weights
-        self._epochs: Counter[int] = Counter()
-        self._vouched: Counter[str] = Counter()
-        self._secret = secret if secret is not None else secrets.token_bytes(32)
-
-    def salt(self, experts: ExpertSet, tenant: str, own: str | None) -> str:
-        """`own` is the caller's salt; it can part its requests from others, never join them."""
-        mac = hmac.new(self._secret, _SALT_DOMAIN, hashlib.sha256)
-        epochs = ",".join(str(self._epochs[index]) for index in experts)
-        vouched = str(self._vouched[voucher(tenant)])
-        fields = [experts.digest, tenant.encode(), self._weights, epochs.encode(), vouched.encode()]
-        if own is not None:
-            fields.append(own.encode())
-        # Each field behind its length, so that no two lists of fields read the same.
-        mac.update(len(fields).to_bytes(8))
-        for field in fields:
-            mac.update(len(field).to_bytes(8) + field)
-        return mac.hexdigest()
-
-    def renew(self, experts: ExpertSet) -> None:
-        """From now on no set with one of these finds what was cached before; others do."""
-        self._epochs.update(experts)
-
-    def renew_of(self, vouchers: Collection[str]) -> None:
-        """The same for the tenants that one of these vouches for, whatever their set."""
-        self._vouched.update(vouchers)
 
 
 class GuardedLLM:

@@ -99,7 +99,7 @@ class JwksUrl:
         _trusted()
         self._config = config
         self._keys: Keys | None = None
-        self._told: Keys = {}
+        self._reported: Keys = {}
         self._fetched = -MAX_AGE_S
         self._tried = -MAX_AGE_S
         self._fetching: asyncio.Task[None] | None = None
@@ -117,7 +117,7 @@ class JwksUrl:
 
     async def refresh(self) -> tuple[CredentialChange, ...]:
         now = self._keys or {}
-        before, self._told = self._told, now
+        before, self._reported = self._reported, now
         return _changes(before, now) if now is not before else ()
 
     async def _fetch(self, patience_s: float | None) -> None:

@@ -41,9 +41,9 @@ def set_up(form: Form) -> None:
 class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         facts: Mapping[str, Any] = getattr(record, FACTS, {})
-        told = "".join(f" {name}={_within(value)}" for name, value in facts.items())
+        pairs = "".join(f" {name}={_within(value)}" for name, value in facts.items())
         line, *trace = super().format(record).split("\n")
-        return "\n".join([line + told, *trace])
+        return "\n".join([line + pairs, *trace])
 
 
 def _within(value: object) -> str:

@@ -196,8 +196,8 @@ async def _texts(found: AsyncGenerator[BaseModel, None]) -> AsyncGenerator[str, 
                 yield _text(kind, event)
         except Exception as error:
             if held:
-                raise _told(error) from None
-            shown = answers.from_exception(_told(error))
+                raise _cause(error) from None
+            shown = answers.from_exception(_cause(error))
             if shown is None:
                 log.exception("a stream of a response failed")
                 shown = answers.internal_error()
@@ -212,7 +212,7 @@ def _text(kind: str, event: BaseModel) -> str:
     return f"event: {kind}\ndata: {json.dumps(found, ensure_ascii=False)}\n\n"
 
 
-def _told(error: Exception) -> Exception:
+def _cause(error: Exception) -> Exception:
     """VLLM turns an error of the engine into an event that its own model refuses."""
     cause = error.__context__
     if isinstance(error, ValidationError) and isinstance(cause, GenerationError):
@@ -250,7 +250,7 @@ def _with_experts(text: str, experts: Callable[[], Mapping[str, Any]]) -> str:
     if not text.startswith(_LAST):
         return text
     event = json.loads(text.partition("\ndata: ")[2])
-    event["response"] = answers.told(event["response"], experts())
+    event["response"] = answers.with_experts(event["response"], experts())
     return f"{_LAST}data: {json.dumps(event, ensure_ascii=False)}\n\n"
 
 

@@ -123,28 +123,28 @@ async def _run(
     on_ready: Callable[[], None],
     drain_s: int,
 ) -> None:
-    told = asyncio.Event()
+    stop_requested = asyncio.Event()
 
     def stop() -> None:
         for server in servers:
-            server.force_exit = told.is_set()  # told twice: streams are cut off
-        told.set()
+            server.force_exit = stop_requested.is_set()  # asked twice: streams are cut off
+        stop_requested.set()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop)
     loop.add_signal_handler(signal.SIGHUP, oversight.reload)
     watching = [_watched(oversight.watch(), "what permissions rest on", service)]
-    stopping = asyncio.create_task(told.wait())
+    stopping = asyncio.create_task(stop_requested.wait())
     serving = asyncio.gather(*(server.listen() for server in servers))
     engine: GuardedLLM | None = None
     try:
         starting = _in_thread(start_engine)
         await _first_of(starting, stopping, serving)
-        while not starting.done():  # told to stop, so it only has to end
+        while not starting.done():  # asked to stop, so it only has to end
             _end_children()
             await asyncio.wait([starting], timeout=0.5)
-        if told.is_set():
+        if stop_requested.is_set():
             if starting.exception() is None:
                 engine = starting.result()
             return

@@ -36,30 +36,31 @@ class Progress(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Account:
-    """Of one principal, while it has calls here, `waiting` or not, or somebody else waits.
-
-    `spent`: tokens since somebody waits, or what it was lifted to. `tokens`: of what waits.
-    """
+    """Of one principal, while it has calls here, waiting or not, or somebody else waits."""
 
     spent: int = 0
+    """Tokens since somebody waits, or what it was lifted to."""
     calls: int = 0
-    tokens: int = 0
+    """Its calls here, those that wait among them."""
     waiting: "deque[_Turn]" = field(default_factory=deque)
+    waiting_tokens: int = 0
+    """Of the prompts in `waiting`."""
 
 
 @dataclass(slots=True, eq=False)
 class _Turn:
-    """`width`: what it holds of the room while it runs. `come`: done when it may run."""
-
     account: _Account
     width: int
+    """What it holds of the room while it runs."""
     tokens: int
+    """Of its prompt."""
     progress: Progress | None
     come: asyncio.Future[None]
+    """Done when it may run."""
 
 
 def _had(account: _Account) -> tuple[int, int]:
-    """Tokens; and for whoever has just come, what runs: its tokens are not known yet."""
+    """Whoever has least goes next: of tokens, then of calls that run, whose tokens come later."""
     return account.spent, account.calls - len(account.waiting)
 
 
@@ -75,16 +76,17 @@ class Turns:
     def __init__(
         self, room: int, most_tokens: int | None = None, most_ahead: int | None = None
     ) -> None:
-        self._room = room
-        self._most_tokens = most_tokens
-        self._most_ahead = room if most_ahead is None else most_ahead
+        self.room = room
+        self.most_tokens = most_tokens
+        self.most_ahead = room if most_ahead is None else most_ahead
+        # Dictionaries without values are sets that keep their order.
         self._running: dict[_Turn, None] = {}
-        self._held = 0
-        self._unbegun: dict[_Turn, None] = {}  # of those that run; some may have, unseen
-        self._ahead = 0
+        self._held = 0  # of the room, by what runs
+        self._unbegun: dict[_Turn, None] = {}  # of what runs; some may have begun, unseen
+        self._ahead = 0  # of the room, by these
         self._accounts: dict[str, _Account] = {}
         self._waiting: dict[_Account, None] = {}
-        self._tokens = 0
+        self._waiting_tokens = 0
         self._look: asyncio.TimerHandle | None = None
 
     @property
@@ -104,8 +106,8 @@ class Turns:
         Raises VLLMValidationError for what could never run, and MaxQueuedTokensError where the
         prompts that wait leave it no place to wait in.
         """
-        if width > self._room:
-            raise VLLMValidationError(f"n is {width}; at most {self._room} can run at once")
+        if width > self.room:
+            raise VLLMValidationError(f"n is {width}; at most {self.room} can run at once")
         account = self._accounts.setdefault(principal, _Account())
         account.calls += 1
         come = asyncio.get_running_loop().create_future()
@@ -131,14 +133,14 @@ class Turns:
 
     async def _wait(self, turn: _Turn) -> None:
         account = turn.account
-        self._check(account, turn.tokens)
+        self._check_tokens(account, turn.tokens)
         if not account.waiting:
             least = min((other.spent for other in self._waiting), default=0)
             account.spent = max(account.spent, least)
             self._waiting[account] = None
         account.waiting.append(turn)
-        account.tokens += turn.tokens
-        self._tokens += turn.tokens
+        account.waiting_tokens += turn.tokens
+        self._waiting_tokens += turn.tokens
         WAITING.inc()
         self._look_later()
         try:
@@ -149,18 +151,20 @@ class Turns:
                 self._waits_no_more(account)
             raise
         finally:
-            account.tokens -= turn.tokens
-            self._tokens -= turn.tokens
+            account.waiting_tokens -= turn.tokens
+            self._waiting_tokens -= turn.tokens
             WAITING.dec()
 
-    def _check(self, account: _Account, tokens: int) -> None:
-        if self._most_tokens is None:
+    def _check_tokens(self, account: _Account, tokens: int) -> None:
+        """Raises MaxQueuedTokensError where no prompt of so many may wait as well."""
+        if self.most_tokens is None:
             return
-        free = self._most_tokens - self._tokens - tokens
-        if self._tokens and account.tokens + tokens > free:
+        free = self.most_tokens - self._waiting_tokens - tokens
+        if self._waiting_tokens and account.waiting_tokens + tokens > free:
             raise MaxQueuedTokensError
 
     def _admit(self) -> None:
+        """Lets those who wait go on, in their order, until one of them has to wait for room."""
         while self._waiting:
             account = min(self._waiting, key=_had)
             turn = account.waiting[0]
@@ -173,6 +177,7 @@ class Turns:
             self._waits_no_more(account)
 
     def _waits_no_more(self, account: _Account) -> None:
+        """Where none of its calls does any more; where nobody's does, all debts are forgotten."""
         if account.waiting:
             return
         del self._waiting[account]
@@ -182,12 +187,13 @@ class Turns:
                 each.spent = 0
 
     def _fits(self, width: int) -> bool:
-        if self._held + width > self._room:
+        """Whether so wide a call may run now, by the room and by what the engine has not begun."""
+        if self._held + width > self.room:
             return False
-        if self._ahead + width > self._most_ahead:
+        if self._ahead + width > self.most_ahead:
             for turn in [t for t in self._unbegun if t.progress is None or t.progress.begun()]:
                 self._begun(turn)
-        return not self._ahead or self._ahead + width <= self._most_ahead
+        return not self._ahead or self._ahead + width <= self.most_ahead
 
     def _start(self, turn: _Turn) -> None:
         self._running[turn] = self._unbegun[turn] = None

@@ -22,7 +22,7 @@ EVENTS = {
 
 
 @pytest.fixture
-def told():
+def server():
     """A server that does what its key says, and what it was asked."""
     asked = []
 
@@ -49,8 +49,8 @@ def told():
         thread.join()
 
 
-def test_what_comes_of_a_request(told):
-    url, asked = told
+def test_what_comes_of_a_request(server):
+    url, asked = server
     keys = [*EVENTS, "429"]
     prompts = [[n, n] for n in range(len(keys))]
     with client() as process:

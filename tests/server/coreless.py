@@ -108,9 +108,9 @@ class Core:
 
     async def collective_rpc_async(self, method, timeout=None, args=(), kwargs=None):
         assert method == "expertgate_usage"
-        return [[self._told(account) for account in args[0]]]
+        return [[self._usage(account) for account in args[0]]]
 
-    def _told(self, account):
+    def _usage(self, account):
         mask, computed = self.work.pop(account)
         slots = [0] * len(EXPERTS)
         slots[min(ExpertSet(mask))] = computed
@@ -134,7 +134,7 @@ def _of_prompt(count, prompt):
 class Coreless:
     """A server on a socket of its own, until `close`."""
 
-    def __init__(self, folder: Path, **identity) -> None:
+    def __init__(self, folder: Path, max_num_seqs: int | None = None, **identity) -> None:
         checkpoint = random_checkpoint(folder / "toy", num_experts=len(EXPERTS), top_k=2)
         (folder / "experts.json").write_text(json.dumps({"version": 1, "experts": EXPERTS}))
         (folder / "policies").mkdir()
@@ -153,9 +153,13 @@ class Coreless:
             Admission(),
         )
         arguments = {"max_model_len": 2048, "enforce_eager": True, "disable_log_stats": True}
+        if max_num_seqs is not None:
+            arguments["max_num_seqs"] = max_num_seqs
         with mock.patch.object(EngineCoreClient, "make_async_mp_client", Core):
             engine = start(checkpoint, "toy", arguments, self.service.grants)
-        self.core = engine._engine.engine_core
+        self.llm = engine._engine
+        """Of vLLM, around which the guard is."""
+        self.core = self.llm.engine_core
         self.service.handlers = Handlers.around(engine, None)
         assert renderers.asyncio.gather is gather, "handlers render in place"
         self.service.engine = self.engine = engine
@@ -174,6 +178,16 @@ class Coreless:
         self._thread = threading.Thread(target=lambda: asyncio.run(serve()))
         self._thread.start()
         started.wait()
+
+    @property
+    def running(self) -> int:
+        """Calls of the engine that have begun, and whose outputs are not all read."""
+        return sum(call.report is None for grant in self.service.grants for call in grant.calls)
+
+    @property
+    def waiting(self) -> int:
+        """Calls that have not begun."""
+        return sum(grant.calls_expected - len(grant.calls) for grant in self.service.grants)
 
     def headers(self, user: str = "alice", **more: str) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.keys[user]}", **more}

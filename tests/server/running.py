@@ -104,9 +104,9 @@ class Server:
     def effective(self, response: httpx.Response) -> list[str]:
         """What the response says was used, in all the places where it says so."""
         assert response.status_code == 200, response.text
-        told: list[str] = response.json()["experts"]["effective"]
-        assert response.headers["x-experts-effective"] == ",".join(told)
-        return told
+        effective: list[str] = response.json()["experts"]["effective"]
+        assert response.headers["x-experts-effective"] == ",".join(effective)
+        return effective
 
     def connect(self) -> socket.socket:
         host, port = self.url.removeprefix("http://").split(":")

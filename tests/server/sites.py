@@ -9,7 +9,8 @@ from expertgate.model.catalogue import Catalogue
 from expertgate.policies.cedar import PolicySet
 from expertgate.policies.context import Context
 from expertgate.server.audit.trail import Trail
-from expertgate.server.guard import CacheSalts, GuardedLLM
+from expertgate.server.cache_salts import CacheSalts
+from expertgate.server.guard import GuardedLLM
 from expertgate.server.identity import Identity
 from expertgate.server.identity_config import IdentityConfig
 from expertgate.server.key_edits import create_key
@@ -64,10 +65,11 @@ class Site:
             Trail(None, known),
         )
         self.salts = CacheSalts(b"w", b"s")
-        self.service.engine = GuardedLLM(FakeEngine(), self.service.grants, self.salts)
+        self.engine = FakeEngine()
+        self.service.engine = GuardedLLM(self.engine, self.service.grants, self.salts)
         self.oversight = Oversight(self.service, files, seen, self.suspended)
-        self.told = []
-        self.oversight.listeners.append(self.told.append)
+        self.changes = []
+        self.oversight.listeners.append(self.changes.append)
 
     def write(self, rules: str) -> None:
         """In place, as an editor would that knows no better."""

@@ -64,8 +64,8 @@ def test_an_expert_is_suspended_and_resumed(client, oversight):
         ("resume", False, True),
         ("resume", False, False),
     ):
-        told = {"expert": "expert-1", "suspended": suspended, "changed": changed}
-        assert post("expert-1", what).json() == told
+        expected = {"expert": "expert-1", "suspended": suspended, "changed": changed}
+        assert post("expert-1", what).json() == expected
         assert oversight.suspended == ({"expert-1"} if suspended else set())
     response = post("nosuch", "suspend")
     assert response.status_code == 404

@@ -18,8 +18,9 @@ from expertgate.policies.expert_set import ExpertSet
 from expertgate.policies.principal import Principal
 from expertgate.server.app import create_app
 from expertgate.server.audit.trail import Trail
+from expertgate.server.cache_salts import CacheSalts
 from expertgate.server.grants import HANDLE_ARG, GrantError
-from expertgate.server.guard import CacheSalts, GuardedLLM, UnavailableError
+from expertgate.server.guard import GuardedLLM, UnavailableError
 from expertgate.server.handlers import Handlers
 from expertgate.server.service import Service
 from tests.server.fakes import FakeEngine
@@ -201,13 +202,15 @@ def test_starting_and_draining_answer_503(ask, service):
 
 
 def test_health_and_ready_follow_the_engine(service):
+    engine = FakeEngine()
+    service.engine = GuardedLLM(engine, service.grants, CacheSalts(b"w"))
     client = TestClient(create_app(service))
 
     def statuses():
         return client.get("/health").status_code, client.get("/ready").status_code
 
     assert statuses() == (200, 200)
-    service.engine._engine.errored = True
+    engine.errored = True
     assert statuses() == (503, 503)  # whoever watches should start another
     service.engine.drain()
     assert statuses() == (200, 503)

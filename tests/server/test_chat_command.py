@@ -23,8 +23,8 @@ def test_it_answers_and_says_who_spoke(server):
     done = talk(server, said, "--experts", "-code", "--max-tokens", "4")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"toy at {server.url}")
-    told = [line for line in done.stderr.splitlines() if line]
-    assert told == ["[public, math]", "[public]", 'not granted to you: "news"']
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert lines == ["[public, math]", "[public]", 'not granted to you: "news"']
 
 
 def test_a_wrong_key_or_no_server_is_one_line(server):

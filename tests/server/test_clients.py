@@ -90,9 +90,9 @@ def test_probabilities_are_told(server):
     found = client(server).completions.create(
         model="toy", prompt="hi", max_tokens=3, logprobs=4, temperature=0
     )
-    told = found.choices[0].logprobs
-    assert len(told.tokens) == len(told.token_logprobs) == len(told.top_logprobs) == 3
-    assert all(probability < 0 for probability in told.token_logprobs)
+    logprobs = found.choices[0].logprobs
+    assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.top_logprobs) == 3
+    assert all(probability < 0 for probability in logprobs.token_logprobs)
 
 
 # --- structured output and tools --------------------------------------------------------------

@@ -78,8 +78,8 @@ class Asking:
         return self.ask({"Content-Type": "text/plain"})
 
     def invalid_experts(self):
-        told = {"model": "toy:"} if "experts" not in self.fields else {"experts": "public"}
-        return self.ask(**told)
+        fields = {"model": "toy:"} if "experts" not in self.fields else {"experts": "public"}
+        return self.ask(**fields)
 
     def expert_not_permitted(self):
         if "experts" not in self.fields:
@@ -150,11 +150,11 @@ def test_a_documented_error_can_be_had(asking, route, code):
     status, _ = CODES[code]
     assert (response.status_code, response.json()["error"]["code"]) == (status, code)
     assert "secret" not in response.text
-    told = DOCUMENT["paths"][route.path][route.method.lower()]["responses"][str(status)]
-    for name, header in told["headers"].items():
+    documented = DOCUMENT["paths"][route.path][route.method.lower()]["responses"][str(status)]
+    for name, header in documented["headers"].items():
         assert name in response.headers or not header.get("required"), name
     assert "X-Request-Id" in response.headers
-    schema = told["content"]["application/json"]["schema"]
+    schema = documented["content"]["application/json"]["schema"]
     whole = {**schema, "components": DOCUMENT["components"]}
     jsonschema.Draft202012Validator(whole).validate(response.json())
 

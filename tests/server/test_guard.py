@@ -7,9 +7,10 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOu
 from expertgate.model.ledger import ACCOUNT_ARG
 from expertgate.model.masks import EXTRA_ARG
 from expertgate.model.usage import Usage, Work
-from expertgate.policies.expert_set import PUBLIC_ONLY, ExpertSet
+from expertgate.policies.expert_set import ExpertSet
+from expertgate.server.cache_salts import CacheSalts
 from expertgate.server.grants import HANDLE_ARG, GrantError, Grants
-from expertgate.server.guard import CacheSalts, GuardedLLM, UnavailableError
+from expertgate.server.guard import GuardedLLM, UnavailableError
 from expertgate.server.turns import Turns
 from tests.server.audit.logs import RECORDED
 from tests.server.fakes import FakeEngine
@@ -302,47 +303,6 @@ def test_an_engine_that_dies_before_it_tells_leaves_nobody_waiting(guard, engine
         assert grant.usage is None
 
     asyncio.run(die())
-
-
-SALTS = CacheSalts(b"weights", b"secret")
-BASE = SALTS.salt(MATH, "alice", None)
-AS_MANY = ExpertSet.of([0, 2])
-
-
-def test_a_salt_repeats():
-    assert SALTS.salt(MATH, "alice", None) == BASE
-    assert len(BASE) == 64
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        SALTS.salt(PUBLIC_ONLY, "alice", None),
-        SALTS.salt(AS_MANY, "alice", None),
-        SALTS.salt(MATH, "bob", None),
-        SALTS.salt(MATH, "alice", "own"),
-        SALTS.salt(MATH, "alice", ""),
-        CacheSalts(b"weights 2", b"secret").salt(MATH, "alice", None),
-        CacheSalts(b"weights", b"secret 2").salt(MATH, "alice", None),
-    ],
-    ids=["experts", "as many experts", "tenant", "own salt", "empty own salt", "weights", "secret"],
-)
-def test_a_salt_differs_with_every_part(other):
-    assert other != BASE
-
-
-def test_fields_of_a_salt_cannot_run_into_each_other():
-    assert CacheSalts(b"cd", b"s").salt(MATH, "ab", None) != CacheSalts(b"d", b"s").salt(
-        MATH, "abc", None
-    )
-    # A caller's own salt that spells the server's part.
-    assert CacheSalts(b"w", b"s").salt(MATH, "a", "b") != CacheSalts(b"wb", b"s").salt(
-        MATH, "a", None
-    )
-
-
-def test_a_servers_secret_is_its_own():
-    assert CacheSalts(b"w").salt(MATH, "a", None) != CacheSalts(b"w").salt(MATH, "a", None)
 
 
 def test_what_is_cut_off_ends_with_an_error_and_what_waits_does_not_begin(grants):

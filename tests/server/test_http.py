@@ -176,17 +176,17 @@ class Totals(SimpleNamespace):
     """A `usage` object that came as JSON."""
 
 
-def assert_usage(told, usage, choices=1, prompts=1):
+def assert_usage(experts, usage, choices=1, prompts=1):
     """Each token but a choice's last is computed once, by two experts in each layer, or cached."""
-    assert list(told["usage"]) == told["effective"]
+    assert list(experts["usage"]) == experts["effective"]
     # OpenAI counts a prompt once, whatever `n` is; each choice has one of its own to compute.
     expected = choices * usage.prompt_tokens + usage.completion_tokens - choices * prompts
-    assert told["computed"] + told["cached"] == expected
-    slots = min(2, len(told["effective"]))
-    tokens = sum(part["tokens"] for part in told["usage"].values())
-    assert tokens == pytest.approx(slots * told["computed"], abs=0.01)
-    assert sum(part["share"] for part in told["usage"].values()) == pytest.approx(1, abs=1e-12)
-    assert all(0 <= part["share"] <= 1 for part in told["usage"].values())
+    assert experts["computed"] + experts["cached"] == expected
+    slots = min(2, len(experts["effective"]))
+    tokens = sum(part["tokens"] for part in experts["usage"].values())
+    assert tokens == pytest.approx(slots * experts["computed"], abs=0.01)
+    assert sum(part["share"] for part in experts["usage"].values()) == pytest.approx(1, abs=1e-12)
+    assert all(0 <= part["share"] <= 1 for part in experts["usage"].values())
 
 
 def test_prompts_from_the_cache_are_told_apart(server):
@@ -219,10 +219,10 @@ def test_openai_completions_of_several_prompts(server):
         model="toy", prompt=["one", "two"], max_tokens=3, n=2, extra_body={"experts": ["public"]}
     )
     assert len(answer.choices) == 4
-    told = answer.model_extra["experts"]
-    assert told["effective"] == ["public"]
-    assert told["usage"] == {"public": {"tokens": told["computed"], "share": 1}}
-    assert_usage(told, answer.usage, choices=2, prompts=2)
+    experts = answer.model_extra["experts"]
+    assert experts["effective"] == ["public"]
+    assert experts["usage"] == {"public": {"tokens": experts["computed"], "share": 1}}
+    assert_usage(experts, answer.usage, choices=2, prompts=2)
 
 
 def test_openai_stream(server):
@@ -234,9 +234,9 @@ def test_openai_stream(server):
         stream_options={"include_usage": True},
     )
     chunks = list(stream)
-    told = [chunk.model_extra["experts"] for chunk in chunks if "experts" in chunk.model_extra]
-    assert [experts["effective"] for experts in told] == [["public", "math"]]
-    assert_usage(told[0], chunks[-1].usage)
+    used = [chunk.model_extra["experts"] for chunk in chunks if "experts" in chunk.model_extra]
+    assert [experts["effective"] for experts in used] == [["public", "math"]]
+    assert_usage(used[0], chunks[-1].usage)
     assert chunks[-1].usage.completion_tokens == 4
     assert any(chunk.choices and chunk.choices[0].finish_reason for chunk in chunks)
 
@@ -289,13 +289,15 @@ def test_a_stream_tells_with_its_usage_where_that_was_asked(server, kind):
 @pytest.mark.parametrize("kind", ["chat", "complete"])
 def test_a_stream_tells_with_each_end_otherwise(server, kind):
     found = events(getattr(server, kind)("dave", stream=True, n=2, temperature=1))
-    told = [event for event in found if "experts" in event]
+    telling = [event for event in found if "experts" in event]
     ends = [event for event in found if any(c["finish_reason"] for c in event["choices"])]
-    assert told == ends
-    assert len(told) == 2
-    assert all(event["experts"]["effective"] == STEM for event in told)
+    assert telling == ends
+    assert len(telling) == 2
+    assert all(event["experts"]["effective"] == STEM for event in telling)
     # The usage of all choices together is there when the last of them ends.
-    assert sum(part["share"] for part in told[-1]["experts"]["usage"].values()) == pytest.approx(1)
+    assert sum(part["share"] for part in telling[-1]["experts"]["usage"].values()) == pytest.approx(
+        1
+    )
 
 
 def test_a_stream_says_what_an_answer_does(server):

@@ -175,20 +175,20 @@ def test_a_change_is_told_by_id_and_without_secrets(path):
     entries[1]["groups"] = []
     path.write_text(yaml.safe_dump(entries[:2]))
     create_key(path, "dave", [], SOON)
-    told = look(store)
-    assert [(change.id, change.secret) for change in told] == [
+    changes = look(store)
+    assert [(change.id, change.secret) for change in changes] == [
         ("alice", True),
         ("bob", False),
         ("carol", True),
         ("dave", True),
     ]
-    alice, bob, carol, dave = told
+    alice, bob, carol, dave = changes
     assert alice.before == alice.after
     assert (bob.before["groups"], bob.after["groups"]) == (["staff"], [])
     assert carol.before["groups"] == ["staff"]
     assert (carol.after, dave.before) == (None, None)
     assert datetime.fromisoformat(dave.after["expires"]) == SOON
-    shown = str(told)
+    shown = str(changes)
     assert secret not in shown
     assert not any(entry["sha256"] in shown for entry in entries)
     path.write_text("broken: [")

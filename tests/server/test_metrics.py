@@ -12,8 +12,8 @@ def value(server: Server, name: str, **labels: str) -> float:
     found = 0.0
     for line in server.admin("GET", "/metrics").text.splitlines():
         sample, _, number = line.rpartition(" ")
-        head, _, told = sample.partition("{")
-        wanted = all(f'{key}="{text}"' in told for key, text in labels.items())
+        head, _, labelled = sample.partition("{")
+        wanted = all(f'{key}="{text}"' in labelled for key, text in labels.items())
         if head == name and wanted and not line.startswith("#"):
             found += float(number)
     return found

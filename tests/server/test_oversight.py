@@ -60,8 +60,8 @@ def test_a_grant_ends_when_policies_take_one_of_its_experts(site):
         assert error.value.code == "expert_not_permitted"
 
     asyncio.run(story())
-    assert Withdrawn(REQUEST, "alice", ("news",)) in site.told
-    assert any(isinstance(change, PoliciesLoaded) for change in site.told)
+    assert Withdrawn(REQUEST, "alice", ("news",)) in site.changes
+    assert any(isinstance(change, PoliciesLoaded) for change in site.changes)
 
 
 def test_the_grant_is_asked_for_with_what_it_was_asked_with(tmp_path):
@@ -174,7 +174,7 @@ def test_no_grant_outlives_its_key(site):
         assert dave.withdrawn
 
     asyncio.run(story())
-    assert Withdrawn(REQUEST, "dave", ("math", "code")) in site.told
+    assert Withdrawn(REQUEST, "dave", ("math", "code")) in site.changes
 
 
 def test_a_key_that_expires_ends_what_runs(site):
@@ -318,8 +318,8 @@ def test_what_was_cached_by_a_key_that_changed_is_never_found_again(site, taken)
             assert (old[0] != new[0], old[1] != new[1], old[2] == new[2]) == (True, True, True)
 
     asyncio.run(story())
-    told = next(change for change in site.told if isinstance(change, CredentialsChanged))
-    assert told.vouchers == {"dave"}
+    changed = next(change for change in site.changes if isinstance(change, CredentialsChanged))
+    assert changed.vouchers == {"dave"}
 
 
 def test_what_is_cached_is_out_of_reach_before_a_changed_key_is_believed(site, monkeypatch):
@@ -411,8 +411,8 @@ def test_a_broken_policy_leaves_the_old_set_in_force_and_says_where(site, caplog
         status = site.oversight.policy
         assert fault in status.fault
         assert (status.version, status.loads, status.refusals) == (before.version, 1, 1)
-        (told,) = site.told
-        assert isinstance(told, PoliciesRefused)
+        (change,) = site.changes
+        assert isinstance(change, PoliciesRefused)
         (record,) = [r for r in caplog.records if r.levelno == logging.ERROR]
         assert fault in record.getMessage()
         assert "\n" not in record.getMessage()
@@ -446,7 +446,7 @@ def test_half_of_what_is_being_written_is_not_put_in_force(site):
             await site.ask("alice", "news")
 
     asyncio.run(story())
-    assert len(site.told) == 1
+    assert len(site.changes) == 1
 
 
 def test_a_change_while_the_files_are_read_is_not_lost(site, monkeypatch):
@@ -463,7 +463,7 @@ def test_a_change_while_the_files_are_read_is_not_lost(site, monkeypatch):
     async def story():
         site.write(PUBLIC + ALICE)
         await site.look()
-        assert site.told == []
+        assert site.changes == []
         await site.look()
         with pytest.raises(ApiError):
             await site.ask("alice", "news")
@@ -504,8 +504,8 @@ def test_told_to_reload_it_does_changed_or_not(site):
         await site.look()
 
     asyncio.run(story())
-    (told,) = site.told
-    assert told == PoliciesLoaded(site.service.policies.version, site.service.policies.version)
+    (change,) = site.changes
+    assert change == PoliciesLoaded(site.service.policies.version, site.service.policies.version)
     assert site.oversight.policy.loads == 2
 
 
@@ -562,7 +562,11 @@ def test_a_suspended_expert_is_nobodys_and_its_cache_never_found(site):
         assert salts(site, "public", "math") == before[1]
 
     asyncio.run(story())
-    assert site.told == [Withdrawn(REQUEST, "alice", ("news",)), Suspended("news"), Resumed("news")]
+    assert site.changes == [
+        Withdrawn(REQUEST, "alice", ("news",)),
+        Suspended("news"),
+        Resumed("news"),
+    ]
 
 
 def test_a_suspension_forgets_what_is_cached_where_nobody_uses_it_now(site):
@@ -705,7 +709,7 @@ def test_policies_that_cannot_be_read_are_read_again_until_they_can(
         assert grant.withdrawn
         assert site.oversight.policy.fault is None
         assert site.oversight.policy.refusals <= 1
-        refused = [change for change in site.told if isinstance(change, PoliciesRefused)]
+        refused = [change for change in site.changes if isinstance(change, PoliciesRefused)]
         assert len(refused) == site.oversight.policy.refusals
 
     asyncio.run(story())
@@ -750,7 +754,7 @@ def test_a_listener_that_fails_keeps_nothing_in_force(site):
         assert all(grant.withdrawn for grant in grants)
 
     asyncio.run(story())
-    assert len(site.told) == 4
+    assert len(site.changes) == 4
 
 
 def test_the_watch_goes_on_after_a_look_that_fails(site, monkeypatch, caplog):
@@ -890,7 +894,7 @@ def test_a_grant_that_cannot_be_judged_is_withdrawn_and_the_others_are_judged(
         assert [grant.withdrawn for grant in (dave, wide, narrow)] == [True, True, False]
 
     asyncio.run(story())
-    assert Withdrawn(REQUEST, "dave", ("public", "math", "code")) in site.told
+    assert Withdrawn(REQUEST, "dave", ("public", "math", "code")) in site.changes
     assert "ZeroDivisionError" in caplog.text
 
 

@@ -149,9 +149,9 @@ def test_no_grant_is_wider_than_cedars(site, user, body, headers):
         assert response.status_code == 200 or response.json()["error"]["code"]
         if path == "/v1/experts/explain" and response.status_code == 200:
             allowed = oracle(user, purpose_of(body, headers), ADDRESS)
-            told = response.json()
-            assert {e["name"] for e in told["experts"] if e["allowed"]} == allowed
-            assert set(told["effective"]) <= allowed
+            answer = response.json()
+            assert {e["name"] for e in answer["experts"] if e["allowed"]} == allowed
+            assert set(answer["effective"]) <= allowed
     if site.handler.granted is not None:
         tenant, granted = site.handler.granted
         assert tenant == user

@@ -8,9 +8,10 @@ import pytest
 from expertgate.model.catalogue import Catalogue
 from expertgate.server import run
 from expertgate.server.audit.trail import Trail
+from expertgate.server.cache_salts import CacheSalts
 from expertgate.server.failures import ProofError
 from expertgate.server.grants import Grants
-from expertgate.server.guard import CacheSalts, GuardedLLM
+from expertgate.server.guard import GuardedLLM
 from expertgate.server.proof import prove_namespaces
 from expertgate.server.service import Service
 from tests.server.audit.logs import RECORDED

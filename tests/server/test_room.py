@@ -21,7 +21,7 @@ def test_more_may_wait_than_the_engine_gets(runs, places):
     found = config(runs)
     turns = bound(found)
     assert found.scheduler_config.max_num_queued_reqs == places
-    assert turns._room < places / 2  # which one principal may hold
+    assert turns.room < places / 2  # which one principal may hold
 
 
 @pytest.mark.parametrize("places", [0, 8])
@@ -37,10 +37,10 @@ def test_another_bound_of_places_holds(places):
 )
 def test_the_tokens_that_wait_are_bounded_here_and_not_in_vllm(given, longest, tokens):
     found = config(256, tokens=given, longest=longest)
-    assert bound(found)._most_tokens == tokens
+    assert bound(found).most_tokens == tokens
     assert found.scheduler_config.max_num_queued_tokens is None
 
 
 @pytest.mark.parametrize(("runs", "ahead"), [(8, 32), (256, 32), (1024, 128)])
 def test_few_stand_in_the_engines_own_queue(runs, ahead):
-    assert bound(config(runs))._most_ahead == ahead
+    assert bound(config(runs)).most_ahead == ahead

@@ -62,12 +62,22 @@ def with_calls(room, scenario, most_tokens=None, most_ahead=None):
         await scenario(calls)
         await calls.end_all()
         assert calls.turns.waiting == 0
-        assert calls.turns._held == 0
-        assert calls.turns._tokens == 0
-        assert calls.turns._ahead == 0
-        assert calls.turns._accounts == {}
+        assert calls.turns._accounts == {}, "somebody is remembered"
+        await nothing_is_held(calls)
 
     asyncio.run(go())
+
+
+async def nothing_is_held(calls):
+    """One call may have the whole room, though the engine doesn't begin it, and any may wait."""
+    calls.start("widest", "widest", width=calls.turns.room, progress=Engine())
+    calls.start("longest", "longest", tokens=1_000_000)
+    await calls.settle()
+    assert calls.order[-1] == "widest"
+    assert calls.turns.waiting == 1
+    await calls.end_all()
+    assert calls.order[-1] == "longest"
+    assert calls.turns.waiting == 0
 
 
 def test_who_comes_behind_a_crowd_of_another_goes_next():

@@ -8,8 +8,9 @@ from vllm.sampling_params import SamplingParams
 from expertgate.model.ledger import ACCOUNT_ARG
 from expertgate.model.masks import EXTRA_ARG
 from expertgate.policies.expert_set import PUBLIC_ONLY
+from expertgate.server.cache_salts import CacheSalts
 from expertgate.server.grants import HANDLE_ARG, Grants
-from expertgate.server.guard import CacheSalts, GuardedLLM
+from expertgate.server.guard import GuardedLLM
 from tests.server.audit.logs import RECORDED
 from tests.server.fakes import FakeEngine
 

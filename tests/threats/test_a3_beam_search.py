@@ -6,8 +6,9 @@ import pytest
 from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 from vllm.sampling_params import BeamSearchParams
 
+from expertgate.server.cache_salts import CacheSalts
 from expertgate.server.grants import GrantError, Grants
-from expertgate.server.guard import CacheSalts, GuardedLLM
+from expertgate.server.guard import GuardedLLM
 from tests.server.fakes import FakeEngine
 
 

@@ -7,9 +7,10 @@ import asyncio
 
 import pytest
 
+from expertgate.server.cache_salts import CacheSalts
 from expertgate.server.failures import ProofError
 from expertgate.server.grants import Grants
-from expertgate.server.guard import CacheSalts, GuardedLLM
+from expertgate.server.guard import GuardedLLM
 from expertgate.server.proof import check_facts, prove
 from tests.server.audit.logs import RECORDED
 from tests.server.fakes import FakeEngine

@@ -8,8 +8,9 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from expertgate.policies.expert_set import PUBLIC_ONLY
+from expertgate.server.cache_salts import CacheSalts
 from expertgate.server.grants import HANDLE_ARG, GrantError, Grants
-from expertgate.server.guard import CacheSalts, GuardedLLM
+from expertgate.server.guard import GuardedLLM
 from tests.server.audit.logs import RECORDED
 from tests.server.fakes import FakeEngine
 

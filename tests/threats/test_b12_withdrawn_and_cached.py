@@ -36,7 +36,7 @@ async def salt(site, *experts):
     async for _ in site.service.engine.generate(prompt, params, "id"):
         pass
     grant.close()
-    return site.service.engine._engine.calls[-1].prompt["cache_salt"]
+    return site.engine.calls[-1].prompt["cache_salt"]
 
 
 @pytest.mark.parametrize("how", TAKEN)

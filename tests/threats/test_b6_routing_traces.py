@@ -29,9 +29,9 @@ def test_no_answer_carries_one(server):
 
 
 def test_usage_is_totals_of_the_whole_request(server):
-    told = server.complete("alice", n=2, temperature=1).json()["experts"]
-    assert set(told) == {"effective", "usage", "computed", "cached"}
-    for part in told["usage"].values():
+    experts = server.complete("alice", n=2, temperature=1).json()["experts"]
+    assert set(experts) == {"effective", "usage", "computed", "cached"}
+    for part in experts["usage"].values():
         assert set(part) == {"tokens", "share"}
         assert all(isinstance(value, int | float) for value in part.values())
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from expertgate.server.cache_salts import CacheSalts
 from expertgate.server.grants import Grants
-from expertgate.server.guard import CacheSalts, GuardedLLM
+from expertgate.server.guard import GuardedLLM
 from expertgate.server.liveness import Liveness
 from tests.server.audit.logs import RECORDED
 from tests.server.fakes import FakeEngine
@@ -50,20 +51,32 @@ def clock():
     return Clock()
 
 
-def watched(engine, clock, scenario):
+class Watched:
+    """A guarded engine, and the watch over it."""
+
+    def __init__(self, engine, clock):
+        self.clock = clock
+        self.grants = Grants()
+        self.guard = GuardedLLM(engine, self.grants, CacheSalts(b"w"))
+        self.liveness = Liveness(self.guard, self.grants, RECORDED, clock)
+
+    @property
+    def late(self):
+        return self.liveness.late
+
+    async def after(self, seconds):
+        """So much later by the clock, and once the watch has looked."""
+        self.clock.now += seconds
+        await asyncio.sleep(1.1)
+
+
+def watch(engine, clock, scenario):
     async def go():
-        grants = Grants()
-        liveness = Liveness(GuardedLLM(engine, grants, CacheSalts(b"w")), grants, RECORDED, clock)
-        watching = asyncio.create_task(liveness.watch())
-
-        async def after(seconds):
-            """So much later by the clock, and once the watch has looked."""
-            clock.now += seconds
-            await asyncio.sleep(1.1)
-
-        await scenario(liveness, after)
+        watched = Watched(engine, clock)
+        watching = asyncio.create_task(watched.liveness.watch())
+        await scenario(watched)
         watching.cancel()
-        assert len(grants) <= 1
+        assert len(watched.grants) <= 1
 
     asyncio.run(go())
 
@@ -71,65 +84,65 @@ def watched(engine, clock, scenario):
 def test_an_engine_that_answers_when_asked_is_ready_however_quiet(clock):
     engine = FakeEngine()
 
-    async def scenario(liveness, after):
+    async def scenario(watched):
         for _ in range(3):
-            await after(29)
-            assert not liveness.late
+            await watched.after(29)
+            assert not watched.late
         assert len(engine.calls) >= 3
 
-    watched(engine, clock, scenario)
+    watch(engine, clock, scenario)
 
 
 def test_one_that_stalls_is_not_until_it_answers_again(clock):
     engine = Stalled()
 
-    async def scenario(liveness, after):
-        await after(6)
-        assert not liveness.late
+    async def scenario(watched):
+        await watched.after(6)
+        assert not watched.late
         engine.stalled = True
-        await after(6)
-        assert not liveness.late
-        await after(31)
-        assert liveness.late
-        liveness._engine.heard += 1  # as of a client's own request
-        assert not liveness.late
+        await watched.after(6)
+        assert not watched.late
+        await watched.after(31)
+        assert watched.late
+        watched.guard.heard += 1  # as of a client's own request
+        assert not watched.late
 
-    watched(engine, clock, scenario)
+    watch(engine, clock, scenario)
 
 
 def test_a_busy_engine_is_not_asked(clock):
     engine = FakeEngine()
 
-    async def scenario(liveness, after):
+    async def scenario(watched):
         for _ in range(2):
-            liveness._engine.heard += 1
-            await after(4)
+            watched.guard.heard += 1
+            await watched.after(4)
         assert engine.calls == []
 
-    watched(engine, clock, scenario)
+    watch(engine, clock, scenario)
 
 
 def test_one_that_is_full_of_answers_in_one_piece_is_ready_while_it_goes_on(clock):
     engine = Stalled()
     engine.busy = True
 
-    async def scenario(liveness, after):
-        guard = liveness._engine
-        with guard._grants.issue(MATH, "alice", recorded=RECORDED) as grant:
-            asked = asyncio.create_task(anext(guard.generate(PROMPT, params(grant.handle), "a")))
+    async def scenario(watched):
+        with watched.grants.issue(MATH, "alice", recorded=RECORDED) as grant:
+            answer = watched.guard.generate(PROMPT, params(grant.handle), "a")
+            asked = asyncio.create_task(anext(answer))
             for _ in range(4):
-                await after(29)
-                assert not liveness.late
-            assert len(guard._running) == 1  # a token would stand behind what runs
+                await watched.after(29)
+                assert not watched.late
+            assert len(watched.grants) == 1  # a token would stand behind what runs
             engine.stalled = True
-            await after(6)
-            await after(31)
-            assert liveness.late
+            await watched.after(6)
+            await watched.after(31)
+            assert watched.late
             asked.cancel()
             await asyncio.wait([asked])
             engine.stalled = False
 
-    watched(engine, clock, scenario)
+    watch(engine, clock, scenario)
 
 
 HASTY = """

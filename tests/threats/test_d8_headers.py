@@ -6,8 +6,9 @@ import pytest
 from vllm.sampling_params import SamplingParams
 
 from expertgate.policies.expert_set import PUBLIC_ONLY
+from expertgate.server.cache_salts import CacheSalts
 from expertgate.server.grants import HANDLE_ARG, Grants
-from expertgate.server.guard import CacheSalts, GuardedLLM
+from expertgate.server.guard import GuardedLLM
 from tests.server.audit.logs import RECORDED
 from tests.server.fakes import FakeEngine
 

@@ -13,10 +13,9 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
-from expertgate.server import protocol, reading, run
+from expertgate.server import protocol, reading, room, run
 from expertgate.server.app import show_errors
 from expertgate.server.reading import read_body
-from expertgate.server.turns import Turns
 from tests.server.coreless import Coreless
 
 ASK = b"GET /short HTTP/1.1\r\nHost: test\r\n\r\n"
@@ -273,9 +272,15 @@ def test_whoever_asks_and_reads_is_served_for_as_long_as_it_likes(served):
 
 @pytest.fixture
 def coreless(tmp_path):
-    server = Coreless(tmp_path)
-    yield server
-    server.close()
+    """Starts a server whose engine runs so many choices at once."""
+    with contextlib.ExitStack() as stack:
+
+        def start(runs):
+            server = Coreless(tmp_path, max_num_seqs=runs)
+            stack.callback(server.close)
+            return server
+
+        yield start
 
 
 def stalled(stack, server):
@@ -295,76 +300,78 @@ def stalled(stack, server):
 def test_what_the_engine_is_done_with_holds_no_turn(coreless, monkeypatch):
     """Else stalled readers, as many as the engine runs, would let nobody in till they are cut."""
     monkeypatch.setattr(protocol, "READING_S", 1e6)  # and so they never are
-    coreless.bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # of all who connect
-    guard, core = coreless.engine, coreless.core
-    guard._turns, core.most_tokens, core.step_s = Turns(2), 500, 0.001
+    server = coreless(runs=2)
+    server.bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # of all who connect
+    server.core.most_tokens, server.core.step_s = 500, 0.001
     with contextlib.ExitStack() as stack:
         for _ in range(2):
-            stalled(stack, coreless)
-        requests = guard._engine.output_processor.external_req_ids
-        while len(guard._running) < 2 or requests:  # both have begun, and the engine is done
+            stalled(stack, server)
+        requests = server.llm.output_processor.external_req_ids
+        while server.running < 2 or requests:  # both have begun, and the engine is done
             time.sleep(0.01)
-        core.most_tokens = 4
-        headers = coreless.headers("bob")
-        url = f"{coreless.url}/v1/completions"
+        server.core.most_tokens = 4
+        headers = server.headers("bob")
+        url = f"{server.url}/v1/completions"
         answer = httpx.post(url, json={"prompt": "hi"}, headers=headers, timeout=60)
         assert answer.status_code == 200
-        assert len(guard._running) == 2  # which nobody has read to their ends
+        assert server.running == 2  # which nobody has read to their ends
 
 
 def test_who_does_not_read_keeps_no_expert_that_is_withdrawn(coreless, monkeypatch):
     """The word of it can't be sent either, and what runs must not wait for that."""
     monkeypatch.setattr(protocol, "READING_S", 1e6)
-    coreless.bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    guard, core, grants = coreless.engine, coreless.core, coreless.service.grants
-    core.most_tokens, core.step_s = 1000, 0.003
+    server = coreless(runs=2)
+    server.bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    server.core.most_tokens, server.core.step_s = 1000, 0.003
+    grants = server.service.grants
 
     def sent():
         return [sum(call.generated.values()) for grant in grants for call in grant.calls]
 
     with contextlib.ExitStack() as stack:
-        stalled(stack, coreless)
+        stalled(stack, server)
         before = None
         while not sent() or sent() != before:  # until the socket is full
             before = sent()
             time.sleep(0.1)
-        assert guard._engine.output_processor.request_states
+        assert server.llm.output_processor.request_states
         (grant,) = grants
-        loop = guard._engine.output_handler.get_loop()
+        loop = server.llm.output_handler.get_loop()
         loop.call_soon_threadsafe(grant.withdraw)
         time.sleep(0.5)
-        assert not guard._running
-        assert not guard._engine.output_processor.request_states
+        assert not server.engine.busy
+        assert not server.llm.output_processor.request_states
 
 
-def test_an_answer_in_one_piece_is_seen_to_have_begun(coreless):
+def test_an_answer_in_one_piece_is_seen_to_have_begun(coreless, monkeypatch):
     """Else answers that show nothing before their ends would seem to stand in the engine's queue"""
-    guard, core = coreless.engine, coreless.core
-    guard._turns, core.most_tokens, core.step_s = Turns(10, most_ahead=1), 1000, 0.005
-    url, body = f"{coreless.url}/v1/completions", {"prompt": "hi", "max_tokens": 1000}
+    monkeypatch.setattr(room, "_LEAST_AHEAD", 1)
+    server = coreless(runs=8)
+    server.core.most_tokens, server.core.step_s = 1000, 0.005
+    url, body = f"{server.url}/v1/completions", {"prompt": "hi", "max_tokens": 1000}
     with futures.ThreadPoolExecutor() as pool:
-        long = pool.submit(httpx.post, url, json=body, headers=coreless.headers(), timeout=60)
-        while not core.work:
+        long = pool.submit(httpx.post, url, json=body, headers=server.headers(), timeout=60)
+        while not server.core.work:
             time.sleep(0.01)
-        core.most_tokens = 4
-        answer = httpx.post(url, json=body, headers=coreless.headers("bob"), timeout=60)
+        server.core.most_tokens = 4
+        answer = httpx.post(url, json=body, headers=server.headers("bob"), timeout=60)
         assert answer.status_code == 200
-        assert len(guard._running) == 1  # alice's is still running
+        assert server.running == 1  # alice's
         assert long.result().status_code == 200
 
 
-def test_what_the_engine_has_not_begun_lets_others_wait(coreless):
-    guard, core = coreless.engine, coreless.core
-    guard._turns, core.instead = Turns(10, most_ahead=1), lambda: None
-    url, body = f"{coreless.url}/v1/completions", {"prompt": "hi"}
+def test_what_the_engine_has_not_begun_lets_others_wait(coreless, monkeypatch):
+    monkeypatch.setattr(room, "_LEAST_AHEAD", 1)
+    server = coreless(runs=8)
+    server.core.instead = lambda: None
+    url, body = f"{server.url}/v1/completions", {"prompt": "hi"}
     with futures.ThreadPoolExecutor() as pool:
         for n in range(3):
-            asked = pool.submit(httpx.post, url, json=body, headers=coreless.headers(), timeout=2)
-            while guard._turns.waiting < n:
+            asked = pool.submit(httpx.post, url, json=body, headers=server.headers(), timeout=2)
+            while server.waiting < n:
                 time.sleep(0.01)
         time.sleep(0.3)
-        assert len(guard._running) == 1
-        assert guard._turns.waiting == 2
+        assert (server.running, server.waiting) == (1, 2)
         with pytest.raises(httpx.ReadTimeout):
             asked.result()
 

@@ -69,7 +69,7 @@ class Entry:
             return
         grant = self.grant
         names = [expert["name"] for expert in self._experts]
-        usage = None if grant.usage is None else _told(grant.usage, grant.experts, names)
+        usage = None if grant.usage is None else _usage_fields(grant.usage, grant.experts, names)
         reasons = Counter(reason for call in grant.calls for reason in call.finish_reasons.values())
         ended = {
             "status": self.status,
@@ -121,7 +121,7 @@ async def append(audit_log: AuditLog | None, kind: str, **fields: Any) -> Record
         ) from None
 
 
-def _told(usage: Usage, experts: ExpertSet, names: Sequence[str]) -> dict[str, Any]:
+def _usage_fields(usage: Usage, experts: ExpertSet, names: Sequence[str]) -> dict[str, Any]:
     work = usage.work
     return {
         "prompt_tokens": usage.prompt_tokens,

@@ -121,7 +121,8 @@ class AuditLog:
         self.on_commit: Callable[[float], None] = lambda _: None
         """Told, on the thread, how many seconds the disk took for what was written together."""
         self.lost = 0
-        self._untold = 0
+        """Records that are gone for good."""
+        self._unreported = 0  # of these, how many no `gap` has counted yet
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = os.open(folder, os.O_RDONLY)
@@ -215,7 +216,7 @@ class AuditLog:
         self._close_file()
         os.close(self._lock)
 
-    # --- on the thread ------------------------------------------------------------------------
+    # --- the queue ----------------------------------------------------------------------------
 
     def _push(self, queued: _Queued) -> None:
         with self._wake:
@@ -227,15 +228,48 @@ class AuditLog:
             if self._urgent or self._asleep:
                 self._wake.notify()
 
+    def _lose(self, queued: _Queued, why: str) -> None:
+        with self._wake:
+            self.lost += 1
+            self._unreported += 1
+        _reject(queued, why)
+
+    # --- before the thread --------------------------------------------------------------------
+
+    def _continue(self) -> _State:
+        """Where the log goes on; what a crash tore is set aside, and a record says so."""
+        end = folders.find_end(self.folder, self.key.public)
+        if end.torn:
+            try:
+                aside = folders.set_aside(end)
+            except OSError as error:
+                raise AuditError(f"{end.path}: {error.strerror or error}") from None
+            log.warning(
+                "%s: a crash tore what followed record %d; it is kept as %s",
+                end.path,
+                end.seq,
+                aside.name,
+            )
+            self.note(
+                "recovered",
+                after=end.seq,
+                torn_bytes=len(end.torn),
+                torn_sha256=digest(end.torn),
+                kept_as=aside.name,
+            )
+        return _State(end.seq, end.hash, end.unsigned, end.path, end.size)
+
+    # --- on the thread ------------------------------------------------------------------------
+
     def _work(self) -> None:
         closing = False
         while not closing:
             with self._wake:
                 self._rest()
-                entries, self._queue, self._urgent = list(self._queue), deque(), False
+                taken, self._queue, self._urgent = list(self._queue), deque(), False
                 closing = self._closing
             quiet = time.monotonic() - self._signed_at >= _SIGN_AFTER_S
-            self._commit(entries, sign=closing or quiet)
+            self._commit(taken, sign=closing or quiet)
             if not self.healthy and not closing:
                 # Nothing new comes meanwhile but what is kept, so there is no need to hurry.
                 with self._wake:
@@ -255,18 +289,18 @@ class AuditLog:
         if self._queue:
             self._wake.wait_for(pressed, _MOMENT_S)
 
-    def _commit(self, entries: list[_Queued], *, sign: bool) -> None:
-        """Writes entries, and a head behind them where it is time, or none of it."""
-        untold = self._untold
-        if untold or self._fault:
+    def _commit(self, taken: list[_Queued], *, sign: bool) -> None:
+        """Writes what was taken from the queue and, where it is time, a head; or nothing of it."""
+        unreported = self._unreported
+        if unreported or self._fault:
             # Also what shows, without a request, whether the disk is back.
-            gap = _stamped("gap", {"lost": untold, "why": self._fault})
-            entries.insert(0, _Queued(gap, waits=False))
-        elif not entries and not (sign and self._state.unsigned):
+            gap = _stamped("gap", {"lost": unreported, "why": self._fault})
+            taken.insert(0, _Queued(gap, waits=False))
+        elif not taken and not (sign and self._state.unsigned):
             return
         batch = _Batch(self._state, self.key, self._sign_every)
         written: list[tuple[_Queued, Written]] = []
-        for queued in entries:
+        for queued in taken:
             try:
                 written.append((queued, batch.add(queued.fields)))
             except ValueError as error:
@@ -285,7 +319,7 @@ class AuditLog:
             self._began = None
         self.on_commit(time.monotonic() - began)
         with self._wake:
-            self._untold -= untold
+            self._unreported -= unreported
         if self._fault:
             log.warning("the audit log is written again: %s", self.folder)
             self._fault = ""
@@ -365,7 +399,7 @@ class AuditLog:
         if there.st_size != self._state.size:
             raise _Tampered(f"{path} was written to by someone else")
 
-    def _failed(self, error: Exception, entries: list[_Queued]) -> None:
+    def _failed(self, error: Exception, taken: list[_Queued]) -> None:
         self._close_file()
         words = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
         if words != self._fault or self.fail_open:
@@ -377,7 +411,7 @@ class AuditLog:
             )
         self._fault = words or type(error).__name__
         kept = []
-        for queued in entries:
+        for queued in taken:
             if queued.fields["kind"] == "gap":
                 continue  # made anew at the next try
             if not queued.waits:
@@ -389,42 +423,11 @@ class AuditLog:
         with self._wake:
             self._queue.extendleft(reversed(kept))
 
-    def _lose(self, queued: _Queued, why: str) -> None:
-        with self._wake:
-            self.lost += 1
-            self._untold += 1
-        _reject(queued, why)
-
     def _close_file(self) -> None:
         if self._file is not None:
             with contextlib.suppress(OSError):
                 os.close(self._file)
             self._file = None
-
-    # --- before the thread --------------------------------------------------------------------
-
-    def _continue(self) -> _State:
-        """Where the log goes on; what a crash tore is set aside, and a record says so."""
-        end = folders.find_end(self.folder, self.key.public)
-        if end.torn:
-            try:
-                aside = folders.set_aside(end)
-            except OSError as error:
-                raise AuditError(f"{end.path}: {error.strerror or error}") from None
-            log.warning(
-                "%s: a crash tore what followed record %d; it is kept as %s",
-                end.path,
-                end.seq,
-                aside.name,
-            )
-            self.note(
-                "recovered",
-                after=end.seq,
-                torn_bytes=len(end.torn),
-                torn_sha256=digest(end.torn),
-                kept_as=aside.name,
-            )
-        return _State(end.seq, end.hash, end.unsigned, end.path, end.size)
 
 
 class _Tampered(Exception):  # noqa: N818

@@ -145,10 +145,10 @@ def _fields(schema: Schema) -> Iterator[str]:
     required = schema.get("required", [])
     yield "| field | type | default | |\n| --- | --- | --- | --- |"
     for name, field in schema["properties"].items():
-        told = field.get("default")
-        default = "required" if name in required else "" if told is None else f"`{_json(told)}`"
+        default = field.get("default")
+        shown = "required" if name in required else "" if default is None else f"`{_json(default)}`"
         says = _cell(field.get("description", ""))
-        yield f"| `{name}` | {_cell(_type(field))} | {default} | {says} |"
+        yield f"| `{name}` | {_cell(_type(field))} | {shown} | {says} |"
     yield ""
 
 

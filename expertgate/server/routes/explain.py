@@ -33,8 +33,8 @@ async def explain(request: Request) -> JSONResponse:
     except ApiError as refused:
         error = refused.body()["error"]
     granted = service.catalogue.names(decision.granted)
-    told = [{"name": name, "allowed": True, "by": decision.reasons[name]} for name in granted]
-    told += [
+    verdicts = [{"name": name, "allowed": True, "by": decision.reasons[name]} for name in granted]
+    verdicts += [
         {"name": name, "allowed": False, "by": []}
         for name in sorted(_asked(selection) - set(granted))
     ]
@@ -44,7 +44,7 @@ async def explain(request: Request) -> JSONResponse:
             "policies": decision.version,
             "effective": service.catalogue.names(experts),
             "error": error,
-            "experts": told,
+            "experts": verdicts,
         }
     )
 

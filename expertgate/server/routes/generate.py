@@ -4,7 +4,7 @@ The order is the same for all: who asks, is there room, what is asked, which exp
 only then is there a grant, without which the engine runs nothing.
 """
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from opentelemetry.trace import Span
 from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
+from expertgate.model.catalogue import Catalogue
 from expertgate.server import answers, responses, schemas, tracing
 from expertgate.server.admission import Visit
 from expertgate.server.audit.entry import CLIENT_GONE, Entry
@@ -79,52 +80,22 @@ async def _answer(
     wants_receipt = _wants_receipt(body, request, service)
     grant = await service.permit(request, context_of(request, body.purpose), selection)
     grant.spend = visit.spend
-    told = partial(answers.experts, service.catalogue, grant)
     body.model = handlers.model_name
-    request_id = request.state.request_id
-    body.request_id = f"resp_{request_id}" if kind is ResponsesRequest else request_id
-    entry = service.audit.entry(request_id, request.scope["path"], grant, service.catalogue)
-    request.state.entry = entry
-    # The client's own is refused by the schema, so this is the only way in for a handle.
-    body.vllm_xargs = {HANDLE_ARG: grant.handle}
-    names = service.catalogue.names(grant.experts)
-    shown_names = ",".join(names)
-    request.state.facts.update(
-        principal=grant.tenant, experts=shown_names, response=body.request_id
-    )
-    headers = {"X-Experts-Effective": shown_names}
-    run = _Run(engine, grant, entry, tracing.begin("engine", {tracing.EXPERTS: names}))
-    result: Any = None
-    try:
-        async with grant.while_given():
-            with tracing.span("audit"):
-                await entry.begin()
-            REQUESTS.labels(len(names)).inc()
-            with suppress(ClientGone):
-                async with while_there(request.receive):
-                    result = await _first(handler(handlers)(body))
-    except Exception as error:
-        shown = answers.from_exception(error)
-        failure = shown or answers.internal_error()
-        await run.end(failure.status, failure.code)
-        if shown is None:
-            raise
-        raise shown from None
-    except BaseException:
-        await run.end()
-        raise
-    if isinstance(result, _Stream):
-        events = _told_to(run, _events(body, result, told), receipt=wants_receipt)
-        ending = responses.ending if kind is ResponsesRequest else answers.ending
-        return _GrantedStream(events, ending, run, visit, headers)
-    if result is None:
-        await run.end()
-        return Response(status_code=CLIENT_GONE)
-    await run.end(200)
-    answer = answers.body(result, told())
-    if wants_receipt:
-        answer["receipt"] = await entry.receipt()
-    return JSONResponse(answer, headers=headers)
+    # Nothing is awaited until the run is there, which ends what was granted.
+    run = _bind(body, request, service, engine, grant)
+    result = await _call_handler(run, request, lambda: handler(handlers)(body))
+    return await _response(result, body, run, visit, receipt=wants_receipt)
+
+
+def _wants_receipt(body: Any, request: Request, service: Service) -> bool:
+    """Raises ApiError 400 for a header that says something else, or where there are none."""
+    said = request.headers.getlist(RECEIPT_HEADER)
+    if said not in ([], ["1"]):
+        raise bad_request(f"header {RECEIPT_HEADER} must be 1, once", RECEIPT_HEADER)
+    wanted = bool(said) or body.receipt is True
+    if wanted and service.audit.receipts is None:
+        raise bad_request("this server keeps no audit log, and so gives no receipts", "receipt")
+    return wanted
 
 
 @dataclass(slots=True)
@@ -133,8 +104,19 @@ class _Run:
 
     engine: GuardedLLM
     grant: Grant
+    catalogue: Catalogue
+    """That by which it was permitted."""
     entry: Entry
     span: Span
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of its response."""
+        return {"X-Experts-Effective": ",".join(self.catalogue.names(self.grant.experts))}
+
+    def experts(self) -> dict[str, Any]:
+        """The `experts` object of its response; the usage is in it once all is done."""
+        return answers.experts(self.catalogue, self.grant)
 
     async def end(self, status: int | None = None, code: str | None = None) -> None:
         """Again, it goes on where it was cut off. `status`, `code`: of the result, where known."""
@@ -146,14 +128,48 @@ class _Run:
         self.entry.close()
 
 
-def _events(
-    body: Any, stream: "_Stream", told: Callable[[], Mapping[str, Any]]
-) -> AsyncGenerator[str, None]:
-    if isinstance(body, ResponsesRequest):
-        return responses.events(stream.first, stream.rest, told)
-    options = body.stream_options
-    totals = bool(options and options.include_usage)
-    return answers.events(stream.first, stream.rest, told, totals=totals)
+def _bind(body: Any, request: Request, service: Service, engine: GuardedLLM, grant: Grant) -> _Run:
+    """Ties body, audit entry, log line and span of a request to its grant."""
+    request_id = request.state.request_id
+    body.request_id = f"resp_{request_id}" if isinstance(body, ResponsesRequest) else request_id
+    catalogue = service.catalogue
+    entry = service.audit.entry(request_id, request.scope["path"], grant, catalogue)
+    request.state.entry = entry
+    # The client's own is refused by the schema, so this is the only way in for a handle.
+    body.vllm_xargs = {HANDLE_ARG: grant.handle}
+    names = catalogue.names(grant.experts)
+    request.state.facts.update(
+        principal=grant.tenant, experts=",".join(names), response=body.request_id
+    )
+    span = tracing.begin("engine", {tracing.EXPERTS: names})
+    return _Run(engine, grant, catalogue, entry, span)
+
+
+async def _call_handler(run: _Run, request: Request, call: Callable[[], Awaitable[Any]]) -> Any:
+    """What the handler's `call` gives back as `_first` has it; None where the client has left.
+
+    The request is on record before that. Where this raises, the run has ended.
+    """
+    result: Any = None
+    try:
+        async with run.grant.while_given():
+            with tracing.span("audit"):
+                await run.entry.begin()
+            REQUESTS.labels(len(run.grant.experts)).inc()
+            with suppress(ClientGone):
+                async with while_there(request.receive):
+                    result = await _first(call())
+    except Exception as error:
+        shown = answers.from_exception(error)
+        failure = shown or answers.internal_error()
+        await run.end(failure.status, failure.code)
+        if shown is None:
+            raise
+        raise shown from None
+    except BaseException:
+        await run.end()
+        raise
+    return result
 
 
 @dataclass(slots=True)
@@ -183,7 +199,32 @@ async def _first(answer: Awaitable[Any]) -> Any:
     return _Stream(first, result)
 
 
-async def _told_to(
+async def _response(result: Any, body: Any, run: _Run, visit: Visit, *, receipt: bool) -> Response:
+    """Ends the run, or leaves that to the stream that it is answered with."""
+    if isinstance(result, _Stream):
+        events = _tracked(run, _events(body, result, run), receipt=receipt)
+        ending = responses.ending if isinstance(body, ResponsesRequest) else answers.ending
+        return _GrantedStream(events, ending, run, visit)
+    if result is None:
+        await run.end()
+        return Response(status_code=CLIENT_GONE)
+    await run.end(200)
+    answer = answers.body(result, run.experts())
+    if receipt:
+        answer["receipt"] = await run.entry.receipt()
+    return JSONResponse(answer, headers=run.headers)
+
+
+def _events(body: Any, stream: _Stream, run: _Run) -> AsyncGenerator[str, None]:
+    """The events of a stream, with the experts that spoke."""
+    if isinstance(body, ResponsesRequest):
+        return responses.events(stream.first, stream.rest, run.experts)
+    options = body.stream_options
+    totals = bool(options and options.include_usage)
+    return answers.events(stream.first, stream.rest, run.experts, totals=totals)
+
+
+async def _tracked(
     run: _Run, events: AsyncGenerator[str, None], *, receipt: bool
 ) -> AsyncGenerator[str, None]:
     """The events of a stream; the entry learns from them how it ended.
@@ -212,19 +253,8 @@ async def _told_to(
         raise
 
 
-def _wants_receipt(body: Any, request: Request, service: Service) -> bool:
-    """Raises ApiError 400 for a header that says something else, or where there are none."""
-    said = request.headers.getlist(RECEIPT_HEADER)
-    if said not in ([], ["1"]):
-        raise bad_request(f"header {RECEIPT_HEADER} must be 1, once", RECEIPT_HEADER)
-    wanted = bool(said) or body.receipt is True
-    if wanted and service.audit.receipts is None:
-        raise bad_request("this server keeps no audit log, and so gives no receipts", "receipt")
-    return wanted
-
-
 class _GrantedStream(StreamingResponse):
-    """Ends its grant when it has ended, however it ends: told, cut off or failed."""
+    """Ends its grant when it has ended, however it ends: whole, cut off or failed."""
 
     def __init__(
         self,
@@ -232,9 +262,8 @@ class _GrantedStream(StreamingResponse):
         ending: Callable[[ApiError, int], bytes],
         run: _Run,
         visit: Visit,
-        headers: dict[str, str],
     ) -> None:
-        super().__init__(events, media_type="text/event-stream", headers=headers)
+        super().__init__(events, media_type="text/event-stream", headers=run.headers)
         self._events = events
         self._ending = ending
         self._run = run

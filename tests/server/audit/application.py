@@ -9,8 +9,9 @@ from expertgate.policies.decision import Decision
 from expertgate.policies.expert_set import ExpertSet
 from expertgate.policies.principal import Principal
 from expertgate.server.audit.trail import Trail
+from expertgate.server.cache_salts import CacheSalts
 from expertgate.server.errors import invalid_credential
-from expertgate.server.guard import CacheSalts, GuardedLLM
+from expertgate.server.guard import GuardedLLM
 from expertgate.server.handlers import Handlers
 from expertgate.server.service import Service
 

@@ -69,7 +69,7 @@ def let_through():
     return sum(sample.value for sample in counter.samples if sample.name.endswith("_total"))
 
 
-def told(log, folder, *kinds):
+def closed(log, folder, *kinds):
     """All that was said, and the log holds; the log is closed by this."""
     log.close()
     assert check(folder).faults == []
@@ -82,7 +82,7 @@ def told(log, folder, *kinds):
 def test_a_request_and_its_result(client, log, tmp_path):
     response = ask(client, experts=["news"], purpose="care")
     assert response.status_code == 200
-    request, result = told(log, tmp_path, "request", "result")
+    request, result = closed(log, tmp_path, "request", "result")
     request_id = response.headers["x-request-id"]
     assert request["request"] == result["request"] == request_id
     said = {
@@ -102,7 +102,7 @@ def test_a_request_and_its_result(client, log, tmp_path):
 
 
 def test_every_kind_is_documented():
-    """Here and in the module's own words; `told` holds each record of these tests against it."""
+    """Here and in the module's own words; `closed` holds each record of these tests against it."""
     named = (line.split("|")[1] for line in trail.__doc__.splitlines() if line.startswith("| `"))
     assert set(FIELDS) == {kind for cell in named for kind in re.findall(r"`(\w+)`", cell)}
     assert [record["kind"] for record in examples()] == ["request", "result"]
@@ -112,7 +112,7 @@ def test_every_kind_is_documented():
 
 def test_a_prompt_is_there_as_a_digest_that_needs_the_key(client, log, tmp_path):
     prompt = bytes.fromhex(ask(client).headers["x-request-id"])
-    (result,) = told(log, tmp_path, "result")
+    (result,) = closed(log, tmp_path, "result")
     ids = b"".join(token.to_bytes(4, "little") for token in prompt)
     expected = signing_key(tmp_path).keyed_digest(
         b"expertgate/audit-prompt/1", hashlib.sha256(ids).digest()
@@ -176,7 +176,7 @@ def test_the_engine_waits_as_long_as_the_disk_takes(client, log, engine, monkeyp
 
 def test_a_stream_has_its_result_when_it_has_ended(client, log, tmp_path):
     assert ask(client, stream=True).text.endswith("data: [DONE]\n\n")
-    (result,) = told(log, tmp_path, "result")
+    (result,) = closed(log, tmp_path, "result")
     assert (result["status"], result["code"]) == (200, None)
     assert result["finish_reasons"] == {"stop": 1}
 
@@ -185,7 +185,7 @@ def test_a_request_that_fails_has_a_result_with_its_code(client, log, engine, tm
     engine.dies = True
     assert ask(client).status_code == 503
     ask(client, stream=True)  # breaks after its first event
-    results = told(log, tmp_path, "result", "refused")
+    results = closed(log, tmp_path, "result", "refused")
     assert [(r["kind"], r["status"], r["code"]) for r in results] == [
         ("result", 503, "engine_unavailable"),
         ("result", 200, "internal_error"),
@@ -199,7 +199,7 @@ def test_refusals_are_told(client, log, tmp_path):
     client.get("/v1/experts")
     client.get("/v1/experts", headers={"user": "alice", "X-Purpose": ""})
     client.post("/tokenize", content="{}", headers={"user": "alice", "Content-Type": "text/plain"})
-    found = told(log, tmp_path, "refused", "request", "result")
+    found = closed(log, tmp_path, "refused", "request", "result")
     assert [(r["kind"], r["principal"], r["status"], r["code"]) for r in found] == [
         ("refused", None, 401, "invalid_credential"),
         ("refused", "alice", 403, "expert_not_permitted"),
@@ -240,7 +240,7 @@ def test_an_operators_wrong_token_hides_nobody(client, service, log, tmp_path):
         operators.get("/metrics", headers={"Authorization": "Bearer wrong"})
     ask(client, user=None)
     ask(client, user="operator", experts=["math"])  # may be a key's name as well
-    found = told(log, tmp_path, "refused")
+    found = closed(log, tmp_path, "refused")
     assert [(r["principal"], r["via"]) for r in found[:10]] == [("operator", "admin")] * 10
     assert [(r["principal"], r["route"]) for r in found[10:]] == [
         (None, "/v1/chat/completions"),
@@ -254,7 +254,7 @@ def test_after_a_minute_refusals_are_told_one_by_one_again(client, log, tmp_path
     ask(client, user=None)
     monkeypatch.setattr(trail, "_REFUSALS_S", 0.0)
     ask(client, user=None)
-    assert [r["kind"] for r in told(log, tmp_path, "refused", "refusals")] == [
+    assert [r["kind"] for r in closed(log, tmp_path, "refused", "refusals")] == [
         "refused",
         "refusals",
         "refused",
@@ -299,7 +299,7 @@ def test_a_full_disk_stops_generation_and_an_emptied_one_starts_it(
         time.sleep(0.01)
     assert ask(client).status_code == 200
     assert let_through() == before + 1
-    assert len(told(log, tmp_path, "request")) == 1
+    assert len(closed(log, tmp_path, "request")) == 1
 
 
 def test_open_on_failure_generates_all_the_same(tmp_path, engine, full_disk, caplog):
@@ -309,7 +309,7 @@ def test_open_on_failure_generates_all_the_same(tmp_path, engine, full_disk, cap
     assert client.get("/ready").status_code == 200
     assert len(engine.calls) == 1
     full_disk.full = False
-    found = told(log, tmp_path, "request", "result", "gap")
+    found = closed(log, tmp_path, "request", "result", "gap")
     assert [r["kind"] for r in found] == ["gap", "request", "result"]
     assert "WITHOUT A RECORD" in caplog.text
 
@@ -357,7 +357,7 @@ def test_a_route_that_forgets_the_record_runs_nothing(client, engine, monkeypatc
 )
 def test_changes_of_what_permissions_rest_on_are_told(service, log, tmp_path, change, said):
     service.audit.changed(change)
-    (record,) = told(log, tmp_path, said["kind"])
+    (record,) = closed(log, tmp_path, said["kind"])
     assert {key: record[key] for key in said} == said
 
 
@@ -366,7 +366,7 @@ def test_another_catalogue_is_told_before_what_it_names(client, service, log, tm
     ask(client)
     service.catalogue = CATALOGUE.model_copy(update={"experts": tuple(experts)})
     ask(client)
-    first, change, second = told(log, tmp_path, "request", "catalogue")
+    first, change, second = closed(log, tmp_path, "request", "catalogue")
     assert change["experts"][1]["owner"] == "another"
     assert first["catalogue"] != change["catalogue"] == second["catalogue"]
 
