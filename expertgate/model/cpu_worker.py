@@ -73,9 +73,13 @@ class MaskedCPUModelRunner(CPUModelRunner):
         with cpu_sampling.without(self.input_batch.generators, read_in_part):
             return super().sample_tokens(*args, **kwargs)
 
-    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+    def _sample(self, logits: Any, drafts: Any) -> Any:
         cpu_sampling.keep_all(self.input_batch.sampling_metadata)
-        return super()._sample(*args, **kwargs)
+        if drafts is not None and not any(drafts.num_draft_tokens):
+            # Where nobody has a draft, what looks at drafts takes the largest `top_k` among none,
+            # and the engine dies.
+            drafts = None
+        return super()._sample(logits, drafts)
 
     def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
         # Memory is sized by these runs, so they must do the work of every expert.
