@@ -33,6 +33,25 @@ def gather_logprobs(
     )
 
 
+def expand_batch_to_tokens(
+    x: torch.Tensor,
+    cu_num_tokens: torch.Tensor,
+    num_tokens: int,
+    replace_from: int = 0,
+    replace_to: int = 0,
+) -> torch.Tensor:
+    """In place of vLLM's function of that name: what a request asked for, for each of its drafts.
+
+    VLLM's for CPUs fills a copy, and gives back memory as it found it: temperatures and the like of
+    drafted tokens were whatever had been left there.
+
+    `x` [R]; `cu_num_tokens` [R], where each request's drafts end.
+    """
+    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+    expanded = x.repeat_interleave(counts, output_size=num_tokens)
+    return expanded.masked_fill(expanded == replace_from, replace_to)
+
+
 def keep_all(metadata: Any) -> None:
     """Requests without `top_p` keep every token, also where others of the batch have one.
 

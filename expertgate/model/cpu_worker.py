@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.v1.sample import rejection_sampler
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -26,6 +27,7 @@ class MaskedCPUModelRunner(CPUModelRunner):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.sampler.gather_logprobs = cpu_sampling.gather_logprobs
+        rejection_sampler.expand_batch_to_tokens = cpu_sampling.expand_batch_to_tokens
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         with settled():

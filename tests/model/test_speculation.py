@@ -50,3 +50,14 @@ def test_top_k_without_a_draft_does_not_end_the_engine(served):
     params = SamplingParams(temperature=1.0, top_k=2, max_tokens=4, ignore_eos=True)
     [output] = served.llm.generate({"prompt_token_ids": [1, 2, 3]}, params, use_tqdm=False)
     assert len(output.outputs[0].token_ids) == 4
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_k": 1, "top_p": 0.5}, {"top_p": 1e-6}])
+def test_drafts_are_judged_by_what_their_request_asks(served, options):
+    """VLLM's function for CPUs left temperature, `top_k` and `top_p` of drafts uninitialised."""
+    prompt = list(b"one two three one two three one two three one two")
+    asked = [{"temperature": 0.0}, {"temperature": 1.0, **options}]
+    params = [SamplingParams(**each, max_tokens=24, ignore_eos=True) for each in asked]
+    prompts = [{"prompt_token_ids": prompt, "cache_salt": str(place)} for place in range(2)]
+    greedy, certain = served.llm.generate(prompts, params, use_tqdm=False)
+    assert certain.outputs[0].token_ids == greedy.outputs[0].token_ids
