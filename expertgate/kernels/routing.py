@@ -66,7 +66,7 @@ def select(masked_logits: torch.Tensor, *, top_k: int, renormalize: bool = False
     only, as it would if the other rows did not exist; equal weights go to the lower index.
     """
     # By the logits, not by the weights: weights that underflow to 0 keep their order.
-    order = torch.topk(_rank_keys(masked_logits), min(top_k, masked_logits.shape[1]), dim=-1)[1]
+    order = torch.topk(rank_keys(masked_logits), min(top_k, masked_logits.shape[1]), dim=-1)[1]
     empty = masked_logits.gather(1, order) == -torch.inf
     weights = torch.softmax(masked_logits, dim=-1).gather(1, order)
     # A token with an empty mask has only -inf, whose softmax is NaN: filled here as well.
@@ -76,7 +76,7 @@ def select(masked_logits: torch.Tensor, *, top_k: int, renormalize: bool = False
     return RoutingPlan(weights, order.to(torch.int32).masked_fill(empty, NO_EXPERT))
 
 
-def _rank_keys(logits: torch.Tensor) -> torch.Tensor:
+def rank_keys(logits: torch.Tensor) -> torch.Tensor:
     """[T, E] int64, no two of a row equal: greater for a greater logit, then for a lower index.
 
     A stable sort of the logits gives the same order, but took 2 to 3 times as long as `topk`, which

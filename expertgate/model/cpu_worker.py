@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.v1.sample import rejection_sampler
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from expertgate.model import cpu_sampling
 from expertgate.model.cpu_dense import least_rows, multiplies_bfloat16, settled, widen
 from expertgate.model.flex_olmo import FlexOlmoForCausalLM
 from expertgate.model.ledger import ReportsUsage, Scheduled, account_of
@@ -21,6 +23,11 @@ from expertgate.model.proof import ProvesMasks
 
 class MaskedCPUModelRunner(CPUModelRunner):
     """Arms the masks for the length of one real step, and counts it; all else runs at rest."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sampler.gather_logprobs = cpu_sampling.gather_logprobs
+        rejection_sampler.expand_batch_to_tokens = cpu_sampling.expand_batch_to_tokens
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         with settled():
@@ -62,6 +69,19 @@ class MaskedCPUModelRunner(CPUModelRunner):
             return output
         finally:
             self._own.masks.rest()
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        read_in_part = self.discard_request_mask.np
+        with cpu_sampling.without(self.input_batch.generators, read_in_part):
+            return super().sample_tokens(*args, **kwargs)
+
+    def _sample(self, logits: Any, drafts: Any) -> Any:
+        cpu_sampling.keep_all(self.input_batch.sampling_metadata)
+        if drafts is not None and not any(drafts.num_draft_tokens):
+            # Where nobody has a draft, what looks at drafts takes the largest `top_k` among none,
+            # and the engine dies.
+            drafts = None
+        return super()._sample(logits, drafts)
 
     def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
         # Memory is sized by these runs, so they must do the work of every expert.

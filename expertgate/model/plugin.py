@@ -10,8 +10,22 @@ def register() -> None:
 
     # By name, so that importing the model waits until a worker needs it.
     ModelRegistry.register_model(ARCHITECTURE, f"expertgate.model.flex_olmo:{ARCHITECTURE}")
+    _empty_blocks()
     if current_platform.is_cpu():
         _wait_without_yielding()
+
+
+def _empty_blocks() -> None:
+    """A block of the KV cache holds zeros when a request gets it, whoever had it before.
+
+    Attention reads a block by groups of tokens, and multiplies what is behind the last one by zero.
+    That leaves nothing of a number, but NaN of NaN or infinity: one answer that overflowed in an
+    expert would spoil those of others who may not consult it. vLLM has this for caches of several
+    precisions, whose blocks hold such values as a matter of course.
+    """
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    KVCacheConfig.needs_kv_cache_zeroing = property(lambda _: True)
 
 
 def _wait_without_yielding() -> None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -78,6 +79,7 @@ def configure(model: Path, name: str, arguments: Mapping[str, object]) -> VllmCo
     given: dict[str, Any] = {
         "served_model_name": name,
         "use_tqdm_on_load": False,
+        **_seed(arguments),
         **arguments,
         # The first request would choose it for all, and others compile what a client sends.
         "structured_outputs_config": {"backend": "xgrammar"},
@@ -138,6 +140,15 @@ def _named(error: ValidationError, arguments: Mapping[str, object]) -> str:
         return f"engine arguments: {what}"
     value = f"={arguments[name]}" if name in arguments else ""
     return f"engine argument {name}{value}: {what}"
+
+
+def _seed(arguments: Mapping[str, object]) -> dict[str, int]:
+    """By which requests without a seed of their own draw; vLLM's own is 0 in every server.
+
+    Whoever knows it can tell from their own answers how much has been drawn for others. Several
+    nodes must have the same one, and each is started with its own arguments.
+    """
+    return {} if arguments.get("nnodes", 1) != 1 else {"seed": secrets.randbelow(1 << 31)}
 
 
 def _check_memory(model: Path, available: int) -> None:

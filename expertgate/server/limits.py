@@ -77,7 +77,6 @@ NUMBERS = (
 )
 TOKEN_IDS = {
     "allowed_token_ids": _MAX_TOKEN_IDS,
-    "logprob_token_ids": _MAX_TOKEN_IDS,
     "stop_token_ids": _MAX_STOP_TOKEN_IDS,
 }
 _MESSAGE_TEXTS = ("name", "reasoning", "reasoning_content", "refusal", "tool_call_id")

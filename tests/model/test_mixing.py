@@ -109,3 +109,11 @@ def test_several_answers_to_one_prompt(served):
         [separate] = served.ask([asks[0]])
         assert [a.tokens for a in together] == [a.tokens for a in separate]
         assert len({a.tokens for a in together}) > 1
+
+
+def test_a_seed_draws_the_same_in_however_many_parts_its_prompt_is_read(served):
+    """VLLM samples after each part, throws it away and winds the generator back, if it can."""
+    ask = Ask(text(350, seed=3), ALL, 8, temperature=1.0, salt="seeded")
+    others = [Ask(text(200, seed=i), SETS[i], 3, salt=str(i)) for i in range(4)]
+    *_, [beside] = served.ask([*others, ask])
+    assert beside.tokens == alone(served, ask).tokens

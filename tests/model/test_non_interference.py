@@ -42,12 +42,16 @@ def poison(path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def answers(folder, **arguments):
+def answers(folder, used=(), **arguments):
+    """`used`: who was served before, and is gone."""
     subsets = [ExpertSet(mask) for mask in range(1, 128) if ExpertSet(mask) <= CLEAN]
     asks = [Ask(list(range(60)), experts, 10) for experts in subsets]
     # In the same batch, so that rows full of NaN lie next to those that must stay clean.
     neighbours = [Ask(list(range(90)), ExpertSet.first(7), 10), Ask([7] * 20, POISONED, 10)]
     with engine(folder, **arguments) as served:
+        if used:
+            served.ask(used)
+            served.forget()
         return [answer for [answer] in served.ask([*asks, *neighbours])][: len(asks)]
 
 
@@ -61,6 +65,18 @@ def answers(folder, **arguments):
 )
 def test_nan_in_excluded_experts_changes_no_bit(healthy, poisoned, arguments):
     both = (answers(folder, **arguments) for folder in (healthy, poisoned))
+    for clean, dirty in zip(*both, strict=True):
+        assert clean.tokens == dirty.tokens
+        assert clean.logprobs == dirty.logprobs
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_nan_that_a_block_of_the_cache_held_is_not_read_again(healthy, poisoned, dtype):
+    """Attention multiplies by whole groups of tokens: what is behind the last one by zero."""
+    blocks = 24
+    used = [Ask([i] * 120, POISONED, 4) for i in range(blocks)]
+    small = {"dtype": dtype, "num_gpu_blocks_override": blocks}
+    both = (answers(folder, used, **small) for folder in (healthy, poisoned))
     for clean, dirty in zip(*both, strict=True):
         assert clean.tokens == dirty.tokens
         assert clean.logprobs == dirty.logprobs

@@ -54,6 +54,17 @@ def test_the_first_request_does_not_choose_how_schemas_are_compiled(given):
     assert given()["structured_outputs_config"] == {"backend": "xgrammar"}
 
 
+def test_nobody_knows_what_is_drawn_without_a_seed(given):
+    """From answers one could else tell how much was drawn for others: vLLM's own seed is 0."""
+    assert given()["seed"] != given()["seed"]
+    assert given(seed=5)["seed"] == 5
+
+
+def test_several_nodes_have_the_seed_that_they_are_given(given):
+    """Each starts with its own arguments, and must draw as the others do."""
+    assert "seed" not in given(nnodes=2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [

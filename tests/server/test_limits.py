@@ -61,7 +61,6 @@ def tools_of(schema):
         ("stop_token_ids", ["1"]),
         ("stop_token_ids", ["99999999999999999999"]),
         ("allowed_token_ids", [1.0]),
-        ("logprob_token_ids", ["1"]),
         ("temperature", "nan"),
         ("temperature", "0.5"),
         ("top_p", "Infinity"),

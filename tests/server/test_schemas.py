@@ -92,6 +92,7 @@ def test_a_misspelt_field_gets_a_hint():
         ("use_beam_search", True),
         ("use_beam_search", False),
         ("repetition_detection", {}),
+        ("logprob_token_ids", None),
         ("structured_outputs", {"regex": "((a*)*)*"}),
         ("prompt_embeds", "AAAA"),
         ("mm_processor_kwargs", {}),

@@ -209,7 +209,6 @@ _NARROWED: Mapping[str, Schema] = {
             "maxProperties": limits.TOKEN_IDS["allowed_token_ids"],
         }
     ),
-    "logprob_token_ids": _or_null(_list_of(_TOKEN_ID, limits.TOKEN_IDS["logprob_token_ids"])),
     "max_completion_tokens": _or_null(_integer(1)),
     "max_output_tokens": _or_null(_integer(1)),
     "max_tokens": _or_null(_integer(1)),
@@ -281,7 +280,6 @@ SAID: Mapping[str, str] = {
     "input": "What is asked: text, or the whole conversation so far; nothing of it is stored.",
     "instructions": "A system message before the input.",
     "logit_bias": "By token id, what is added to its logit.",
-    "logprob_token_ids": "Tokens whose log probabilities are wanted at every position.",
     "logprobs": "The log probabilities of generated tokens: whether, or of how many.",
     "max_completion_tokens": "How many tokens each choice may have.",
     "max_output_tokens": "How many tokens the answer may have.",
