@@ -56,6 +56,7 @@ _HEADERS: dict[str, tuple[str, Schema, str]] = {
 
 
 def document() -> dict[str, Any]:
+    """The whole document, which whoever asks may change."""
     components = {**bodies.COMPONENTS, **replies.components()}
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
@@ -85,7 +86,7 @@ def document() -> dict[str, Any]:
             },
         },
     }
-    # A caller's own: what it is made of stands in the modules, and others make it again.
+    # What it is made of stands in the modules, for the next who asks.
     return deepcopy(whole)
 
 
