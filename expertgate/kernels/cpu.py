@@ -23,8 +23,8 @@ _MULTIPLE = 32
 # To read an expert's weights takes as long as the work of so many (token, expert) pairs, and a
 # call, with the copies for it, as that of so many more: between what was measured with vector
 # instructions and with AMX's matrices (docs/kernels-log.md).
-_READ = 16
-_CALL = 8
+_READ_COST = 16
+_CALL_COST = 8
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ def pack(w: torch.Tensor) -> torch.Tensor | Packed:
     A copy in an order of its own where vLLM's CPU kernel is loaded in this process (`import vllm`)
     and takes such sizes (multiples of 32); anywhere else, `w` itself.
     """
-    sizes = w.shape[1] % _MULTIPLE or w.shape[2] % _MULTIPLE
-    if w.is_cuda or sizes or not hasattr(torch.ops._C, "cpu_fused_moe"):
+    odd = w.shape[1] % _MULTIPLE or w.shape[2] % _MULTIPLE
+    if w.is_cuda or odd or not hasattr(torch.ops._C, "cpu_fused_moe"):
         return w
     # As vLLM chooses them.
     amx = platform.machine() == "x86_64" and torch.cpu._is_amx_tile_supported()
@@ -100,7 +100,7 @@ def run_used(
     at_once = _MAX_PAIRS_A_CALL // slots
     if rows > at_once:
         parts = zip(*(torch.split(whole, at_once) for whole in (x, *plan)), strict=True)
-        return torch.cat([run_used(rows, RoutingPlan(*part), run) for rows, *part in parts])
+        return torch.cat([run_used(some, RoutingPlan(*of_some), run) for some, *of_some in parts])
     if not rows:
         return torch.empty_like(x)
     if int(plan.experts.min()) != NO_EXPERT:
@@ -153,7 +153,7 @@ def _together(tokens: list[int], experts: list[int]) -> list[range]:
             count = present[start]
             rows += tokens[count]
             read |= experts[count] % (1 << 64)
-            cost = _CALL + _READ * read.bit_count() + most * rows
+            cost = _CALL_COST + _READ_COST * read.bit_count() + most * rows
             before, calls = best[start]
             ways.append((before + cost, [*calls, range(count, most + 1)]))
         best.append(min(ways, key=lambda way: way[0]))

@@ -41,6 +41,7 @@ class Expert(BaseModel):
     tags: tuple[str, ...] = ()
     description: str = ""
     sha256: Sha256 | None = None
+    """Of its weights, as `Checkpoint.expert_digests` has it; None where nothing is stated."""
 
 
 class Catalogue(BaseModel):

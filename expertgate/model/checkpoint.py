@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from expertgate.policies.expert_set import MAX_EXPERTS
 
@@ -44,10 +44,20 @@ def locate(model: str, revision: str | None = None) -> Path:
         ) from None
 
 
+class _Tensor(NamedTuple):
+    """Where a tensor is: its bytes begin in `file` at `start`."""
+
+    file: Path
+    dtype: str
+    shape: list[int]
+    start: int
+
+
 class Checkpoint:
     """Reads safetensors headers only; a tensor's bytes are read when they are hashed."""
 
     def __init__(self, folder: Path) -> None:
+        """Raises CheckpointError for a configuration that can't be read or served."""
         self.folder = folder
         path = folder / "config.json"
         try:
@@ -70,7 +80,7 @@ class Checkpoint:
 
     @property
     def num_experts(self) -> int:
-        return int(self.config.get("num_experts", 7))
+        return int(self.config.get("num_experts", 7))  # the default of transformers, as below
 
     @property
     def num_layers(self) -> int:
@@ -99,34 +109,32 @@ class Checkpoint:
         return digest.hexdigest()
 
     def _feed(self, digest: Any, label: str, name: str, row: int | None = None) -> None:
+        """The tensor called `name`, or one row of it, into `digest`."""
         try:
-            path, dtype, shape, start = self._tensors[name]
+            file, dtype, shape, start = self._tensors[name]
         except KeyError:
             raise CheckpointError(f"{self.folder}: tensor {name} is missing") from None
         if row is not None:
             shape = shape[1:]
         if dtype not in _DTYPE_BYTES:
-            raise CheckpointError(f"{path}: tensor {name} has the unexpected dtype {dtype}")
+            raise CheckpointError(f"{file}: tensor {name} has the unexpected dtype {dtype}")
         size = _DTYPE_BYTES[dtype]
         for dimension in shape:
             size *= dimension
         digest.update(f"{label} {dtype} {shape}\n".encode())
-        with path.open("rb") as file:
-            file.seek(start + (row or 0) * size)
+        with file.open("rb") as opened:
+            opened.seek(start + (row or 0) * size)
             while size:
-                chunk = file.read(min(size, _CHUNK_BYTES))
+                chunk = opened.read(min(size, _CHUNK_BYTES))
                 if not chunk:
-                    raise CheckpointError(f"{path}: ends within tensor {name}")
+                    raise CheckpointError(f"{file}: ends within tensor {name}")
                 digest.update(chunk)
                 size -= len(chunk)
 
     @cached_property
-    def _tensors(self) -> dict[str, tuple[Path, str, list[int], int]]:
-        """Tensor name → file, dtype, shape, offset of its first byte in the file.
-
-        Only of the files that vLLM loads: those that the index names, where there is one.
-        """
-        found: dict[str, tuple[Path, str, list[int], int]] = {}
+    def _tensors(self) -> dict[str, _Tensor]:
+        """By their names; only of the files that vLLM loads. Raises CheckpointError."""
+        found: dict[str, _Tensor] = {}
         for path in self._files():
             # The format: eight bytes of length, a JSON header, the tensors' bytes.
             try:
@@ -137,10 +145,10 @@ class Checkpoint:
                 for name, entry in header.items():
                     if name in found:
                         raise CheckpointError(
-                            f"{path}: tensor {name} is also in {found[name][0].name}"
+                            f"{path}: tensor {name} is also in {found[name].file.name}"
                         )
                     start = 8 + length + entry["data_offsets"][0]
-                    found[name] = (path, entry["dtype"], entry["shape"], start)
+                    found[name] = _Tensor(path, entry["dtype"], entry["shape"], start)
             except CheckpointError:
                 raise
             except OSError as error:
@@ -152,6 +160,7 @@ class Checkpoint:
         return found
 
     def _files(self) -> list[Path]:
+        """Those that the index names, where there is one; else all."""
         index = self.folder / "model.safetensors.index.json"
         if not index.exists():
             return sorted(self.folder.glob("*.safetensors"))

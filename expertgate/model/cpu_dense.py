@@ -32,7 +32,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 log = logging.getLogger(__name__)
 
-_vllms = utils.dispatch_cpu_unquantized_gemm
+_vllms_dispatch = utils.dispatch_cpu_unquantized_gemm
 
 _ROWS = 4
 """In float32, rows are filled up to a multiple of this. The few that are left over would be added
@@ -44,18 +44,18 @@ _TILE = (16, 32)
 
 
 @contextmanager
-def settled() -> Iterator[None]:
+def batch_invariant() -> Iterator[None]:
     """A model that is loaded inside has the products that are described above, but for float32."""
     if _has_amx():
         utils.dispatch_cpu_unquantized_gemm = _dispatch
     try:
         yield
     finally:
-        utils.dispatch_cpu_unquantized_gemm = _vllms
+        utils.dispatch_cpu_unquantized_gemm = _vllms_dispatch
 
 
 def least_rows() -> int:
-    """How many rows a step must have, padding included, of a model that was loaded `settled`."""
+    """How many rows, padding included, a step must have of a model that was loaded as above."""
     return LEAST_ROWS if _has_amx() else 1
 
 
@@ -75,7 +75,7 @@ def _dispatch(layer: Any, remove_weight: bool) -> None:
                 weight.shape[1],
                 _TILE[1],
             )
-        _vllms(layer, remove_weight)
+        _vllms_dispatch(layer, remove_weight)
         return
     rows = len(weight)
     whole = nn.functional.pad(weight.detach(), (0, 0, 0, -rows % _TILE[0]))

@@ -49,11 +49,12 @@ def openmp(config: Any) -> Iterator[None]:
 class SharedProcessExecutor(UniProcExecutor):
     """vLLM's own for one worker, which knows of no OpenMP in its process."""
 
-    _seen = 0
+    _num_threads = 0
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
-        if threading.active_count() != self._seen:
-            self._seen = threading.active_count()
+        # A new thread is bound as the one that started it is.
+        if threading.active_count() != self._num_threads:
+            self._num_threads = threading.active_count()
             _free_threads()
         return super().execute_model(*args, **kwargs)
 

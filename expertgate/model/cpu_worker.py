@@ -14,7 +14,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from expertgate.model import cpu_sampling
-from expertgate.model.cpu_dense import least_rows, multiplies_bfloat16, settled, widen
+from expertgate.model.cpu_dense import batch_invariant, least_rows, multiplies_bfloat16, widen
 from expertgate.model.flex_olmo import FlexOlmoForCausalLM
 from expertgate.model.ledger import ReportsUsage, Scheduled, account_of
 from expertgate.model.masks import requested
@@ -30,7 +30,7 @@ class MaskedCPUModelRunner(CPUModelRunner):
         rejection_sampler.expand_batch_to_tokens = cpu_sampling.expand_batch_to_tokens
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        with settled():
+        with batch_invariant():
             super().load_model(*args, **kwargs)
         if not multiplies_bfloat16():
             widen(self.model)
@@ -57,18 +57,18 @@ class MaskedCPUModelRunner(CPUModelRunner):
                 Scheduled(request_id, account_of(asked), request.num_computed_tokens, length)
             )
         by_token = np.repeat(np.array(words, dtype=np.int64), lengths)
-        own = self._own
-        own.masks.arm_tokens(by_token, num_input_tokens)
-        own.ledger.begin(step)
+        model = self._flex_olmo
+        model.masks.arm_tokens(by_token, num_input_tokens)
+        model.ledger.begin(step)
         return super()._preprocess(scheduler_output, num_input_tokens, *rest)
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         try:
             output = super().execute_model(*args, **kwargs)
-            self._own.ledger.settle()
+            self._flex_olmo.ledger.settle()
             return output
         finally:
-            self._own.masks.rest()
+            self._flex_olmo.masks.rest()
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         read_in_part = self.discard_request_mask.np
@@ -85,14 +85,14 @@ class MaskedCPUModelRunner(CPUModelRunner):
 
     def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
         # Memory is sized by these runs, so they must do the work of every expert.
-        self._own.masks.open_all(self.model.config.num_experts)
+        self._flex_olmo.masks.open_all(self.model.config.num_experts)
         try:
             return super()._dummy_run(*args, **kwargs)
         finally:
-            self._own.masks.rest()
+            self._flex_olmo.masks.rest()
 
     @property
-    def _own(self) -> FlexOlmoForCausalLM:
+    def _flex_olmo(self) -> FlexOlmoForCausalLM:
         assert isinstance(self.model, FlexOlmoForCausalLM)
         return self.model
 

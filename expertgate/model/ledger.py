@@ -187,16 +187,17 @@ class Ledger:
         closed = [self._accounts.pop(name, None) for name in accounts]
         rows = [account.row for account in closed if account is not None]
         where = torch.tensor(rows, dtype=torch.int64, device=self.logits.device)
-        counted = self._totals[:, where, 1:].tolist()
+        counted = zip(*self._totals[:, where, 1:].tolist(), strict=True)
         self._totals[:, where] = 0
         self._free += rows
         nothing = (0,) * self.logits.shape[-1]
-        layers, taken, works = len(self.logits), zip(*counted, strict=True), []
+        layers = len(self.logits)
+        works = []
         for account in closed:
             if account is None:
                 works.append(Work(layers, 0, 0, nothing, nothing))
             else:
-                slots, weights = map(tuple, next(taken))
+                slots, weights = map(tuple, next(counted))
                 works.append(Work(layers, account.computed, account.cached, slots, weights))
         return works
 
@@ -212,6 +213,7 @@ class Ledger:
 
     @torch.inference_mode()
     def _grow(self, rows: int) -> None:
+        """Makes room for accounts, up to so many rows in all."""
         had, columns = self._totals.shape[1:]
         grown = self._totals.new_zeros((2, rows, columns))
         grown[:, :had] = self._totals

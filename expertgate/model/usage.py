@@ -71,6 +71,7 @@ class Usage:
     work: Work
 
     def __add__(self, other: "Usage") -> "Usage":
+        """The usage of two calls to the same model."""
         return Usage(
             self.prompt_tokens + other.prompt_tokens,
             self.completion_tokens + other.completion_tokens,

@@ -35,7 +35,7 @@ _ATTRIBUTES: Mapping[tuple[str, ...], Sequence[str]] = {
 
 _CACHED_DECISIONS = 1024
 _OPTIONAL = re.compile(r"access to optional attribute `([\w.]+)` in context")
-_FAILURE = re.compile(r"error while evaluating policy `policy(\d+)`: (.*)", re.DOTALL)
+_FAILURE = re.compile(r"error while evaluating policy `(policy\d+)`: (.*)", re.DOTALL)
 
 
 class PolicySet:
@@ -83,10 +83,11 @@ class PolicySet:
         """Every `*.cedar` of `folder`, in the order of their names.
 
         The position of a resource is the index of its expert; `claims` are those that policies may
-        read, by their types. Raises PolicyError where there is no
-        policy at all, or one that can't be read (from an OSError) or parsed, doesn't fit the schema
-        (Cedar's strict validation), names an expert that isn't there, or has another's `@id`; and
-        OSError where the folder can't be listed.
+        read, with their types.
+
+        Raises PolicyError where there is no policy at all, or one that can't be read (from an
+        OSError) or parsed, doesn't fit the schema (Cedar's strict validation), names an expert that
+        isn't there, or has another's `@id`; and OSError where the folder can't be listed.
         """
         # All are read before any is parsed: what can't be read is tried again, many times a second.
         texts = [(path, _text(path)) for path in policy_paths(folder)]
@@ -112,7 +113,7 @@ class PolicySet:
         try:
             found = record(context, principal, self.reads, self._claims)
         except ContextError as error:
-            return self._nothing(str(error))
+            return self._deny_all(str(error))
         return self._cached(principal.id, principal.groups, json.dumps(found, sort_keys=True))
 
     # Its arguments are the key of the cache: a decision sees nothing that isn't in its key.
@@ -121,7 +122,7 @@ class PolicySet:
             entities = self._experts.with_added_json_str(user_entity(user, groups), self._schema)
         except ValueError as error:
             # Half of a surrogate pair in an id: text to Python, not to Cedar.
-            return self._nothing(f"the principal can't be put to the policies: {error}")
+            return self._deny_all(f"the principal can't be put to the policies: {error}")
         results = cedarpy.is_authorized_batch(
             [
                 {
@@ -149,16 +150,17 @@ class PolicySet:
             reasons[resource.name] = decided or (NOT_PERMITTED,)
         return Decision(ExpertSet.of(granted), reasons, self.version)
 
-    def _nothing(self, words: str) -> Decision:
-        return Decision(ExpertSet(0), {r.name: (words,) for r in self._resources}, self.version)
+    def _deny_all(self, reason: str) -> Decision:
+        return Decision(ExpertSet(0), {r.name: (reason,) for r in self._resources}, self.version)
 
     def _id(self, policy: str) -> str:
         """Our id of a policy that Cedar calls `policy3`."""
         return self._ids[int(policy.removeprefix("policy"))]
 
     def _failure(self, message: str) -> str:
+        """Cedar's words on a policy that failed, with our id of it."""
         match = _FAILURE.fullmatch(message)
-        return f"{self._ids[int(match[1])]} failed: {match[2]}" if match else message
+        return f"{self._id(match[1])} failed: {match[2]}" if match else message
 
 
 def _text(path: Path) -> str:
@@ -196,19 +198,19 @@ def _check_attributes(policies: Iterable[Statement], claims: Mapping[str, ClaimK
             names = known.get(way, anywhere)
             if name in names or "\\" in name:  # an escape may stand for any letter
                 continue
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = (
-                f"; did you mean {near[0]}?"
-                if near
-                else f", only {', '.join(names)}"
-                if names
-                else ""
-            )
+            hint = _hint(name, names)
             if way == ("context", "claims"):
                 raise PolicyError(f"{place}: the claim {name!r} is not declared{hint}")
             raise PolicyError(
                 f"{place}: {'.'.join((*way, name))}: there is no such attribute{hint}"
             )
+
+
+def _hint(name: str, names: Sequence[str]) -> str:
+    """What `name` may have been meant for, of those that there are."""
+    if near := difflib.get_close_matches(name, names, n=1):
+        return f"; did you mean {near[0]}?"
+    return f", only {', '.join(names)}" if names else ""
 
 
 def _reads(policies: Iterable[Statement]) -> frozenset[str]:
@@ -224,6 +226,7 @@ def _reads(policies: Iterable[Statement]) -> frozenset[str]:
 
 
 def _ids(policies: Sequence[Statement]) -> list[str]:
+    """By the place of each policy. Raises PolicyError where two were given the same."""
     places: dict[str, str] = {}
     for policy in policies:
         given = policy.given_id()
@@ -238,6 +241,7 @@ def _ids(policies: Sequence[Statement]) -> list[str]:
 
 
 def _validate(text: str, policies: Sequence[Statement], schema_text: str) -> None:
+    """`text` is that of the `policies`, in their order. Raises PolicyError."""
     result = cedarpy.validate_policies(text, schema_text)
     for error in result.errors:
         policy = policies[int(error.policy_id.removeprefix("policy"))]

@@ -26,7 +26,7 @@ ATTRIBUTES: Mapping[str, str] = {
     "address": "address?: __cedar::ipaddr",
     "claims": "claims: {{{}}}",
 }
-"""Each attribute, and how Cedar's schema declares it."""
+"""Each attribute, and how Cedar's schema declares it; `{}` is where the claims go."""
 
 _CEDAR_TYPES: Mapping[ClaimKind, str] = {
     "string": "String",

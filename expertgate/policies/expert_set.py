@@ -10,7 +10,10 @@ PUBLIC = 0
 
 @dataclass(frozen=True, slots=True)
 class ExpertSet:
-    """Bit e of `mask` is set where expert e is in the set; index 0 is the public expert."""
+    """Bit e of `mask` is set where expert e is in the set; index 0 is the public expert.
+
+    Raises ValueError for a mask of more than 64 bits.
+    """
 
     mask: int
 
@@ -20,6 +23,7 @@ class ExpertSet:
 
     @classmethod
     def of(cls, indices: Iterable[int]) -> "ExpertSet":
+        """Raises ValueError for an index outside of 0..63."""
         mask = 0
         for index in indices:
             if not 0 <= index < MAX_EXPERTS:

@@ -26,21 +26,28 @@ _PLUGIN_GROUPS = (
 )
 
 _FALSE = ("", "0", "false")
+
+
+def _is_off(value: str) -> bool:
+    return value.lower() in _FALSE
+
+
+# Environment variable → which of its values were vetted, and why no other is.
 _ENVIRONMENT: dict[str, tuple[Callable[[str], bool], str]] = {
     "VLLM_PLUGINS": (
         lambda value: value == OUR_PLUGIN,
         f"may only be {OUR_PLUGIN!r}: other plug-ins run inside the engine",
     ),
     "VLLM_USE_V2_MODEL_RUNNER": (
-        lambda value: value.lower() not in _FALSE,
+        lambda value: not _is_off(value),
         "may not be 0: the other GPU runner knows no masks",
     ),
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": (
-        lambda value: value.lower() in _FALSE,
+        _is_off,
         "may not be set: an adapter carries data that no grant names",
     ),
     "VLLM_ALLOW_INSECURE_SERIALIZATION": (
-        lambda value: value.lower() in _FALSE,
+        _is_off,
         "may not be set: it lets a message to the engine carry code",
     ),
     "VLLM_MODEL_REDIRECT_PATH": (
@@ -48,23 +55,23 @@ _ENVIRONMENT: dict[str, tuple[Callable[[str], bool], str]] = {
         "may not be set: other weights would be served than those that the catalogue names",
     ),
     "VLLM_USE_MODELSCOPE": (
-        lambda value: value.strip().lower() in _FALSE,
+        lambda value: _is_off(value.strip()),
         "may not be set: files would come from elsewhere than those that were checked",
     ),
     "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": (
-        lambda value: value.lower() in _FALSE,
+        _is_off,
         "may not be set: ids that repeat would let one request end another",
     ),
     "VLLM_ENABLE_RESPONSES_API_STORE": (
-        lambda value: value.strip().lower() in _FALSE,
+        lambda value: _is_off(value.strip()),
         "may not be set: the store asks nobody whose a response is",
     ),
     "VLLM_USE_EXPERIMENTAL_PARSER_CONTEXT": (
-        lambda value: value.strip().lower() in _FALSE,
+        lambda value: _is_off(value.strip()),
         "may not be set: it runs tools, and the engine again, within one request",
     ),
     "VLLM_SKIP_MODEL_NAME_VALIDATION": (
-        lambda value: value.lower() in _FALSE,
+        _is_off,
         "may not be set: a misspelt alias would be served as if it were right",
     ),
 }
@@ -235,7 +242,7 @@ def refuse_arguments(arguments: Mapping[str, object]) -> None:
     """Looks at engine arguments as given, by their Python names. Raises SettingError."""
     for name, value in arguments.items():
         if name not in _VETTED:
-            raise SettingError(f"engine argument {name}: {_why_not(name)}")
+            raise SettingError(f"engine argument {name}: {_why_no_argument(name)}")
         vetted, values = _VETTED[name]
         if not vetted(value):
             raise SettingError(f"engine argument {name}={value}: only {values} can be served")
@@ -246,9 +253,26 @@ def refuse_config(config: Any, worker_cls: str, model_path: str, tokenizer: str)
 
     Raises SettingError.
     """
+    for name, unsafe in _unsafe(config, worker_cls).items():
+        if unsafe:
+            raise SettingError(f"engine setting {name}: {_why_no_setting(name)}")
+    model = config.model_config
+    for what, found, asked in (
+        ("model", model.model, model_path),
+        ("tokenizer", model.tokenizer, tokenizer),
+    ):
+        if found != asked:
+            raise SettingError(f"vLLM would load the {what} {found!r} in the place of {asked!r}")
+    architectures = list(model.hf_config.architectures or [])
+    if architectures != [ARCHITECTURE]:
+        raise SettingError(f"the model's architecture is {architectures}, not {ARCHITECTURE}")
+
+
+def _unsafe(config: Any, worker_cls: str) -> dict[str, bool]:
+    """Setting, as vLLM calls it → whether it has a value under which a mask may not hold."""
     parallel, model, cache = config.parallel_config, config.model_config, config.cache_config
     scheduler, speculative = config.scheduler_config, config.speculative_config
-    unsafe = {
+    return {
         "enable_eplb": parallel.enable_eplb,
         "enable_elastic_ep": parallel.enable_elastic_ep,
         "enable_expert_parallel": parallel.enable_expert_parallel,
@@ -291,21 +315,9 @@ def refuse_config(config: Any, worker_cls: str, model_path: str, tokenizer: str)
         "return_sampling_mask": model.return_sampling_mask,
         "enable_return_routed_experts": config.aux_output_config.enable_return_routed_experts,
     }
-    for name, found in unsafe.items():
-        if found:
-            raise SettingError(f"engine setting {name}: {_why_off(name)}")
-    for what, found, asked in (
-        ("model", model.model, model_path),
-        ("tokenizer", model.tokenizer, tokenizer),
-    ):
-        if found != asked:
-            raise SettingError(f"vLLM would load the {what} {found!r} in the place of {asked!r}")
-    architectures = list(model.hf_config.architectures or [])
-    if architectures != [ARCHITECTURE]:
-        raise SettingError(f"the model's architecture is {architectures}, not {ARCHITECTURE}")
 
 
-def _why_off(name: str) -> str:
+def _why_no_setting(name: str) -> str:
     """Of a setting as vLLM calls it."""
     if name in _WHY:
         return f"refused, because {_WHY[name]}"
@@ -314,7 +326,7 @@ def _why_off(name: str) -> str:
     return "refused, because no test shows that masks hold where it is on"
 
 
-def _why_not(name: str) -> str:
+def _why_no_argument(name: str) -> str:
     """Of an argument as somebody wrote it."""
     if name in _WHY:
         return f"refused, because {_WHY[name]}"

@@ -23,6 +23,7 @@ RECEIPT_HEADER = "X-Receipt"
 _SHOWN_CHARS = 64
 
 _TYPES = ("str", "int", "float", "bool", "list", "dict")
+"""By which pydantic names the branches of a union that are no models."""
 
 
 class Exclude(BaseModel):
@@ -153,7 +154,9 @@ class Body(Protocol):
     fields: ClassVar[frozenset[str]]
     """Those that a client may set."""
     required: ClassVar[str | None]
+    """The one that a client must set."""
     nested: ClassVar[Mapping[str, frozenset[str]]]
+    """The keys that objects inside may have, as `NESTED` gives them."""
 
     @classmethod
     def check(cls, body: Mapping[str, Any]) -> None:
@@ -184,15 +187,15 @@ class ChatRequest(ChatCompletionRequest):
     required: ClassVar[str | None] = "messages"
     nested: ClassVar[Mapping[str, frozenset[str]]] = {**NESTED, **MESSAGES, **TOOLS}
 
+    experts: Experts = None
+    purpose: Purpose = None
+    receipt: Receipt = None
+
     @classmethod
     def check(cls, body: Mapping[str, Any]) -> None:
         check_parts(body)
         check_tools(body)
         _check_functions(body)
-
-    experts: Experts = None
-    purpose: Purpose = None
-    receipt: Receipt = None
 
 
 class TextRequest(CompletionRequest):
@@ -204,13 +207,13 @@ class TextRequest(CompletionRequest):
     required: ClassVar[str | None] = "prompt"
     nested: ClassVar[Mapping[str, frozenset[str]]] = NESTED
 
-    @classmethod
-    def check(cls, body: Mapping[str, Any]) -> None:
-        pass
-
     experts: Experts = None
     purpose: Purpose = None
     receipt: Receipt = None
+
+    @classmethod
+    def check(cls, body: Mapping[str, Any]) -> None:
+        pass
 
 
 class ExplainRequest(BaseModel):
@@ -224,12 +227,12 @@ class ExplainRequest(BaseModel):
     model: ClassVar[str | None] = None
     """None of it is asked, so none can be an alias."""
 
+    experts: Experts = None
+    purpose: Purpose = None
+
     @classmethod
     def check(cls, body: Mapping[str, Any]) -> None:
         pass
-
-    experts: Experts = None
-    purpose: Purpose = None
 
 
 Kind = TypeVar("Kind", bound=Body)
@@ -249,11 +252,11 @@ def check(kind: type[Kind], body: Mapping[str, Any]) -> Kind:
     try:
         return kind.model_validate(body)
     except ValidationError as error:
-        first = _telling(error)
+        shown = _furthest(error)
         # A union's or a validator's own name is no part of the place.
-        place = ".".join(str(part) for part in first["loc"] if _is_place(part))
-        message = str(first["msg"]).removeprefix("Value error, ")
-        if first["loc"][:1] == ("experts",):
+        place = ".".join(str(part) for part in shown["loc"] if _is_place(part))
+        message = str(shown["msg"]).removeprefix("Value error, ")
+        if shown["loc"][:1] == ("experts",):
             raise ApiError(
                 400,
                 "invalid_experts",
@@ -291,6 +294,7 @@ def parse(raw: bytes) -> dict[str, Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a name that is given twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         # A gateway may have read the first of the two, and this server would read the last.
@@ -389,7 +393,7 @@ def _at(value: Any, path: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
     return [(place, inner) for place, inner in reached if isinstance(inner, dict)]
 
 
-def _telling(error: ValidationError) -> Any:
+def _furthest(error: ValidationError) -> Any:
     """Of the errors of a union's many branches, the one that went furthest into the value."""
     return max(error.errors(include_url=False, include_input=False), key=lambda e: len(e["loc"]))
 

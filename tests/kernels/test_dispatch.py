@@ -9,7 +9,7 @@ from expertgate.kernels import InputError, Packed, cpu, mask_logits, masked_moe,
 from tests.kernels.cases import Case, layer, layers, words
 
 every_example_alike = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -98,8 +98,8 @@ def test_no_bit_depends_on_which_tokens_share_a_call(case):
             )
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cpu, "_READ", price)
-            patch.setattr(cpu, "_CALL", price)
+            patch.setattr(cpu, "_READ_COST", price)
+            patch.setattr(cpu, "_CALL_COST", price)
             outs.append(cpu.run_used(case.x, plan, run))
         calls.append(seen)
     assert torch.equal(*outs)

@@ -45,7 +45,6 @@ def some(examples):
     """The interpreter takes about a second a layer, the compiler as long for some of them."""
     return settings(
         max_examples=20 if COMPILED else examples,
-        deadline=None,
         derandomize=True,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )

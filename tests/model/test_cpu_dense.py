@@ -13,7 +13,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.platforms import current_platform
 
-from expertgate.model.cpu_dense import LEAST_ROWS, multiplies_bfloat16, settled, widen
+from expertgate.model.cpu_dense import LEAST_ROWS, batch_invariant, multiplies_bfloat16, widen
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM's kernels for CPUs")
 
@@ -68,7 +68,7 @@ def test_a_product_is_rounded_once(kind, bias):
 
 def packed(kind, weight, *, bias=None):
     layer = layer_of(kind, weight)
-    with settled():
+    with batch_invariant():
         layer.quant_method.process_weights_after_loading(layer)
     return lambda x: cpu_unquantized_gemm(layer, x, layer.weight, bias)
 

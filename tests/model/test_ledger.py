@@ -89,7 +89,7 @@ parts = st.builds(
 steps = st.lists(parts, max_size=6, unique_by=lambda part: part.request_id)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(steps, st.integers(0, 5)), max_size=5))
 def test_totals_are_those_of_a_loop_over_tokens(several):
     """Positions come in any order here: repeated, overlapping, with gaps, in chunks of any size."""

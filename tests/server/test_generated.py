@@ -44,7 +44,6 @@ def ask(server, route, mode, count):
     @hypothesis.settings(
         derandomize=True,
         database=None,
-        deadline=None,
         max_examples=count,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),

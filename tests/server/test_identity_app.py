@@ -140,7 +140,7 @@ def identify(world, headers) -> Principal | ApiError:
         return error
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_nobody_is_whom_their_headers_do_not_earn(world, data):
     headers = data.draw(sent(world))
@@ -168,7 +168,6 @@ def test_what_is_earned_is_given(world):
 
 @settings(
     max_examples=60,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())

@@ -52,7 +52,7 @@ def test_every_accepted_field_is_described_and_no_other(kind):
     for name, field in schema["properties"].items():
         assert field.get("description"), name
         # In our own words: vLLM's tell of what isn't here.
-        assert name in bodies.SAID or name in ("experts", "purpose", "receipt"), name
+        assert name in bodies.DESCRIPTIONS or name in ("experts", "purpose", "receipt"), name
     assert schema["additionalProperties"] is False
 
 
@@ -104,14 +104,14 @@ def test_a_routes_examples_are_requests(route):
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.path)
 def test_errors_stand_under_their_statuses(route):
     responses = DOCUMENT["paths"][route.path][route.method.lower()]["responses"]
-    told = set()
+    documented = set()
     for status, response in responses.items():
         schema = response["content"]["application/json"]["schema"]
         if "allOf" in schema:
             codes = schema["allOf"][1]["properties"]["error"]["properties"]["code"]["enum"]
             assert {CODES[code][0] for code in codes} == {int(status)}
-            told |= set(codes)
-    assert told == set(route.codes)
+            documented |= set(codes)
+    assert documented == set(route.codes)
 
 
 def test_a_caller_may_change_its_document():

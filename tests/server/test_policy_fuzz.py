@@ -128,7 +128,7 @@ headers = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from([*USERS, None]), bodies, headers)
 @example("dave", {"prompt": "a", "purpose": "ads", "experts": ["public", "math"]}, [])
 @example("alice", {"prompt": "a", "experts": ["news"]}, [(b"X-Purpose", b"care")])
@@ -170,7 +170,7 @@ def purpose_of(body, headers) -> str | None:
     return said[0] if said else body.get("purpose")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(st.text(max_size=200) | st.binary(max_size=200))
 @example("- &a [*a]")
 @example("- !!python/object/apply:os.system [x]")

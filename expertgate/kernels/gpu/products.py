@@ -225,7 +225,8 @@ def gate_up(
 ) -> torch.Tensor:
     """silu(gate) * up of every pair, [T*K, I] in x's dtype and in the order of the groups.
 
-    `x` [T, H]; `w_gate_up` [E, 2I, H], contiguous. Rows behind the last group are not written.
+    `x` [T, H]; `w_gate_up` [E, 2I, H], contiguous; `K`, how many slots a token has. Rows behind the
+    last group are not written.
     """
     E, I2, H = w_gate_up.shape
     I = I2 // 2

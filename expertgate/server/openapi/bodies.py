@@ -256,7 +256,7 @@ _NARROWED_IN_RESPONSES: Mapping[str, Schema] = {
     "tools": _list_of(reference("ResponsesTool"), limits.MAX_TOOLS),
 }
 
-SAID: Mapping[str, str] = {
+DESCRIPTIONS: Mapping[str, str] = {
     "add_generation_prompt": "Whether the template opens the assistant's turn after the messages.",
     "add_special_tokens": "Whether the tokenizer adds its own tokens, such as one for the start.",
     "allowed_token_ids": "Only these tokens may be generated.",
@@ -346,8 +346,8 @@ def schema(kind: type[Body]) -> Schema:
             field = {**narrowed[name], **{k: v for k, v in field.items() if k in kept}}
             if "anyOf" not in field or {"type": "null"} not in field["anyOf"]:
                 field = {k: v for k, v in field.items() if (k, v) != ("default", None)}
-        if name in SAID:
-            field = {**field, "description": SAID[name]}
+        if name in DESCRIPTIONS:
+            field = {**field, "description": DESCRIPTIONS[name]}
         properties[name] = field
     required = [] if kind.required is None else [kind.required]
     return {

@@ -70,6 +70,7 @@ _IN_PATH: dict[str, tuple[str, Schema, str]] = {
 
 
 def document() -> dict[str, Any]:
+    """The whole document, which whoever asks may change."""
     components = {**bodies.COMPONENTS, **replies.components()}
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
@@ -99,7 +100,7 @@ def document() -> dict[str, Any]:
             },
         },
     }
-    # A caller's own: what it is made of stands in the modules, and others make it again.
+    # What it is made of stands in the modules, for the next who asks.
     return deepcopy(whole)
 
 

@@ -264,55 +264,19 @@ _NARROWED_IN_RESPONSE: Mapping[str, Schema] = {
 }
 _NEVER_IN_RESPONSE = ("input_messages", "output_messages", "prompt")
 
-
-def components() -> dict[str, Schema]:
-    """Every answer's schema by its name, and those that they refer to."""
-    found: dict[str, Schema] = {}
-    models: Mapping[str, type[BaseModel]] = {
-        "ChatAnswer": ChatCompletionResponse,
-        "ChatEvent": ChatCompletionStreamResponse,
-        "TextAnswer": CompletionResponse,
-        "TextEvent": CompletionStreamResponse,
-        "Response": ResponsesResponse,
-        "Tokens": TokenizeResponse,
-        "Detokenized": DetokenizeResponse,
-        "Expert": Expert,
-    }
-    for name, model in models.items():
-        schema = plain(
-            model.model_json_schema(mode="serialization", ref_template=f"{REFERENCE}{{model}}")
-        )
-        inner = schema.pop("$defs", {})
-        properties = schema["properties"]
-        if name == "Expert":
-            del properties["index"]  # it would tell how many there are
-            schema["required"] = ["name"]
-        else:
-            schema["description"] = _SAID[name]
-        if name == "Response":
-            properties.update(_NARROWED_IN_RESPONSE)
-            for hidden in _NEVER_IN_RESPONSE:
-                del properties[hidden]
-        for hidden in HIDDEN:
-            properties.pop(hidden, None)
-        for choice in inner.values():
-            for hidden in HIDDEN_IN_CHOICE:
-                choice.get("properties", {}).pop(hidden, None)
-        if name in _TELLING:
-            properties["experts"] = reference("ExpertsUsed")
-            properties["receipt"] = _RECEIPT
-        if name in _TELLING_ALWAYS:
-            schema["required"] = [*schema["required"], "experts"]
-        found[name] = schema
-        for kind, definition in reachable(properties, {**inner, **_OURS}).items():
-            if found.setdefault(kind, definition) != definition:
-                raise ValueError(f"{kind} means two things in vLLM's answers")
-    return {**found, **_OURS}
-
-
-_TELLING = ("ChatAnswer", "ChatEvent", "TextAnswer", "TextEvent", "Response")
-_TELLING_ALWAYS = ("ChatAnswer", "TextAnswer")
-_SAID: Mapping[str, str] = {
+_MODELS: Mapping[str, type[BaseModel]] = {
+    "ChatAnswer": ChatCompletionResponse,
+    "ChatEvent": ChatCompletionStreamResponse,
+    "TextAnswer": CompletionResponse,
+    "TextEvent": CompletionStreamResponse,
+    "Response": ResponsesResponse,
+    "Tokens": TokenizeResponse,
+    "Detokenized": DetokenizeResponse,
+    "Expert": Expert,
+}
+_WITH_EXPERTS = ("ChatAnswer", "ChatEvent", "TextAnswer", "TextEvent", "Response")
+_ALWAYS_WITH_EXPERTS = ("ChatAnswer", "TextAnswer")
+_DESCRIPTIONS: Mapping[str, str] = {
     "ChatAnswer": "OpenAI's, and which experts spoke.",
     "ChatEvent": (
         "One event of a stream. `experts` is in the last, which has no choices, where "
@@ -324,3 +288,44 @@ _SAID: Mapping[str, str] = {
     "Tokens": "What the text is to the model.",
     "Detokenized": "What the tokens say.",
 }
+
+
+def components() -> dict[str, Schema]:
+    """Every answer's schema by its name, and those that they refer to."""
+    found: dict[str, Schema] = {}
+    for name in _MODELS:
+        found[name], inner = _answer(name)
+        referred = reachable(found[name]["properties"], {**inner, **_OURS})
+        for kind, definition in referred.items():
+            if found.setdefault(kind, definition) != definition:
+                raise ValueError(f"{kind} means two things in vLLM's answers")
+    return {**found, **_OURS}
+
+
+def _answer(name: str) -> tuple[Schema, dict[str, Schema]]:
+    """The schema of one of `_MODELS` as a client gets it, and those inside it by their names."""
+    schema = plain(
+        _MODELS[name].model_json_schema(mode="serialization", ref_template=f"{REFERENCE}{{model}}")
+    )
+    inner: dict[str, Schema] = schema.pop("$defs", {})
+    properties = schema["properties"]
+    if name == "Expert":
+        del properties["index"]  # it would tell how many there are
+        schema["required"] = ["name"]
+    else:
+        schema["description"] = _DESCRIPTIONS[name]
+    if name == "Response":
+        properties.update(_NARROWED_IN_RESPONSE)
+        for hidden in _NEVER_IN_RESPONSE:
+            del properties[hidden]
+    for hidden in HIDDEN:
+        properties.pop(hidden, None)
+    for choice in inner.values():
+        for hidden in HIDDEN_IN_CHOICE:
+            choice.get("properties", {}).pop(hidden, None)
+    if name in _WITH_EXPERTS:
+        properties["experts"] = reference("ExpertsUsed")
+        properties["receipt"] = _RECEIPT
+    if name in _ALWAYS_WITH_EXPERTS:
+        schema["required"] = [*schema["required"], "experts"]
+    return schema, inner
