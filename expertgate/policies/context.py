@@ -92,7 +92,7 @@ def record(
     moment = context.time.astimezone(UTC)
     found: dict[str, Any] = {
         "purpose": context.purpose,
-        "time": moment.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "time": f"{moment.replace(tzinfo=None).isoformat(timespec='seconds')}Z",
         "weekday": moment.isoweekday(),
         "address": None if context.address is None else str(context.address),
     }
