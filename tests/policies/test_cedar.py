@@ -414,3 +414,13 @@ def test_a_time_of_any_year(year):
     early = 'context.time < datetime("1000-01-01")'
     found = names(when(early), Principal("alice"), Context(NOON.replace(year=year)))
     assert found == (ALL if year < 1000 else [])
+
+
+@pytest.mark.parametrize("name", ['a"b', "a\\", "\\u{61}", 'a"?: String, "b'])
+def test_a_claim_may_have_quotes_in_its_name(name):
+    asked = name.replace("\\", "\\\\").replace('"', '\\"')
+    text = when(f'context.claims has "{asked}" && context.claims["{asked}"] == "x"')
+    found = PolicySet(list(statements(text, Path("rules.cedar"))), RESOURCES, {name: "string"})
+    for value, count in (("x", 3), ("y", 0)):
+        principal = Principal("alice", claims={name: value})
+        assert len(found.decide(principal, Context(NOON)).granted) == count
