@@ -90,7 +90,7 @@ class PolicySet:
         isn't there, or has another's `@id`; and OSError where the folder can't be listed.
         """
         # All are read before any is parsed: what can't be read is tried again, many times a second.
-        texts = [(path, _text(path)) for path in policy_paths(folder)]
+        texts = [(_named(path), _text(path)) for path in policy_paths(folder)]
         policies = [policy for path, text in texts for policy in statements(text, path)]
         if not policies:
             # Nobody could do anything, which no one would set up a server for.
@@ -161,6 +161,16 @@ class PolicySet:
         """Cedar's words on a policy that failed, with our id of it."""
         match = _FAILURE.fullmatch(message)
         return f"{self._id(match[1])} failed: {match[2]}" if match else message
+
+
+def _named(path: Path) -> Path:
+    """The path itself. Raises PolicyError where it can't name policies in decisions and records."""
+    if not path.name.isprintable():  # as is no name that isn't UTF-8
+        raise PolicyError(
+            f"{str(path)!r}: the name of a file of policies must be printable text, in UTF-8, "
+            "because it names those without an @id; rename it"
+        )
+    return path
 
 
 def _text(path: Path) -> str:

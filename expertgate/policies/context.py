@@ -9,6 +9,7 @@
 | `context.claims` | record | of the principal's token, those that are declared |
 """
 
+import json
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -77,7 +78,9 @@ def declaration(attributes: Set[str], claims: Mapping[str, ClaimKind]) -> str:
 
     A claim is optional whatever it is, because a principal with an API key has none.
     """
-    inner = ", ".join(f'"{name}"?: {_CEDAR_TYPES[kind]}' for name, kind in sorted(claims.items()))
+    # JSON escapes quotes and backslashes as Cedar does.
+    named = [f"{json.dumps(name)}?: {_CEDAR_TYPES[kind]}" for name, kind in sorted(claims.items())]
+    inner = ", ".join(named)
     parts = [ATTRIBUTES[name].format(inner) for name in ATTRIBUTES if name in attributes]
     return "{ " + ", ".join(parts) + " }"
 
@@ -92,7 +95,7 @@ def record(
     moment = context.time.astimezone(UTC)
     found: dict[str, Any] = {
         "purpose": context.purpose,
-        "time": moment.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "time": f"{moment.replace(tzinfo=None).isoformat(timespec='seconds')}Z",
         "weekday": moment.isoweekday(),
         "address": None if context.address is None else str(context.address),
     }

@@ -15,7 +15,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, IPvAnyAddress
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    IPvAnyAddress,
+)
 
 from expertgate.model.catalogue import Catalogue
 from expertgate.policies.cedar import PolicySet
@@ -40,6 +48,14 @@ def _text(value: object) -> object:
     return value
 
 
+def in_utc(time: datetime) -> datetime:
+    """The same time. Raises ValueError where that is none that policies can be asked of."""
+    try:
+        return time.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("is no time in UTC, whose years are 1 to 9999") from None
+
+
 class Case(BaseModel):
     """One line of a table; see the module's words for an example."""
 
@@ -51,7 +67,7 @@ class Case(BaseModel):
     claims: dict[str, Any] = Field(default_factory=dict)
     purpose: str | None = None
     address: Annotated[IPvAnyAddress, BeforeValidator(_text)] | None = None
-    time: Annotated[AwareDatetime, BeforeValidator(_text)] | None = None
+    time: Annotated[AwareDatetime, BeforeValidator(_text), AfterValidator(in_utc)] | None = None
     granted: list[str] | None = None
     denied: list[str] = Field(default_factory=list)
 

@@ -32,8 +32,10 @@
 Paths are relative to the file's folder.
 """
 
+import os
 import re
 import ssl
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -46,6 +48,7 @@ from pydantic import (
     model_validator,
 )
 
+from expertgate.faults import Place
 from expertgate.policies.context import ClaimKind
 from expertgate.server.identity_config import IdentityConfig
 from expertgate.server.yaml_file import YamlError, YamlFile
@@ -84,7 +87,7 @@ class AuditConfig(BaseModel):
 EVERYONE = "*"
 """Under `limits`, those principals of whom no group is named there."""
 
-_Count = Annotated[int, Field(strict=True, ge=1)]
+_Count = Annotated[int, Field(strict=True, ge=1, le=1 << 53)]
 
 
 class Limits(BaseModel):
@@ -180,6 +183,12 @@ class AdminConfig(BaseModel):
         return token
 
 
+_IN_THE_LOG = (
+    "stands in the folder of the audit log, which the server holds locked, so that no command "
+    "could change the file; name one elsewhere, or another folder as audit.path"
+)
+
+
 class Config(BaseModel):
     """See the module's words for an example."""
 
@@ -199,7 +208,7 @@ class Config(BaseModel):
     tls: TlsConfig | None = None
     admin: AdminConfig | None = None
     logs: Literal["text", "json"] = "text"
-    drain_s: Annotated[int, Field(strict=True, ge=0)] = 30
+    drain_s: Annotated[int, Field(strict=True, ge=0, le=1 << 31)] = 30
     tool_parser: str | None = "olmo3"
     engine: dict[str, Any] = Field(default_factory=dict)
 
@@ -221,9 +230,19 @@ class Config(BaseModel):
                 if claim not in config.claims:
                     words = f"{claim!r} has no type; give it one in the top-level claims"
                     raise file.fault(("identity", *place), words)
-            return config._beside(path.parent.absolute())
+            config = config._beside(path.parent.absolute())
+            for place, edited in config._edited():
+                if config.audit.enabled and _folder(edited) == os.path.realpath(config.audit.path):
+                    raise file.fault(place, f"{edited}: {_IN_THE_LOG}")
+            return config
         except YamlError as error:
             raise ConfigError(str(error)) from None
+
+    def _edited(self) -> Iterator[tuple[Place, Path]]:
+        """The files that commands change while the server runs, and where each is named."""
+        yield ("suspended",), self.suspended
+        if self.identity.api_keys is not None:
+            yield ("identity", "api_keys"), self.identity.api_keys
 
     def _beside(self, folder: Path) -> "Config":
         """The same with every path resolved against `folder`."""
@@ -243,3 +262,8 @@ class Config(BaseModel):
                 "admin": self.admin and self.admin.beside(folder),
             }
         )
+
+
+def _folder(path: Path) -> str:
+    """That in which a file really stands, links followed."""
+    return os.path.dirname(os.path.realpath(path))

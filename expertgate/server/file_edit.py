@@ -14,7 +14,8 @@ def locked(path: Path) -> Generator[Path, None, None]:
 
     Raises OSError.
     """
-    target = path.resolve()
+    # Not by `Path.resolve`, which has an error of its own for a link that leads to itself.
+    target = Path(os.path.realpath(path))
     # The file is replaced by a new one, so it is its folder that is locked.
     folder = os.open(target.parent, os.O_RDONLY)
     try:

@@ -75,7 +75,7 @@ class _Watch:
         return True
 
     def still(self) -> bool:
-        return self._look() == self._known
+        return self._look() == self._seen
 
     def again(self) -> None:
         """The next look finds a change."""
@@ -187,7 +187,7 @@ class Oversight:
         the expert isn't taken from everybody for another reason.
         """
         index = self._index(expert)
-        changed = await asyncio.to_thread(suspensions.suspend, self._path, expert)
+        changed = await asyncio.to_thread(suspensions.suspend, self._path, expert, self._held())
         self._read_suspensions()
         if index not in self._service.suspended:
             raise SuspensionError(f"{self._path}: another has changed it meanwhile")
@@ -196,11 +196,15 @@ class Oversight:
     async def resume(self, expert: str) -> bool:
         """Ends what `suspend` began; False where nothing had begun. Raises SuspensionError."""
         index = self._index(expert)
-        changed = await asyncio.to_thread(suspensions.resume, self._path, expert)
+        changed = await asyncio.to_thread(suspensions.resume, self._path, expert, self._held())
         self._read_suspensions()
         if index in self._service.suspended:
             raise SuspensionError(f"{self._path}: another has changed it meanwhile")
         return changed
+
+    def _held(self) -> frozenset[str]:
+        """What stays suspended where the file is gone, and so has to stand in the next one."""
+        return frozenset(self._running.names(self._service.suspended))
 
     def _index(self, expert: str) -> int:
         index = self._running.index(expert)

@@ -14,7 +14,7 @@ from expertgate.policies.context import Context, ip_address
 from expertgate.policies.decision import Decision
 from expertgate.policies.principal import Principal
 from expertgate.server import claim_options
-from expertgate.server.cases import Case, CaseTable
+from expertgate.server.cases import Case, CaseTable, in_utc
 from expertgate.server.circumstances import PURPOSES, is_purpose
 from expertgate.server.config import CONFIG_FILE
 from expertgate.server.policy_source import PolicySource
@@ -212,7 +212,10 @@ def _time(text: str | None) -> datetime:
     if found.tzinfo is None:
         words = f"has no time zone; write {found.isoformat()}Z if UTC is meant"
         raise click.BadParameter(f"{text!r} {words}")
-    return found
+    try:
+        return in_utc(found)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} {error}") from None
 
 
 def _address(text: str | None) -> Any:

@@ -8,6 +8,8 @@ from expertgate.model.catalogue import Catalogue, CatalogueError, Expert
 from expertgate.policies.cedar import PolicySet, policy_paths
 from expertgate.policies.context import ClaimKind
 from expertgate.policies.schema import Resource
+from expertgate.policies.statement import PolicyError
+from expertgate.server.plain_file import check_plain
 from expertgate.server.watched import stamp
 
 Stamp = tuple[object, ...]
@@ -33,7 +35,10 @@ class PolicyFiles:
         an expert is, its licence, tags and description.
         """
         found = running
+        for path in policy_paths(self.folder):
+            _check(path, PolicyError)
         if self.catalogue is not None:
+            _check(self.catalogue, CatalogueError)
             found = Catalogue.read(self.catalogue)
             if _weights(found.experts) != _weights(running.experts):
                 raise CatalogueError(
@@ -41,6 +46,14 @@ class PolicyFiles:
                     "model that runs; restart the server to change them, or suspend an expert"
                 )
         return found, PolicySet.load(self.folder, resources(found), self.claims)
+
+
+def _check(path: Path, kind: type[PolicyError | CatalogueError]) -> None:
+    """Raises `kind`, from an OSError, for what is no file."""
+    try:
+        check_plain(path)
+    except OSError as error:
+        raise kind(f"{path}: {error.strerror or error}") from error
 
 
 def resources(catalogue: Catalogue) -> list[Resource]:

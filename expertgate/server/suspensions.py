@@ -15,6 +15,7 @@ import yaml
 from pydantic import StringConstraints
 
 from expertgate.server.file_edit import locked, replace
+from expertgate.server.plain_file import check_plain
 from expertgate.server.yaml_file import YamlError, YamlFile
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
@@ -30,6 +31,7 @@ def read(path: Path) -> frozenset[str] | None:
     Raises SuspensionError, from an OSError where the file can't be read.
     """
     try:
+        check_plain(path)
         raw = path.read_bytes()
     except FileNotFoundError:
         return None
@@ -45,23 +47,32 @@ def read(path: Path) -> frozenset[str] | None:
         raise SuspensionError(str(error)) from None
 
 
-def suspend(path: Path, expert: str) -> bool:
-    """Adds an expert to the file; False where it was there. Raises SuspensionError."""
-    return _change(path, lambda names: names | {expert})
+def suspend(path: Path, expert: str, held: frozenset[str] = frozenset()) -> bool:
+    """Adds an expert to the file; False where it was there. Raises SuspensionError.
+
+    `held`: what is suspended all the same where there is no file.
+    """
+    return _change(path, held, lambda names: names | {expert})
 
 
-def resume(path: Path, expert: str) -> bool:
-    """Takes an expert out of the file; False where it was not there. Raises SuspensionError."""
-    return _change(path, lambda names: names - {expert})
+def resume(path: Path, expert: str, held: frozenset[str] = frozenset()) -> bool:
+    """Takes an expert out of the file; False where it was not there. Raises SuspensionError.
+
+    `held`: as for `suspend`.
+    """
+    return _change(path, held, lambda names: names - {expert})
 
 
-def _change(path: Path, change: Callable[[frozenset[str]], frozenset[str]]) -> bool:
+def _change(
+    path: Path, held: frozenset[str], change: Callable[[frozenset[str]], frozenset[str]]
+) -> bool:
     """At every moment the file is the old or the new one, and of two writers neither is lost."""
     try:
         with locked(path) as target:
-            old = read(target) or frozenset()
+            found = read(target)
+            old = held if found is None else found
             new = change(old)
-            if new != old:
+            if new != found and (new or old):  # else there may go on being none
                 # Readable by a server of another user's, who else would not obey.
                 replace(target, yaml.safe_dump(sorted(new)).encode(), 0o644)
     except OSError as error:

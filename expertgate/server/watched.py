@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from expertgate.server.plain_file import check_plain
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -54,6 +56,7 @@ class WatchedFile(Generic[T]):
         return True
 
     def _read(self) -> T:
+        check_plain(self.path)
         return self._parse(self.path.read_bytes(), self.path)
 
     def _failed(self, fault: str) -> None:

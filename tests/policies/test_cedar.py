@@ -1,3 +1,4 @@
+import os
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
@@ -396,3 +397,30 @@ def test_the_version_names_policies_and_experts():
     assert len({version, moved, other_experts}) == 3
     # A blank behind the last policy is no part of any.
     assert version == other_text
+
+
+@pytest.mark.parametrize("name", [b"\xff.cedar", b"a\nb.cedar"])
+def test_a_file_whose_name_can_name_no_policy(tmp_path, name):
+    """It would stand in every record of a request, which could then not be written."""
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    path.write_text(EVERYBODY)
+    with pytest.raises(PolicyError, match="must be printable text, in UTF-8") as error:
+        PolicySet.load(tmp_path, RESOURCES)
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("year", [1, 999, 9999])
+def test_a_time_of_any_year(year):
+    early = 'context.time < datetime("1000-01-01")'
+    found = names(when(early), Principal("alice"), Context(NOON.replace(year=year)))
+    assert found == (ALL if year < 1000 else [])
+
+
+@pytest.mark.parametrize("name", ['a"b', "a\\", "\\u{61}", 'a"?: String, "b'])
+def test_a_claim_may_have_quotes_in_its_name(name):
+    asked = name.replace("\\", "\\\\").replace('"', '\\"')
+    text = when(f'context.claims has "{asked}" && context.claims["{asked}"] == "x"')
+    found = PolicySet(list(statements(text, Path("rules.cedar"))), RESOURCES, {name: "string"})
+    for value, count in (("x", 3), ("y", 0)):
+        principal = Principal("alice", claims={name: value})
+        assert len(found.decide(principal, Context(NOON)).granted) == count

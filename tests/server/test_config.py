@@ -232,3 +232,26 @@ def test_what_an_issuer_needs(load, tmp_path, old, new, fault):
     with pytest.raises(ConfigError) as error:
         load(ISSUER.replace(old, new))
     assert str(error.value).startswith(f"{tmp_path}/expertgate.yaml:{fault}")
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (LEAST + "suspended: audit/suspended.yaml\n", "3: suspended: "),
+        (LEAST + "suspended: other/suspended.yaml\n", "3: suspended: "),
+        (LEAST + "audit: {path: .}\n", "1: suspended: "),
+        (LEAST.replace("keys.yaml", "audit/keys.yaml"), "1: identity.api_keys: "),
+    ],
+)
+def test_what_commands_change_stands_not_in_the_audit_logs_folder(load, tmp_path, text, fault):
+    """The server has that folder locked, and so has whoever changes a file in it."""
+    (tmp_path / "other").symlink_to("audit")
+    with pytest.raises(ConfigError, match="stands in the folder of the audit log") as error:
+        load(text)
+    assert str(error.value).startswith(f"{tmp_path}/expertgate.yaml:{fault}")
+    load(LEAST + "suspended: audit/suspended.yaml\naudit: {enabled: false}\n")
+
+
+def test_a_limit_that_no_clock_can_count(load):
+    with pytest.raises(ConfigError, match="tokens_per_minute: must be less than or equal to"):
+        load(LEAST + f"limits: {{a: {{tokens_per_minute: 1{'0' * 400}}}}}\n")

@@ -6,7 +6,10 @@ import json
 import pytest
 from starlette.testclient import TestClient
 
+from expertgate.policies.principal import Principal
+from expertgate.server.admission import Admission
 from expertgate.server.app import create_app
+from expertgate.server.config import EVERYONE, Limits
 from tests.server.sites import ALICE, NEWS, PUBLIC, RESEARCH, Site
 
 RULES = PUBLIC + ALICE + RESEARCH + NEWS
@@ -97,3 +100,14 @@ def test_what_is_malformed_is_a_400(explain, body, code):
 
 def test_nobody_learns_anything(explain):
     assert explain(None).json()["error"]["code"] == "invalid_credential"
+
+
+def test_it_takes_a_place_and_counts_as_other_requests_do(site, explain):
+    """Each holds its body, and half a minute for it: one client could fill the memory."""
+    site.service.admission = Admission({EVERYONE: Limits(requests_per_minute=2)}, places=2)
+    assert explain("alice").status_code == 200
+    with site.service.admission.enter(Principal("dave")):
+        refused = explain("dave", {"experts": 7})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
+    assert explain("alice").status_code == 200
+    assert explain("alice").status_code == 429

@@ -652,6 +652,34 @@ def test_suspensions_that_cannot_be_read_are_read_again_until_they_can(site, mon
     assert "suspended.yaml: Too many open files" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("what", "expert", "changed", "left"),
+    [
+        ("suspend", "news", True, ["math", "news"]),
+        ("suspend", "math", False, ["math"]),
+        ("resume", "news", False, ["math"]),
+        ("resume", "math", True, []),
+    ],
+)
+def test_where_the_file_is_gone_a_switch_moves_one_expert_and_no_other(
+    site, what, expert, changed, left
+):
+    """What is written anew must say as well what is held though its file is gone."""
+
+    async def story():
+        await site.oversight.suspend("math")
+        site.suspended.unlink()
+        await site.look()
+        site.changes.clear()
+        assert await getattr(site.oversight, what)(expert) == changed
+        assert site.service.catalogue.names(site.service.suspended) == left
+
+    asyncio.run(story())
+    assert yaml.safe_load(site.suspended.read_text()) == left
+    wanted = {"suspend": Suspended, "resume": Resumed}[what](expert)
+    assert site.changes == ([wanted] if changed else [])
+
+
 @pytest.mark.parametrize("what", ["suspend", "resume"])
 def test_an_operator_is_not_told_what_is_not_in_force(site, monkeypatch, what):
     read = suspensions.read
@@ -680,7 +708,7 @@ def test_an_operator_is_told_where_another_undid_it_at_once(site, monkeypatch, w
     async def story():
         site.suspended.write_text("- news\n" if what == "resume" else "[]\n")
         await site.look()
-        monkeypatch.setattr(suspensions, what, lambda path, expert: True)
+        monkeypatch.setattr(suspensions, what, lambda path, expert, held: True)
         with pytest.raises(SuspensionError, match=r"suspended\.yaml: another has changed"):
             await getattr(site.oversight, what)("news")
 
@@ -916,3 +944,56 @@ def test_one_whose_credential_cannot_be_judged_is_withdrawn_too(site, monkeypatc
 
     asyncio.run(story())
     assert "ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize("what", ["suspended", "rules", "experts"])
+def test_a_pipe_in_the_place_of_a_file_holds_up_nothing(site, caplog, what):
+    """Whoever opens one waits for somebody who writes."""
+    path = getattr(site, what)
+
+    async def story():
+        await site.oversight.suspend("news")
+        path.unlink()
+        os.mkfifo(path)
+        freeing = threading.Timer(10, lambda: os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK)))
+        freeing.start()
+        await site.look()
+        freeing.cancel()
+        assert list(site.service.suspended) == [2]
+        assert f"{path}: must be a file" in caplog.text
+
+    asyncio.run(story())
+
+
+def test_told_to_reload_while_it_does_it_still_puts_in_force_what_it_read(site, monkeypatch):
+    """Whoever says it ever again, before the files are read, would keep a change from counting."""
+    real = PolicyFiles.load
+
+    def told_again(files, running):
+        found = real(files, running)
+        site.oversight.reload()
+        return found
+
+    monkeypatch.setattr(PolicyFiles, "load", told_again)
+
+    async def story():
+        grant = await site.ask("alice")
+        site.write(PUBLIC)
+        await site.look()
+        assert grant.withdrawn
+        loads = site.oversight.policy.loads
+        await site.look()  # as it was told to
+        assert site.oversight.policy.loads > loads
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("what", ["suspend", "resume"])
+def test_a_link_that_leads_to_itself_is_told(site, what):
+    site.suspended.symlink_to(site.suspended)
+
+    async def story():
+        with pytest.raises(SuspensionError, match=r"suspended\.yaml: Too many levels"):
+            await getattr(site.oversight, what)("news")
+
+    asyncio.run(story())

@@ -166,6 +166,10 @@ def test_cases_that_do_not(run, folder):
         ("- {principal: a, granted: [], address: 1.2.3.4.5}", "cases.yaml:1: [0].address: "),
         ("- {principal: a, granted: [], time: 2026}", "cases.yaml:1: [0].time: "),
         ("- {principal: a, granted: [], time: noon}", "cases.yaml:1: [0].time: "),
+        (
+            "- {principal: a, granted: [], time: 0001-01-01T00:00:00+14:00}",
+            "cases.yaml:1: [0].time: is no time in UTC",
+        ),
         ("- {principal: a, granted: [], time: 2026-01-01T00:00:00}", "cases.yaml:1: [0].time: "),
         ("- {principal: 1, granted: []}", "cases.yaml:1: [0].principal: "),
         ("- {principal: a, granted: [}", "cases.yaml:1: "),
@@ -281,7 +285,12 @@ def test_explain_in_a_context(run, folder):
     context = ["--purpose", "care", "--address", "10.1.1.1", "--time", "2026-11-23T10:00:00Z"]
     assert "allowed" in run(*asked, *context)[1]
     assert "denied" in run(*asked, *context[:-1], "2026-11-24T10:00:00Z")[1]
-    for wrong in (["--address", "ten"], ["--time", "noon"], ["--time", "2026-11-23T10:00:00"]):
+    for wrong in (
+        ["--address", "ten"],
+        ["--time", "noon"],
+        ["--time", "2026-11-23T10:00:00"],
+        ["--time", "0001-01-01T00:00:00+14:00"],
+    ):
         status, _, err = run(*asked, *wrong)
         assert status == 2
         assert repr(wrong[1]) in err

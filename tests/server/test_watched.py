@@ -1,6 +1,8 @@
 """Files that are read again when they change, and whatever is in them or happens to them."""
 
 import asyncio
+import os
+import threading
 
 import pytest
 
@@ -66,3 +68,31 @@ def test_what_changes_while_it_is_read_waits_for_another_look(path):
     assert file.value == b"one"
     assert looks(file) == [False, True]
     assert file.value == b"three"
+
+
+def test_what_is_no_file_is_not_waited_for(path, caplog):
+    """Whoever opens a pipe waits for somebody who writes, and nobody would look any more."""
+    file = WatchedFile(path, read)
+    path.unlink()
+    os.mkfifo(path)
+    # Lets go of whoever waits all the same.
+    freeing = threading.Timer(10, lambda: os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK)))
+    freeing.start()
+    assert looks(file, 3) == [False] * 3
+    freeing.cancel()
+    assert file.value == b"one"
+    assert "must be a file" in caplog.text
+    path.unlink()
+    path.write_bytes(b"two, longer")
+    assert looks(file) == [False, True]
+
+
+def test_a_device_is_none(path):
+    """Some have no end."""
+    file = WatchedFile(path, read)
+    path.unlink()
+    path.symlink_to("/dev/null")
+    assert looks(file, 3) == [False] * 3
+    assert file.value == b"one"
+    with pytest.raises(OSError, match="must be a file"):
+        WatchedFile(path, read)

@@ -20,6 +20,8 @@ GENESIS = "0" * 64
 BY_A_START = frozenset({"start", "recovered", "gap"})
 """Kinds that a server which starts writes before it signs, which it does at once."""
 
+NOT_CANONICAL = "has a value that no canonical form can hold"
+
 Record = Mapping[str, Any]
 
 
@@ -89,7 +91,7 @@ def check_canonical(record: Record, line: bytes) -> None:
     """Raises RecordError where the line says the record in another way than the canonical one."""
     try:
         canonical = line_of(record)
-    except ValueError:
-        raise RecordError("has a value that no canonical form can hold") from None
+    except (ValueError, RecursionError):
+        raise RecordError(NOT_CANONICAL) from None
     if canonical != line:
         raise RecordError("is not in canonical form (RFC 8785): it was written by something else")

@@ -9,7 +9,14 @@ from typing import Any
 from expertgate.model.usage import Usage
 from expertgate.policies.expert_set import ExpertSet
 from expertgate.server.audit.receipts import Receipts, statement
-from expertgate.server.audit.writer import AuditLog, AuditUnavailable, Recorded, Waived, Written
+from expertgate.server.audit.writer import (
+    AuditLate,
+    AuditLog,
+    AuditUnavailable,
+    Recorded,
+    Waived,
+    Written,
+)
 from expertgate.server.errors import ApiError
 from expertgate.server.grants import Grant
 
@@ -40,7 +47,7 @@ class Entry:
         self.request_id: str = fields["request"]
         self.result: Future[Written] | None = None
         self.begun = False
-        """Whether the log has the request, or may have it soon."""
+        """Whether the log has the request, or may have it soon: then it gets a result as well."""
         self.status = CLIENT_GONE
         self.code: str | None = "client_gone"
         self._log = audit_log
@@ -55,8 +62,8 @@ class Entry:
         self.begun = True
         try:
             self.grant.recorded = await append(self._log, "request", **self._fields)
-        except ApiError:
-            self.begun = False
+        except ApiError as error:
+            self.begun = isinstance(error.__cause__, AuditLate)
             raise
 
     def ended(self, status: int, code: str | None) -> None:
@@ -118,7 +125,7 @@ async def append(audit_log: AuditLog | None, kind: str, **fields: Any) -> Record
             "this request can't be recorded, and so it is not run; try again later",
             None,
             {"Retry-After": "1"},
-        ) from None
+        ) from error
 
 
 def _usage_fields(usage: Usage, experts: ExpertSet, names: Sequence[str]) -> dict[str, Any]:

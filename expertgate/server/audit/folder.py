@@ -14,6 +14,7 @@ from typing import Any
 from expertgate.server.audit.chain import (
     BY_A_START,
     GENESIS,
+    NOT_CANONICAL,
     AuditError,
     RecordError,
     digest,
@@ -65,10 +66,13 @@ def read_head(path: Path) -> dict[str, Any]:
     """A head that was kept. Raises AuditError."""
     try:
         head = parse(path.read_bytes().strip())
+        line_of(head)
     except OSError as error:
         raise AuditError(f"{path}: {error.strerror or error}") from None
     except RecordError as error:
         raise AuditError(f"{path}: {error}") from None
+    except (ValueError, RecursionError):
+        raise AuditError(f"{path}: {NOT_CANONICAL}") from None
     if head["kind"] != "head":
         raise AuditError(f"{path}: is a {head['kind']!r} record, not a head")
     return head

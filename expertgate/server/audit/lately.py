@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from expertgate.server.audit.chain import RecordError, digest, parse
+from expertgate.server.audit.chain import AuditError, RecordError, digest, parse
 from expertgate.server.audit.folder import files
 from expertgate.server.audit.signing import PublicKeys
 from expertgate.server.audit.writer import Written
@@ -17,11 +17,15 @@ def lately(folder: Path, keys: PublicKeys) -> Iterator[tuple[dict[str, Any], Wri
     after a crash: whoever can write to the folder could have written it, and later heads sign over
     it all the same. It ends where a line isn't the one that the next names.
 
-    Raises AuditError and OSError.
+    Raises AuditError.
     """
     wanted, vouched = "", False
     for path in reversed(files(folder)):
-        for line in reversed(path.read_bytes().splitlines()):
+        try:
+            raw = path.read_bytes()
+        except OSError as error:
+            raise AuditError(f"{path}: {error.strerror or error}") from None
+        for line in reversed(raw.splitlines()):
             found = digest(line)
             if wanted and found != wanted:
                 return

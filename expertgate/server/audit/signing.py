@@ -52,11 +52,15 @@ class SigningKey:
         pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with open(descriptor, "wb") as file:
-                file.write(pem)
-                file.flush()
-                os.fsync(file.fileno())
-            sync_folder(path.parent)
+            try:
+                with open(descriptor, "wb") as file:
+                    file.write(pem)
+                    file.flush()
+                    os.fsync(file.fileno())
+                sync_folder(path.parent)
+            except OSError:
+                path.unlink()  # half a key would end every start from now on
+                raise
         except OSError as error:
             raise AuditError(f"{path}: {error.strerror or error}") from None
         return cls(private)
@@ -120,7 +124,7 @@ class PublicKeys:
         return cls(dict(_public_key(entry, path, index) for index, entry in enumerate(entries)))
 
     def __contains__(self, key_id: object) -> bool:
-        return key_id in self._keys
+        return isinstance(key_id, str) and key_id in self._keys
 
     def __getitem__(self, key_id: str) -> Ed25519PublicKey:
         return self._keys[key_id]
@@ -131,7 +135,7 @@ class PublicKeys:
         try:
             key = self._keys[head["key"]]
             key.verify(_unb64(head["signature"]), _HEAD_DOMAIN + rfc8785.dumps(unsigned))
-        except (KeyError, ValueError, TypeError, InvalidSignature):
+        except (KeyError, ValueError, TypeError, RecursionError, InvalidSignature):
             return False
         return True
 

@@ -62,6 +62,7 @@ class Trail:
         self._refused: Counter[tuple[str, str] | None] = Counter()
         self._uncounted: Counter[tuple[int, str]] = Counter()
         self._refused_since = time.monotonic()
+        self._started = False
 
     @property
     def ready(self) -> bool:
@@ -89,13 +90,15 @@ class Trail:
         except AuditUnavailable as error:
             if not self.log.fail_open:
                 raise AuditError(f"{self.log.folder}: can't be written: {error}") from None
+        self._started = True
 
     def stop(self) -> None:
         """Says so, and closes the log, signed up to its end."""
         if self.log is None:
             return
         self._tell_refusals()
-        self.log.note("stop")
+        if self._started:
+            self.log.note("stop")
         self.log.close()
 
     async def probe(self) -> Recorded:

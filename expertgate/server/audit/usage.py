@@ -53,7 +53,7 @@ def add_up(folder: Path, by: By, since: datetime | None, until: datetime | None)
                     time = datetime.fromisoformat(record["time"])
                     if (since is None or since <= time) and (until is None or time < until):
                         _add(rows, record, by, whose, principal)
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise AuditError(f"{place}: a {record['kind']} record without what it needs") from None
     return sorted(rows.values(), key=lambda row: row.name)
 
@@ -71,6 +71,8 @@ def _add(
         found = {"tokens": 0, "share": 0} if usage is None else usage["experts"][name]
         computed = 0 if usage is None else usage["computed_tokens"]
         whose = {"expert": name, "owner": owners.get(name, ""), "principal": principal}[by]
+        if not isinstance(whose, str):
+            raise TypeError
         tokens, share = parts.get(whose, (0.0, 0.0))
         parts[whose] = tokens + found["tokens"], share + found["share"] * computed
     for whose, (tokens, share) in parts.items():

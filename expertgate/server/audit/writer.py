@@ -46,6 +46,10 @@ class AuditUnavailable(Exception):  # noqa: N818  (what it is, and named as one)
     """The record is not on disk, and what it speaks of must not happen."""
 
 
+class AuditLate(AuditUnavailable):
+    """The record was not on disk in time. It may be later, and then what becomes of it is."""
+
+
 @dataclass(frozen=True, slots=True)
 class Written:
     """A record's number and line hash. Made only after the record is on disk."""
@@ -115,6 +119,7 @@ class AuditLog:
         self._fault = ""
         self._began: float | None = None
         self._head: bytes | None = None
+        self._head_fault = ""
         self._signed_at = time.monotonic()
         self._file: int | None = None
         self._identity = (0, 0)  # of that file; while it is open no other can have the same
@@ -139,6 +144,9 @@ class AuditLog:
         except AuditError:
             os.close(self._lock)
             raise
+        # What another process left, or somebody else has written since. No head may sign over it
+        # before a start stands between the two, which says so for good.
+        self._left = self._state.unsigned > 0
         self._thread = threading.Thread(target=self._work, name="audit-log", daemon=True)
         self._thread.start()
 
@@ -162,7 +170,8 @@ class AuditLog:
     async def append(self, kind: str, **fields: Any) -> Recorded:
         """Returns once the record is on disk. Raises AuditUnavailable.
 
-        A log that is open on failure says Waived instead, and keeps the record for later.
+        A log that is open on failure says Waived instead, and keeps the record for later. It is
+        kept as well where the caller waits no longer.
         """
         queued = _Queued(_stamped(kind, fields), waits=True)
         try:
@@ -179,12 +188,14 @@ class AuditLog:
         try:
             async with asyncio.timeout(_WRITE_TIMEOUT_S):
                 return await Landing(queued.place)
-        except (AuditUnavailable, TimeoutError) as error:
-            # After a timeout the record still waits, or is being written.
-            words = str(error) or self.fault or _TOO_SLOW
-            if self.fail_open:
-                return Waived(words)
-            raise AuditUnavailable(words) from None
+        except TimeoutError:
+            # The record still waits, or is being written.
+            refused: AuditUnavailable = AuditLate(self.fault or _TOO_SLOW)
+        except AuditUnavailable as error:
+            refused = error
+        if self.fail_open:
+            return Waived(str(refused))
+        raise refused from None
 
     def note(self, kind: str, **fields: Any) -> Future[Written]:
         """Queues a record that nothing need wait for; it is kept while the disk fails."""
@@ -213,6 +224,9 @@ class AuditLog:
             self._closing = True
             self._wake.notify()
         self._thread.join()
+        if self._queue:
+            words = "%s: %d records could not be written, and are lost: %s"
+            log.critical(words, self.folder, len(self._queue), self._fault)
         self._close_file()
         os.close(self._lock)
 
@@ -296,9 +310,9 @@ class AuditLog:
             # Also what shows, without a request, whether the disk is back.
             gap = _stamped("gap", {"lost": unreported, "why": self._fault})
             taken.insert(0, _Queued(gap, waits=False))
-        elif not taken and not (sign and self._state.unsigned):
+        elif not taken and not (sign and self._state.unsigned and not self._left):
             return
-        batch = _Batch(self._state, self.key, self._sign_every)
+        batch = _Batch(self._state, self.key, self._sign_every, left=self._left)
         written: list[tuple[_Queued, Written]] = []
         for queued in taken:
             try:
@@ -307,7 +321,7 @@ class AuditLog:
                 log.error("a record has no canonical form and is lost: %s", error)
                 self._lose(queued, "the record has no canonical form")
         rotate = self._state.size + batch.size >= self._rotate_bytes
-        if batch.state.unsigned and (sign or rotate):
+        if batch.state.unsigned and not batch.left and (sign or rotate):
             batch.add_head()
         began = self._began = time.monotonic()
         try:
@@ -318,6 +332,7 @@ class AuditLog:
         finally:
             self._began = None
         self.on_commit(time.monotonic() - began)
+        self._left = batch.left
         with self._wake:
             self._unreported -= unreported
         if self._fault:
@@ -333,10 +348,23 @@ class AuditLog:
             self._head = batch.head
             self._signed_at = time.monotonic()
         if self._head is not None:
-            # Nobody waits for this copy; if it fails, it is tried again after the next commit.
-            with contextlib.suppress(OSError):
-                folders.replace_head(self.folder, self._head)
-                self._head = None
+            self._copy_head(self._head)
+
+    def _copy_head(self, head: bytes) -> None:
+        """Nobody waits for this; where it fails, it is tried again after the next commit."""
+        self._began = time.monotonic()  # for all wait behind it
+        try:
+            folders.replace_head(self.folder, head)
+        except OSError as error:
+            words = error.strerror or str(error)
+            if words != self._head_fault:
+                file = self.folder / folders.HEAD_FILE
+                log.error("%s: can't be written: %s; a cut of the log might not show", file, words)
+            self._head_fault = words
+            return
+        finally:
+            self._began = None
+        self._head, self._head_fault = None, ""
 
     def _write(self, batch: "_Batch") -> None:
         """Raises OSError or _Tampered; then nothing of the batch counts."""
@@ -417,8 +445,8 @@ class AuditLog:
             if not queued.waits:
                 kept.append(queued)
                 continue
-            _reject(queued, self._fault)
-            if self.fail_open:
+            told = _reject(queued, self._fault)
+            if self.fail_open or not told:
                 kept.append(_Queued(queued.fields, waits=False))
         with self._wake:
             self._queue.extendleft(reversed(kept))
@@ -437,8 +465,10 @@ class _Tampered(Exception):  # noqa: N818
 class _Batch:
     """Lines in the making, and the state once they are on disk."""
 
-    def __init__(self, state: _State, key: SigningKey, sign_every: int) -> None:
+    def __init__(self, state: _State, key: SigningKey, sign_every: int, *, left: bool) -> None:
+        """`left`: there are records before, from which a start has to part what is signed."""
         self.state = state
+        self.left = left
         self.lines: list[bytes] = []
         self.size = 0
         self.head: bytes | None = None
@@ -448,8 +478,10 @@ class _Batch:
     def add(self, fields: dict[str, Any]) -> Written:
         """Raises ValueError for what has no canonical form."""
         place = self._add({**fields, **self._place()}, self.state.unsigned + 1)
+        started = fields["kind"] == "start"
+        self.left = self.left and not started
         # At the start, so that a head says how often this process signs.
-        if self.state.unsigned >= self._sign_every or fields["kind"] == "start":
+        if started or (self.state.unsigned >= self._sign_every and not self.left):
             self.add_head()
         return place
 
@@ -480,6 +512,9 @@ def _stamped(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
     return {**fields, "v": VERSION, "kind": kind, "time": now}
 
 
-def _reject(queued: _Queued, why: str) -> None:
-    if queued.place.set_running_or_notify_cancel():
+def _reject(queued: _Queued, why: str) -> bool:
+    """Whether anybody was there to be told."""
+    waits = queued.place.set_running_or_notify_cancel()
+    if waits:
         queued.place.set_exception(AuditUnavailable(why))
+    return waits

@@ -20,11 +20,12 @@ async def explain(request: Request) -> JSONResponse:
     there as denied, whether or not there is such an expert, and without the policies that deny it.
     """
     service: Service = request.app.state.service
-    request.state.principal = await service.identity.identify(request)
-    body = schemas.read(ExplainRequest, await read_body(request))
-    selection = select(body, request.headers, served="")
-    context = context_of(request, body.purpose)
-    decision = service.decide(await service.identity.identify(request), context)
+    request.state.principal = principal = await service.identity.identify(request)
+    with service.admission.enter(principal):
+        body = schemas.read(ExplainRequest, await read_body(request))
+        selection = select(body, request.headers, served="")
+        context = context_of(request, body.purpose)
+        decision = service.decide(await service.identity.identify(request), context)
 
     error = None
     experts = ExpertSet(0)

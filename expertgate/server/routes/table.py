@@ -165,7 +165,7 @@ ROUTES: tuple[Route, ...] = (
         says="The decision on a selection of experts, with the policies that grant them; nothing "
         "runs. Of what is not granted it says no more than a refusal would.",
         answer="Decision",
-        codes=(*_ASKED, *_READ, "invalid_experts"),
+        codes=(*_ASKED, *_READ, "invalid_experts", "overloaded"),
         bodies=(ExplainRequest,),
         example={"experts": ["public", "news"], "purpose": "care"},
         headers=(*_SELECTION, *_IDENTITY),

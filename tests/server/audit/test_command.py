@@ -1,6 +1,8 @@
 """`expertgate audit`, as an operator calls it."""
 
+import errno
 import json
+import os
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
@@ -78,6 +80,19 @@ def test_a_key_is_made_once_and_shown_alike(call, tmp_path):
     assert (status, err) == (2, "expertgate: new.pem: File exists\n")
 
 
+def test_half_a_key_is_not_left_behind(call, tmp_path, monkeypatch):
+    """A server would make none where there is one, and could not use it."""
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "fsync", full)
+        status, _, err = call("keygen", "new.pem")
+    assert (status, err) == (2, "expertgate: new.pem: No space left on device\n")
+    assert call("keygen", "new.pem")[0] == 0
+
+
 def test_a_public_key_in_pem_serves_as_well(call, folder, tmp_path):
     from tests.server.audit.logs import signing_key
 
@@ -141,7 +156,23 @@ def test_a_file_that_is_no_signing_key(call, tmp_path, content, words):
     assert words in err
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"kind":"request"}', b"\xff"])
+_HEAD = b'{"key":"x","kind":"head","prev":"","seq":1,"signature":"","time":"","v":1,"z":%s}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b'{"kind":"request"}',
+        b"\xff",
+        _HEAD % b"9999999999999999",
+        _HEAD % b"NaN",
+        _HEAD % b'"\\ud800"',
+        _HEAD % (b"[" * 900 + b"]" * 900),
+    ],
+)
 def test_a_head_that_is_none(call, folder, tmp_path, content):
     (tmp_path / "bad").write_bytes(content)
     status, _, err = call("verify", folder, "--head", "bad")

@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 from expertgate.policies.principal import Principal
 from expertgate.server.app import create_app
 from expertgate.server.audit import receipts, writer
+from expertgate.server.audit.chain import AuditError
 from expertgate.server.audit.lately import lately
 from expertgate.server.audit.trail import Trail
 from expertgate.server.cli import main
@@ -380,3 +381,13 @@ def test_what_is_no_receipt(call, content):
 def test_a_signed_head_or_another_token_is_no_receipt(call, tmp_path):
     other = jwt.encode({"iss": "expertgate"}, signing_key(tmp_path).private, algorithm="EdDSA")
     assert call(other)[0] == 2
+
+
+def test_a_log_that_cannot_be_read_ends_the_start_and_says_why(tmp_path):
+    next(lives(tmp_path))
+    folder = tmp_path / "audit"
+    (path,) = folder.glob("*.jsonl")
+    path.rename(folder / "away")
+    path.mkdir()
+    with pytest.raises(AuditError, match=rf"{path}: Is a directory"):
+        list(lately(folder, public_keys(tmp_path)))

@@ -1,8 +1,10 @@
 """What the server's requests leave in the log, and in which order."""
 
+import asyncio
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import re
 import threading
@@ -381,3 +383,92 @@ def test_start_and_stop_are_told(tmp_path):
     assert start["experts"][1] == {"name": "math", "owner": "math-owner", "sha256": "1" * 64}
     assert start["catalogue"] == trail.catalogue_digest
     assert check(tmp_path).faults == []
+
+
+async def status_of_chat(app):
+    """Asks in the event loop that runs."""
+    body = json.dumps(BODY).encode()
+    headers = [(b"user", b"alice"), (b"content-type", b"application/json")]
+    left, sent = [{"type": "http.request", "body": body, "more_body": False}], []
+
+    async def receive():
+        return left.pop() if left else await asyncio.Event().wait()
+
+    async def send(message):
+        sent.append(message)
+
+    await app(
+        {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/chat/completions",
+            "query_string": b"",
+            "client": ("127.0.0.1", 7),
+            "headers": headers,
+        },
+        receive,
+        send,
+    )
+    return sent[0]["status"]
+
+
+@pytest.fixture(params=[None, errno.EIO], ids=["slow", "slow and failing"])
+def slow_disk(monkeypatch, request):
+    """Writes nothing until it may, and then at once or by the second try."""
+    may, write, errors = threading.Event(), os.write, [request.param] if request.param else []
+
+    def slow(file, data):
+        if threading.current_thread().name == "audit-log":
+            may.wait()
+            if errors:
+                raise OSError(errors.pop(), "the disk failed")
+        return write(file, data)
+
+    monkeypatch.setattr(writer, "_TICK_S", 0.02)
+    monkeypatch.setattr(writer.os, "write", slow)
+    return may
+
+
+def check_ended(found, status, code):
+    """A request that is on record for good has a result there."""
+    assert [record["kind"] for record in found] == ["request", "result"]
+    assert found[0]["request"] == found[1]["request"]
+    assert (found[1]["status"], found[1]["code"]) == (status, code)
+
+
+def test_a_record_that_comes_too_late_has_a_result_that_says_so(
+    client, log, engine, tmp_path, monkeypatch, slow_disk
+):
+    monkeypatch.setattr(writer, "_WRITE_TIMEOUT_S", 0.2)
+    assert ask(client).status_code == 503
+    slow_disk.set()
+    wait_for(lambda: log.healthy)
+    assert engine.calls == []
+    found = closed(log, tmp_path, "request", "result", "refused")
+    check_ended(found, 503, "audit_unavailable")
+
+
+def test_a_request_that_is_withdrawn_before_its_record_is_written_has_both(
+    log, service, engine, tmp_path, slow_disk
+):
+    async def story():
+        asking = asyncio.create_task(status_of_chat(create_app(service)))
+        while not len(service.grants):
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        for grant in service.grants:
+            grant.withdraw()
+        assert await asking == 403
+
+    asyncio.run(story())
+    slow_disk.set()
+    wait_for(lambda: log.depth == 0 and log.healthy)
+    assert engine.calls == []
+    check_ended(closed(log, tmp_path, "request", "result"), 403, "expert_withdrawn")
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

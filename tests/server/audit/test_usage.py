@@ -120,6 +120,13 @@ def test_bad_times_and_folders(call, folder, tmp_path):
         assert len(err.splitlines()) == 1
 
 
+_RESULT = (
+    b'{"effective":%s,"kind":"result","prev":"","request":"r","seq":1,'
+    b'"time":"2026-11-01T00:00:00Z","v":1,'
+    b'"usage":{"computed_tokens":1,"experts":{"public":{"share":0.5,"tokens":%s}}}}'
+)
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -127,6 +134,9 @@ def test_bad_times_and_folders(call, folder, tmp_path):
         b'{"kind":"result","prev":"","seq":1,"time":"","v":1}',
         b'{"kind":"start","prev":"","seq":1,"time":"","v":1,"experts":7}',
         b'{"kind":"request","prev":"","seq":1,"time":"","v":1}',
+        _RESULT % (b'["public"]', b"1" + b"0" * 400),
+        _RESULT % (b'["public", 7]', b"1"),
+        _RESULT.replace(b'{"comp', b'null,"z":{"comp') % (b'[7, "a"]', b"1"),
     ],
 )
 def test_a_malformed_log_is_told_with_its_place(call, folder, line):

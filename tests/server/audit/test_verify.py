@@ -334,3 +334,26 @@ def test_of_many_faults_the_first_are_told_and_that_there_may_be_more(folder):
     lines = result.stderr.splitlines()
     assert len(lines) == 21
     assert lines[-1] == "there may be more: stopped after 20 faults"
+
+
+def nested(depth):
+    """JSON that can be read, and that takes more of the stack to be written."""
+    return b'{"kind":"head","prev":"","seq":1,"time":"","v":1,"z":%s}' % (
+        b"[" * depth + b"]" * depth
+    )
+
+
+@pytest.mark.parametrize("depth", [100, 300, 450, 700, 900])
+def test_a_deep_record_is_a_fault_and_ends_nothing(folder, depth):
+    lines = lines_of(folder)
+    rewrite(folder, [*lines[:2], nested(depth) + b"\n", *lines[3:]])
+    assert len(check(folder).faults) >= 1
+
+
+@pytest.mark.parametrize("key", ["[]", "{}", "null", "7", "true"])
+def test_a_head_that_names_no_key_at_all(folder, key):
+    lines = lines_of(folder)
+    head = b'{"every":5,"key":%s,"kind":"head","prev":"%s","seq":3,"signature":"","time":"","v":1}'
+    line = head % (key.encode(), b"0" * 64)
+    rewrite(folder, [*lines[:2], line + b"\n", *lines[3:]])
+    assert any(":3: the head is signed by another key" in fault for fault in check(folder).faults)

@@ -12,15 +12,18 @@ import pytest
 from prometheus_client import REGISTRY
 
 from expertgate.server import metrics
+from expertgate.server.audit import folder as folders
 from expertgate.server.audit import writer
-from expertgate.server.audit.chain import AuditError
+from expertgate.server.audit.chain import AuditError, digest, line_of
 from expertgate.server.audit.folder import HEAD_FILE
+from expertgate.server.audit.lately import lately
 from expertgate.server.audit.signing import PublicKeys
 from expertgate.server.audit.verify import verify
 from expertgate.server.audit.writer import AuditUnavailable, Waived, Written
 from tests.server.audit.logs import (
     check,
     open_log,
+    public_keys,
     records,
     signing_key,
     write_log,
@@ -256,6 +259,54 @@ def test_any_cut_of_the_unsigned_tail_can_be_gone_on_from(tmp_path):
         (tmp_path / "audit" / HEAD_FILE).write_bytes(raw.splitlines()[head])
 
 
+@pytest.fixture
+def left(tmp_path):
+    """Four records that nobody has signed, one less than are signed together, and torn bytes."""
+    log = open_log(tmp_path)
+    log.record("start")
+    raw = last_file(tmp_path).read_bytes()
+    log.close()
+    (tmp_path / "audit" / HEAD_FILE).write_bytes(raw.splitlines()[1])
+    prev = digest(raw.splitlines()[1])
+    for seq in range(3, 7):
+        record = {"kind": "request", "prev": prev, "seq": seq, "time": "2026-11-01", "v": 1}
+        raw += line_of(record) + b"\n"
+        prev = digest(line_of(record))
+    last_file(tmp_path).write_bytes(raw + b"{")
+    return tmp_path
+
+
+def test_what_a_crash_left_is_not_signed_before_a_start_says_so(left, monkeypatch):
+    """Anybody who could write there could have written it."""
+    monkeypatch.setattr(writer, "_SIGN_AFTER_S", 0.0)
+    log = open_log(left)
+    soon(lambda: kinds(left)[-1] == "recovered")
+    time.sleep(0.2)
+    assert kinds(left) == ["start", "head", *["request"] * 4, "recovered"]
+    log.record("start")
+    log.close()
+    assert kinds(left)[6:9] == ["recovered", "start", "head"]
+    report = check(left)
+    assert report.faults == []
+    assert any("4 records before this start were not signed" in note for note in report.notes)
+    vouched = [record["kind"] for record, _ in lately(left / "audit", public_keys(left))]
+    assert "request" not in vouched
+
+
+@pytest.mark.parametrize("rotate_bytes", [1000, 1 << 20])
+def test_nor_by_a_server_that_ends_before_it_starts(left, rotate_bytes):
+    for _ in range(2):
+        log = open_log(left, rotate_bytes=rotate_bytes)
+        log.note("stop")
+        log.close()
+    log = open_log(left)
+    log.record("start")
+    log.close()
+    assert kinds(left).index("head", 2) > kinds(left).index("start", 2)
+    vouched = [record["kind"] for record, _ in lately(left / "audit", public_keys(left))]
+    assert "request" not in vouched
+
+
 def test_a_log_cut_behind_a_signed_head_is_not_gone_on_from(tmp_path):
     write_log(tmp_path, 8)
     path = last_file(tmp_path)
@@ -409,6 +460,52 @@ def test_a_disk_that_hangs_refuses_after_a_while_and_then_at_once(tmp_path, disk
     soon(lambda: log.healthy)
     log.close()
     assert check(tmp_path).faults == []
+
+
+def test_a_head_whose_copy_hangs_is_a_disk_that_hangs(tmp_path, monkeypatch):
+    """All that comes after it waits for it."""
+    monkeypatch.setattr(writer, "_WRITE_TIMEOUT_S", 0.2)
+    log = open_log(tmp_path, sign_every=1)
+    hold, copy = threading.Event(), folders.replace_head
+
+    def slow(folder, line):
+        hold.wait()
+        copy(folder, line)
+
+    monkeypatch.setattr(folders, "replace_head", slow)
+    log.record("request")
+    soon(lambda: not log.healthy)
+    assert "the disk took more than" in fails(log)
+    hold.set()
+    soon(lambda: log.healthy)
+    log.close()
+    assert check(tmp_path).faults == []
+
+
+def test_a_head_that_cannot_be_copied_is_told_once(tmp_path, caplog):
+    """Without it nobody sees that the end of the log was cut off."""
+    log = open_log(tmp_path, sign_every=1)
+    head = tmp_path / "audit" / HEAD_FILE
+    head.mkdir()
+    for _ in range(6):
+        log.record("request")
+    soon(lambda: "a cut of the log" in caplog.text)
+    head.rmdir()
+    log.record("request")
+    log.close()
+    (line,) = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert line.startswith(f"{head}: can't be written: Is a directory")
+    assert check(tmp_path).faults == []
+
+
+def test_what_cannot_be_written_at_the_end_is_told(tmp_path, disk, caplog):
+    log = open_log(tmp_path)
+    log.record("request")
+    disk.write_error = errno.ENOSPC
+    for n in range(3):
+        log.note("result", n=n)
+    log.close()
+    assert "3 records could not be written, and are lost: No space left" in caplog.text
 
 
 def test_too_many_waiting_are_turned_away(tmp_path, disk, monkeypatch):
