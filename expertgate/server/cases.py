@@ -32,6 +32,7 @@ from expertgate.policies.decision import Decision
 from expertgate.policies.principal import Principal
 from expertgate.server.circumstances import PURPOSES, is_purpose
 from expertgate.server.policy_source import PolicySource
+from expertgate.server.times import in_utc
 from expertgate.server.yaml_file import YamlError, YamlFile
 
 _CLOCK = {"time", "weekday"}
@@ -46,14 +47,6 @@ def _text(value: object) -> object:
     if not isinstance(value, str):
         raise ValueError("must be text")
     return value
-
-
-def in_utc(time: datetime) -> datetime:
-    """The same time. Raises ValueError where that is none that policies can be asked of."""
-    try:
-        return time.astimezone(UTC)
-    except OverflowError:
-        raise ValueError("is no time in UTC, whose years are 1 to 9999") from None
 
 
 class Case(BaseModel):

@@ -34,6 +34,7 @@ from pydantic import (
 from expertgate.faults import Place
 from expertgate.server.changes import CredentialChange
 from expertgate.server.names import Name, key_id
+from expertgate.server.times import in_utc
 from expertgate.server.watched import WatchedFile
 from expertgate.server.yaml_file import YamlError, YamlFile
 
@@ -61,10 +62,7 @@ def _time(value: object) -> datetime:
         raise ValueError("must be an ISO 8601 time, such as 2027-01-01T00:00:00Z") from None
     if time.tzinfo is None:
         raise ValueError(f"has no time zone; write {time.isoformat()}Z if UTC is meant")
-    try:
-        time.astimezone(UTC)
-    except OverflowError:
-        raise ValueError("is no time in UTC, whose years are 1 to 9999") from None
+    in_utc(time)
     return time
 
 

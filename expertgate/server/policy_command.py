@@ -14,10 +14,11 @@ from expertgate.policies.context import Context, ip_address
 from expertgate.policies.decision import Decision
 from expertgate.policies.principal import Principal
 from expertgate.server import claim_options
-from expertgate.server.cases import Case, CaseTable, in_utc
+from expertgate.server.cases import Case, CaseTable
 from expertgate.server.circumstances import PURPOSES, is_purpose
 from expertgate.server.config import CONFIG_FILE
 from expertgate.server.policy_source import PolicySource
+from expertgate.server.times import in_utc
 
 _FAILED = 1
 _WIDER = 3

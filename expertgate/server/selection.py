@@ -28,7 +28,6 @@ _MAX_NAME_CHARS = 63
 _OWS = " \t"
 """What may surround an element of a header's list (RFC 9110, §5.6.3)."""
 _SHOWN_NAMES = 8
-_OURS = "x-experts"
 _LIKE_OURS, _OTHERS = "x-expert", "x-expertgate"
 """How a header begins that was meant to be ours, and how one that somebody else may well send."""
 
@@ -113,7 +112,7 @@ def from_model(model: str | None, served: str) -> Selection | None:
 def _refuse_misspelt(headers: Headers) -> None:
     """A wish that nobody reads would be answered by all experts. Raises ApiError 400."""
     for name in headers:
-        if name.startswith(_LIKE_OURS) and name != _OURS and not name.startswith(_OTHERS):
+        if name.startswith(_LIKE_OURS) and name != HEADER.lower() and not name.startswith(_OTHERS):
             raise _invalid(f"there is no header {_shown(name)}; experts are named in {HEADER}")
 
 
