@@ -75,7 +75,9 @@ class Server:
         return httpx.post(self.url + path, content=content, headers=sent, timeout=120)
 
     def chat(self, user: str = "alice", headers: dict[str, str] | None = None, **body: Any) -> Any:
-        body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, **body}
+        # The engine draws its seed at the start: without one here, some answers would end early.
+        hi = [{"role": "user", "content": "hi"}]
+        body = {"messages": hi, "max_tokens": 4, "ignore_eos": True, **body}
         return self.post("/v1/chat/completions", body, user, **(headers or {}))
 
     def complete(
@@ -93,7 +95,7 @@ class Server:
     def respond(
         self, user: str = "alice", headers: dict[str, str] | None = None, **body: Any
     ) -> Any:
-        body = {"input": "hi", "max_output_tokens": 4, **body}
+        body = {"input": "hi", "max_output_tokens": 4, "ignore_eos": True, **body}
         return self.post("/v1/responses", body, user, **(headers or {}))
 
     @property

@@ -101,7 +101,7 @@ def test_probabilities_are_told(server):
 def test_chat_of_a_schema(server):
     form = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}
     found = client(server).chat.completions.create(
-        model="toy", messages=MESSAGES, max_tokens=60, response_format=form
+        model="toy", messages=MESSAGES, max_tokens=60, response_format=form, seed=0
     )
     assert json.loads(found.choices[0].message.content) == {"a": "b"}
 
@@ -118,6 +118,7 @@ def test_chat_that_calls_a_tool(server, choice, stream):
         tools=[CHAT_TOOL],
         tool_choice=choice,
         stream=stream,
+        seed=0,
         logit_bias=bias(server, "]"),
     )
     if stream:
@@ -214,7 +215,7 @@ def test_a_conversation_is_sent_whole(server):
 def test_a_response_of_a_schema(server):
     form = {"type": "json_schema", "name": "s", "schema": SCHEMA, "strict": True}
     found = client(server).responses.create(
-        model="toy", input="hi", max_output_tokens=60, text={"format": form}
+        model="toy", input="hi", max_output_tokens=60, text={"format": form}, temperature=0
     )
     assert json.loads(found.output_text) == {"a": "b"}
 
@@ -228,7 +229,7 @@ def test_a_response_that_calls_a_tool_and_goes_on(server, choice):
         max_output_tokens=200,
         tools=[TOOL],
         tool_choice=choice,
-        extra_body={"logit_bias": bias(server, "]")},
+        extra_body={"logit_bias": bias(server, "]"), "seed": 0},
     )
     call = next(item for item in found.output if item.type == "function_call")
     assert call.name == "weather"

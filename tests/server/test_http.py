@@ -206,6 +206,7 @@ def test_openai_chat(server):
         n=2,
         logprobs=True,
         top_logprobs=2,
+        extra_body={"ignore_eos": True},
     )
     assert [choice.index for choice in answer.choices] == [0, 1]
     assert answer.choices[0].logprobs.content
@@ -232,6 +233,7 @@ def test_openai_stream(server):
         max_tokens=4,
         stream=True,
         stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True},
     )
     chunks = list(stream)
     used = [chunk.model_extra["experts"] for chunk in chunks if "experts" in chunk.model_extra]
