@@ -22,8 +22,9 @@ demo: install  ## the demo model for three users, on 127.0.0.1:8000
 serve: install  ## ARGS="MODEL --config expertgate.yaml"
 	$(BIN)/expertgate serve $(ARGS)
 
-test: install  ## ARGS="-k name" runs some
-	$(BIN)/pytest $(ARGS)
+# Two at a time: tests wait for servers as often as they compute. The tests of a file share theirs.
+test: install  ## ARGS="-k name" runs some, ARGS="-n 0" one at a time
+	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 check: install  ## edits nothing
 	$(BIN)/ruff check .

@@ -49,6 +49,7 @@ TOOLS = [
     "mypy",
     "pytest",
     "pytest-timeout",
+    "pytest-xdist",
     "ruff",
     "schemathesis",
     "setuptools",
