@@ -1,13 +1,12 @@
-"""What the audit log costs: the same server with it and without it, asked in turn, with real fsync.
+"""What the audit log costs: one server with its log and without it in turn, with real fsync.
 
 `python -m benchmarks.audit` starts `expertgate serve` on the demo model, or on the one that
-`--model` names, with and without `audit: {enabled: false}`, and asks the two in alternating rounds,
-so that whatever else the machine does meets both. Throughput is what a server gives whose engine
-always has somebody waiting, so twice as many ask as it runs; what a request takes longer is
-measured with one that asks alone. Where other programs share the machine, its clock tells little;
-so the seconds that all of a server's processes are on a CPU are told as well, per request. Of
-servers that are alike some are faster for as long as they run, by more than the log costs; so there
-are two of each, and `--starts` says how often all four are started anew. `--log-only` measures the
+`--model` names, and switches its audit log on and off from round to round (`switched.py`): of
+servers that are alike some are faster for as long as they run, by more than a log costs, and
+whatever else the machine does meets both. Throughput is what a server gives whose engine always has
+somebody waiting, so twice as many ask as it runs; what a request takes longer is measured with one
+that asks alone. Where other programs share the machine, its clock tells little; so the seconds that
+all of the server's processes are on a CPU are told as well, per request. `--log-only` measures the
 log by itself, without an engine: how long a record takes to be on disk while so many wait.
 """
 
@@ -15,13 +14,15 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
+import random
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import psutil
 from benchmarks.checkpoints import BUILD, DEMO, SHAPES, locate
 from benchmarks.load import Client, Job, client
 from benchmarks.machine import about
+from benchmarks.switched import OFF, ON
 from expertgate.model.catalogue import FILE_NAME
 
 RUNNING = 16
@@ -69,8 +71,10 @@ def log_alone(folder: Path, waiting: int) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def server(folder: Path, model: Path, *, audited: bool) -> Iterator[tuple[str, str, int]]:
-    """A server of `model`: its URL, a key, and its process id.
+def server(
+    folder: Path, model: Path, module: str = "expertgate.server.cli"
+) -> Iterator[tuple[str, str, int]]:
+    """A server of `model`: its URL, a key, and its process id. `module`: what serves.
 
     The demo model comes with its policies; of another all is granted.
     """
@@ -93,7 +97,6 @@ def server(folder: Path, model: Path, *, audited: bool) -> Iterator[tuple[str, s
         **described,
         "identity": {"api_keys": "keys.yaml"},
         "policies": "policies",
-        "audit": {"enabled": audited},
         "port": 0,
         "engine": {**engine, "enforce_eager": True},
     }
@@ -101,8 +104,9 @@ def server(folder: Path, model: Path, *, audited: bool) -> Iterator[tuple[str, s
     said = folder / "said"
     with said.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "expertgate.server.cli", "serve"],
+            [sys.executable, "-m", module, "serve"],
             cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
             stdout=out,
             stderr=subprocess.STDOUT,
         )
@@ -141,54 +145,56 @@ def one_round(
     return count / seconds, statistics.median(took)
 
 
-def beside(folder: Path, model: Path, rounds: int, requests: int) -> dict[str, Any]:
-    """The audited servers' figures over the others', round by round."""
-    folder.mkdir()
+def beside(folder: Path, model: Path, rounds: int, requests: int) -> dict[str, list[float]]:
+    """Figures with the log over those without it, and what they are made of, round by round."""
     few = max(requests // 16, 4)
-    with contextlib.ExitStack() as stack:
-        asking = stack.enter_context(client())
-        running = [
-            (audited, *stack.enter_context(server(folder / f"{place}", model, audited=audited)))
-            for place, audited in enumerate((True, False, False, True))
-        ]
-        for _, url, key, _ in running:
-            one_round(asking, url, model.name, key, CLIENTS, requests)  # warm
-        rates: list[float] = []
-        adds: list[float] = []
-        costs: dict[bool, list[float]] = {True: [], False: []}
+    found: dict[str, list[float]] = {}
+    with client() as asking, server(folder, model, "benchmarks.switched") as (url, key, pid):
+
+        def measured(*, audited: bool) -> tuple[float, float, float]:
+            """Requests per second, milliseconds of one alone, and of CPU for each."""
+            os.kill(pid, ON if audited else OFF)
+            used = cpu_s(pid)
+            rate, _ = one_round(asking, url, model.name, key, CLIENTS, requests)
+            cpu_ms = (cpu_s(pid) - used) / requests * 1e3
+            return rate, one_round(asking, url, model.name, key, 1, few)[1], cpu_ms
+
+        measured(audited=True)  # warm
         for turn in range(rounds):
-            speed, wait, cost = ({True: 0.0, False: 0.0} for _ in range(3))
-            # Each goes first in as many rounds.
-            for audited, url, key, pid in running[turn % 4 :] + running[: turn % 4]:
-                used = cpu_s(pid)
-                many = one_round(asking, url, model.name, key, CLIENTS, requests)
-                cost[audited] += (cpu_s(pid) - used) / requests * 1e3 / 2
-                speed[audited] += many[0] / 2
-                wait[audited] += one_round(asking, url, model.name, key, 1, few)[1] / 2
-            rates.append(speed[True] / speed[False])
-            adds.append(wait[True] - wait[False])
-            for audited in costs:
-                costs[audited].append(cost[audited])
-            print(
-                f"round {turn + 1}: throughput x{rates[-1]:.3f}, median {adds[-1]:+.2f} ms, "
-                f"CPU {cost[True]:.2f} against {cost[False]:.2f} ms a request",
-                flush=True,
-            )
-    return {
-        "throughput_ratio": rates,
-        "added_median_ms": adds,
-        "cpu_ms_audited": costs[True],
-        "cpu_ms_plain": costs[False],
-        "cpu_ratio": [a / b for a, b in zip(costs[True], costs[False], strict=True)],
-    }
+            of: dict[bool, tuple[float, float, float]] = {}
+            for audited in (turn % 2 == 0, turn % 2 == 1):  # each goes first in as many rounds
+                of[audited] = measured(audited=audited)
+            (rate, alone_ms, cpu_ms), without = of[True], of[False]
+            told = {
+                "throughput_ratio": rate / without[0],
+                "added_median_ms": alone_ms - without[1],
+                "cpu_ms_audited": cpu_ms,
+                "cpu_ms_plain": without[2],
+                "cpu_ratio": cpu_ms / without[2],
+            }
+            for name, value in told.items():
+                found.setdefault(name, []).append(value)
+            print(f"round {turn + 1}:", ", ".join(f"{k} {v:.3f}" for k, v in told.items()))
+    lines = b"".join(path.read_bytes() for path in (folder / "audit").glob("*.jsonl"))
+    recorded = lines.count(b'"kind":"request"')
+    if recorded != (rounds + 1) * (requests + few):
+        raise SystemExit(f"{recorded} requests have a record: the log was not switched as told")
+    return found
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Where the median of all rounds there could be lies, at 95%, by resampling these."""
+    draw = random.Random(0)
+    medians = [statistics.median(draw.choices(values, k=len(values))) for _ in range(2000)]
+    cuts = statistics.quantiles(medians, n=40)
+    return cuts[0], cuts[-1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", default=str(DEMO), help="a folder, or one of random shape")
     parser.add_argument("--requests", type=int, default=REQUESTS, help="of each round")
-    parser.add_argument("--starts", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=10, help="of each start")
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--log-only", action="store_true", help="without servers")
     parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
     options = parser.parse_args()
@@ -204,16 +210,11 @@ def main() -> None:
             found = figures["log"][waiting] = log_alone(Path(name), waiting)
             print(f"{waiting:3} waiting:", ", ".join(f"{k} {v:.2f}" for k, v in found.items()))
         if not options.log_only:
-            starts = figures["beside"] = []
-            for start in range(options.starts):
-                print(f"start {start + 1} of {options.starts}", flush=True)
-                folder = Path(name) / f"start-{start}"
-                starts.append(beside(folder, model, options.rounds, options.requests))
-            for key in starts[0]:
-                of_starts = [statistics.median(start[key]) for start in starts]
-                middle = statistics.median(value for start in starts for value in start[key])
-                said = ", ".join(f"{value:.3f}" for value in of_starts)
-                print(f"{key}: median of all rounds {middle:.3f}; of each start {said}")
+            compared = beside(Path(name) / "server", model, options.rounds, options.requests)
+            figures["beside"] = compared
+            for what, values in compared.items():
+                low, high = interval(values)
+                print(f"{what}: median {statistics.median(values):.3f} ({low:.3f} to {high:.3f})")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(figures, indent=2) + "\n")

@@ -98,7 +98,7 @@ def main() -> None:
     took: dict[str, list[float]] = {}
     with (
         tempfile.TemporaryDirectory() as name,
-        server(Path(name) / "site", DEMO, audited=True) as (url, key, _),
+        server(Path(name) / "site", DEMO) as (url, key, _),
         httpx.Client(
             base_url=url,
             headers={"Authorization": f"Bearer {key}"},
