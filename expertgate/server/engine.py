@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 import shutil
+import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -101,7 +102,7 @@ def configure(model: Path, name: str, arguments: Mapping[str, object]) -> VllmCo
     if current_platform.is_cpu():
         _check_memory(model, psutil.virtual_memory().available)
         _check_batch(config)
-        _check_compiler(os.environ)
+        _check_compiler(os.environ, Path(sysconfig.get_path("include")))
     return config
 
 
@@ -171,14 +172,27 @@ def _check_batch(config: VllmConfig) -> None:
         )
 
 
-def _check_compiler(environ: Mapping[str, str]) -> None:
-    """VLLM compiles for CPUs when it is first needed, even some of what `enforce_eager` leaves."""
+def _check_compiler(environ: Mapping[str, str], headers: Path) -> None:
+    """VLLM compiles for CPUs when it is first needed, even some of what `enforce_eager` leaves.
+
+    `headers`: the folder of Python's own.
+    """
+    if environ.get("TORCH_COMPILE_DISABLE") == "1":
+        return
+    or_not = (
+        "or have nothing compiled by TORCH_COMPILE_DISABLE=1 and `enforce_eager: true` under "
+        "`engine:`"
+    )
     wanted = environ.get("CXX", "g++")
-    if environ.get("TORCH_COMPILE_DISABLE") != "1" and shutil.which(wanted) is None:
+    if shutil.which(wanted) is None:
         raise SettingError(
             f"no C++ compiler: there is no {wanted!r}, and vLLM compiles for CPUs: install g++, "
-            "name another by CXX, or have nothing compiled by TORCH_COMPILE_DISABLE=1 and "
-            "`enforce_eager: true` under `engine:`"
+            f"name another by CXX, {or_not}"
+        )
+    if not (headers / "Python.h").exists():
+        raise SettingError(
+            f"no headers of Python: there is no {headers / 'Python.h'}, and vLLM compiles for "
+            f"CPUs: install them (on Debian, python3-dev), {or_not}"
         )
 
 

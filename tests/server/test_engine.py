@@ -149,8 +149,11 @@ def test_a_batch_smaller_than_a_step_is_a_line(monkeypatch):
         engine._check_batch(config(7))
 
 
-def test_a_machine_without_a_compiler_is_a_line():
-    engine._check_compiler({"CXX": sys.executable})
-    engine._check_compiler({"CXX": "no-such", "TORCH_COMPILE_DISABLE": "1"})
+def test_a_machine_without_a_compiler_is_a_line(tmp_path):
+    (tmp_path / "Python.h").touch()
+    engine._check_compiler({"CXX": sys.executable}, tmp_path)
+    engine._check_compiler({"CXX": "no-such", "TORCH_COMPILE_DISABLE": "1"}, tmp_path / "none")
     with pytest.raises(SettingError, match=r"'no-such'.*install g\+\+"):
-        engine._check_compiler({"CXX": "no-such"})
+        engine._check_compiler({"CXX": "no-such"}, tmp_path)
+    with pytest.raises(SettingError, match=r"none/Python\.h.*install them"):
+        engine._check_compiler({"CXX": sys.executable}, tmp_path / "none")
