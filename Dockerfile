@@ -20,14 +20,8 @@ RUN /opt/expertgate/bin/python -m pip install --no-deps --no-build-isolation .
 
 FROM ${PYTHON_IMAGE}
 ARG VARIANT=cuda
-ARG REVISION=unknown
-LABEL org.opencontainers.image.title="expertgate" \
-      org.opencontainers.image.description="An inference server for FlexOlmo mixtures of experts, each request with the experts its user may consult" \
-      org.opencontainers.image.version="0.1.0" \
-      org.opencontainers.image.revision="${REVISION}" \
-      org.opencontainers.image.licenses="Apache-2.0" \
-      expertgate.engine="${VARIANT}"
-# The engine compiles small pieces of C++ while it starts (torch.compile, Triton's launchers).
+# The engine compiles small pieces of C++ while it starts (torch.compile, Triton's launchers). The
+# headers of Python that it needs come with the base image.
 # Debian keeps one version of each package at a time, so there is none to name.
 # hadolint ignore=DL3008
 RUN apt-get update \
@@ -53,3 +47,11 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
   CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8000/health', timeout=4)"]
 ENTRYPOINT ["expertgate"]
 CMD ["serve", "--host", "0.0.0.0", "--port", "8000"]
+# Last: a commit changes it, and nothing above is made anew for that.
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="expertgate" \
+      org.opencontainers.image.description="An inference server for FlexOlmo mixtures of experts, each request with the experts its user may consult" \
+      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      expertgate.engine="${VARIANT}"

@@ -7,8 +7,10 @@ VARIANT ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 LOCKS := requirements/$(VARIANT).txt requirements/dev.txt
 STAMP := $(VENV)/installed-$(VARIANT)
 ARGS ?=
+# Podman builds and runs the image as well.
+CONTAINER_ENGINE ?= docker
 
-.PHONY: install demo serve test check bench demo-model litellm lock clean
+.PHONY: install demo serve test check bench demo-model image litellm lock clean
 
 install: $(STAMP)
 
@@ -24,7 +26,7 @@ serve: install  ## ARGS="MODEL --config expertgate.yaml"
 
 # Two at a time: tests wait for servers as often as they compute. The tests of a file share theirs.
 test: install  ## ARGS="-k name" runs some, ARGS="-n 0" one at a time
-	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: install  ## edits nothing
 	$(BIN)/ruff check .
@@ -34,6 +36,10 @@ check: install  ## edits nothing
 
 bench: install  ## beside what people have today, on this machine; ARGS="--help" says what
 	$(BIN)/python -m benchmarks.throughput $(ARGS)
+
+image:  ## expertgate:cuda or expertgate:cpu; ARGS="--build-arg PYTHON_IMAGE=python@sha256:..."
+	$(CONTAINER_ENGINE) build --build-arg VARIANT=$(VARIANT) \
+	  --build-arg REVISION=$$(git describe --always --dirty --abbrev=40) --tag expertgate:$(VARIANT) $(ARGS) .
 
 litellm: build/litellm/installed  ## LiteLLM's proxy, in an environment of its own, for its test
 
