@@ -25,7 +25,7 @@ _catalogue = click.option(
 
 @click.group()
 def experts() -> None:
-    """Experts: whose they are, taking one from everybody at once, and digests of their weights."""
+    """Experts: whose they are, and a switch that takes one away."""
 
 
 @experts.command("list")
@@ -44,9 +44,9 @@ def list_(config: Path | None, catalogue: Path | None) -> None:
 @experts.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 def digest(checkpoint: Path) -> None:
-    """Print each expert's index and the SHA-256 of its weights, as a catalogue states it.
+    """Print the SHA-256 of each expert's weights.
 
-    CHECKPOINT is a folder, all of which is read.
+    Behind its index, as a catalogue states it. CHECKPOINT is a folder, all of which is read.
     """
     found = Checkpoint(checkpoint)
     for index, sha256 in found.expert_digests(range(found.num_experts)).items():

@@ -140,7 +140,10 @@ def list_(path: Path) -> None:
 )
 @_file("The key file.")
 def rotate(id: str, grace: timedelta, expires: datetime | None, path: Path) -> None:  # noqa: A002
-    """Give a key a new secret and print it, this once; id and groups stay."""
+    """Give a key a new secret and print it, this once.
+
+    Its id and groups stay.
+    """
     secret = rotate_key(path, id, grace, expires)
     click.echo(secret)
     click.echo(f"{path} has its hash; the key itself is shown only here", err=True)
