@@ -215,9 +215,6 @@ def _time(text: str | None) -> datetime:
     except ValueError:
         words = "is no ISO 8601 time, such as 2027-01-01T00:00:00Z"
         raise click.BadParameter(f"{text!r} {words}") from None
-    if found.tzinfo is None:
-        words = f"has no time zone; write {found.isoformat()}Z if UTC is meant"
-        raise click.BadParameter(f"{text!r} {words}")
     try:
         return in_utc(found)
     except ValueError as error:
