@@ -11,7 +11,6 @@ are two of each, and `--starts` says how often all four are started anew. `--log
 log by itself, without an engine: how long a record takes to be on disk while so many wait.
 """
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -28,6 +27,7 @@ from typing import Any
 import psutil
 
 from benchmarks.checkpoints import BUILD, DEMO, SHAPES, locate
+from benchmarks.command_line import command_line
 from benchmarks.load import Client, Job, client
 from benchmarks.machine import about
 from expertgate.model.catalogue import FILE_NAME
@@ -184,7 +184,7 @@ def beside(folder: Path, model: Path, rounds: int, requests: int) -> dict[str, A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = command_line(__doc__)
     parser.add_argument("--model", default=str(DEMO), help="a folder, or one of random shape")
     parser.add_argument("--requests", type=int, default=REQUESTS, help="of each round")
     parser.add_argument("--starts", type=int, default=1)

@@ -27,6 +27,7 @@ from typing import Any
 
 from benchmarks import servers
 from benchmarks.checkpoints import BUILD, DEMO, SHAPES, locate, num_experts, weight_bytes
+from benchmarks.command_line import command_line
 from benchmarks.figures import Figures, figures
 from benchmarks.load import Answer, Client, Job, client
 from benchmarks.machine import PeakMemory, about
@@ -245,10 +246,7 @@ def _cost(costs: Sequence[Cost]) -> str:
 
 
 def main() -> None:
-    summary, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument(
         "--model", default=str(DEMO), help=f"a checkpoint folder, or one of {', '.join(SHAPES)}"
     )

@@ -6,7 +6,6 @@ until each client has read `expert_withdrawn`. In turn a policy forbids the expe
 takes the tag from it that a policy asks for, the key is revoked, and the expert is suspended.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -22,6 +21,7 @@ import yaml
 
 from benchmarks.audit import server
 from benchmarks.checkpoints import DEMO
+from benchmarks.command_line import command_line
 from benchmarks.machine import about
 
 STREAMS = 8
@@ -85,7 +85,7 @@ def one_round(client: httpx.Client, change: Callable[[], None]) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = command_line(__doc__)
     parser.add_argument("--rounds", type=int, default=30, help="of each kind of change")
     parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
     options = parser.parse_args()
