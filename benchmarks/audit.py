@@ -10,7 +10,6 @@ all of the server's processes are on a CPU are told as well, per request. `--log
 log by itself, without an engine: how long a record takes to be on disk while so many wait.
 """
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -29,6 +28,7 @@ from typing import Any
 import psutil
 
 from benchmarks.checkpoints import BUILD, DEMO, SHAPES, locate
+from benchmarks.command_line import command_line
 from benchmarks.load import Client, Job, client
 from benchmarks.machine import about
 from benchmarks.switched import OFF, ON
@@ -191,7 +191,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = command_line(__doc__)
     parser.add_argument("--model", default=str(DEMO), help="a folder, or one of random shape")
     parser.add_argument("--requests", type=int, default=REQUESTS, help="of each round")
     parser.add_argument("--rounds", type=int, default=40)

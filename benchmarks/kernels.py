@@ -10,7 +10,6 @@ would; peers that need the plan on the host get it for free.
 Dimensions: T tokens, E experts, K slots, H hidden, I inner, P (token, expert) pairs.
 """
 
-import argparse
 import contextlib
 import functools
 import importlib.metadata
@@ -29,6 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from benchmarks.command_line import command_line
 from expertgate.kernels import NO_EXPERT, Packed, RoutingPlan, masked_moe, pack, reference, route
 
 E, TOP_K = 7, 5
@@ -429,7 +429,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = command_line(__doc__)
     parser.add_argument("--rounds", type=int, default=9, help="measurements of each, interleaved")
     parser.add_argument("--tokens", type=int, nargs="*", help="only these numbers of tokens")
     parser.add_argument("--out", type=Path, help="also write OUT.json and OUT.png")

@@ -7,7 +7,6 @@ import platform
 import subprocess
 import threading
 from pathlib import Path
-from types import TracebackType
 
 import psutil
 
@@ -79,12 +78,7 @@ class PeakMemory:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
 

@@ -27,6 +27,7 @@ from typing import Any
 
 from benchmarks import servers
 from benchmarks.checkpoints import BUILD, DEMO, SHAPES, locate, num_experts, weight_bytes
+from benchmarks.command_line import command_line
 from benchmarks.figures import Figures, figures
 from benchmarks.load import Answer, Client, Job, client
 from benchmarks.machine import PeakMemory, about
@@ -244,11 +245,9 @@ def _cost(costs: Sequence[Cost]) -> str:
     return " + ".join(f"{statistics.median(c[part] for c in costs):.3f}" for part in costs[0])
 
 
-def main() -> None:
-    summary, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def asked() -> argparse.Namespace:
+    """What the command line says."""
+    parser = command_line(__doc__)
     parser.add_argument(
         "--model", default=str(DEMO), help=f"a checkpoint folder, or one of {', '.join(SHAPES)}"
     )
@@ -259,7 +258,11 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64, help="tokens")
     parser.add_argument("--output", type=int, default=64, help="tokens")
     parser.add_argument("--kv-mib", type=int, default=512, help="KV cache of each engine")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = asked()
     # As Ctrl-C: the servers end with the run.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder, _ = locate(options.model)
@@ -302,6 +305,11 @@ def main() -> None:
         raise SystemExit("no round is whole")
     for bench in found.values():
         bench.keep(done)
+    tell(found, facts, options)
+
+
+def tell(found: Mapping[str, Bench], facts: Mapping[str, str], options: argparse.Namespace) -> None:
+    """Prints the tables; with a folder, also writes them there."""
     page = Page(
         "The server beside stock vLLM's, over HTTP",
         {

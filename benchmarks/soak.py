@@ -10,7 +10,6 @@ more than 5% after its warm-up, which is the first fifth. It ends with status 1 
 does not hold.
 """
 
-import argparse
 import asyncio
 import contextlib
 import itertools
@@ -35,6 +34,7 @@ import psutil
 
 from benchmarks import servers
 from benchmarks.checkpoints import BUILD, DEMO
+from benchmarks.command_line import command_line
 from benchmarks.machine import about
 from expertgate.server.key_edits import rotate_key
 
@@ -351,10 +351,7 @@ async def soak(target: Target, seconds: float) -> tuple[Soak, Memory]:
 
 
 def main() -> None:
-    summary, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--out", type=Path, help="soak.json and README.md go there")
     options = parser.parse_args()

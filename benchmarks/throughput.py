@@ -32,6 +32,7 @@ from benchmarks.checkpoints import (
     weight_bytes,
     without_others,
 )
+from benchmarks.command_line import command_line
 from benchmarks.figures import Figures, figures, middle
 from benchmarks.machine import PeakMemory, about
 from benchmarks.report import earlier, write
@@ -148,10 +149,7 @@ def asked(options: argparse.Namespace, folder: Path, seed: int) -> list[Any]:
 
 
 def main() -> None:
-    summary, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument(
         "--model", default=str(DEMO), help=f"a checkpoint folder, or one of {', '.join(SHAPES)}"
     )

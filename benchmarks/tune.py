@@ -6,7 +6,6 @@ mean of the times with all experts allowed and with public and one more, in a CU
 `expertgate/kernels/gpu/tuned/<GPU>.json`, which the kernels read when they are next imported.
 """
 
-import argparse
 import datetime
 import json
 import statistics
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.command_line import command_line
 from benchmarks.kernels import SCALES, TOP_K, E, about, captured, make, seconds, weights
 from expertgate.kernels.gpu.combine import combine
 from expertgate.kernels.gpu.grouping import Groups, group
@@ -129,7 +129,7 @@ def tune(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = command_line(__doc__)
     parser.add_argument("--tokens", type=int, nargs="*", help="only these numbers of tokens")
     parser.add_argument(
         "--compile", action="store_true", help="only compile, so that several may run side by side"

@@ -6,7 +6,6 @@ of a step by one question, as the server does. Seconds of the engine's processes
 than seconds on the clock where other programs share the machine.
 """
 
-import argparse
 import json
 import statistics
 import time
@@ -18,6 +17,7 @@ from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
+from benchmarks.command_line import command_line
 from benchmarks.machine import about
 from expertgate.model import cpu_process
 from expertgate.model.flex_olmo import FlexOlmoMoE
@@ -97,7 +97,7 @@ def measure(llm: LLM, experts: ExpertSet, counting: bool) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = command_line(__doc__)
     default = Path(__file__).parent.parent / "expertgate" / "demo" / "model"
     parser.add_argument("--model", default=str(default), help="checkpoint folder")
     parser.add_argument("--rounds", type=int, default=15, help="pairs of runs")

@@ -6,7 +6,6 @@ until each client has read `expert_withdrawn`. In turn a policy forbids the expe
 takes the tag from it that a policy asks for, the key is revoked, and the expert is suspended.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -22,12 +21,16 @@ import yaml
 
 from benchmarks.audit import server
 from benchmarks.checkpoints import DEMO
+from benchmarks.command_line import command_line
 from benchmarks.machine import about
 
 STREAMS = 8
 GOAL_MS = 200
 EXPERT = "formulary"
 _FORBIDS = f'@id("taken") forbid(principal, action, resource == Expert::"{EXPERT}");\n'
+
+
+Change = Callable[[], None]
 
 
 class Stream(threading.Thread):
@@ -68,7 +71,7 @@ def until_granted(client: httpx.Client) -> None:
         time.sleep(0.05)
 
 
-def one_round(client: httpx.Client, change: Callable[[], None]) -> list[float]:
+def one_round(client: httpx.Client, change: Change) -> list[float]:
     """Milliseconds of each stream."""
     streams = [Stream(client, 900) for _ in range(STREAMS)]
     for stream in streams:
@@ -84,8 +87,36 @@ def one_round(client: httpx.Client, change: Callable[[], None]) -> list[float]:
     return [(at - began) * 1e3 for at in ended if at is not None]
 
 
+def changes_of(site: Path) -> dict[str, tuple[Change, Change]]:
+    """By kind: what takes the expert, and what gives it back. `site`: the server's folder."""
+    policies, keys = site / "policies" / "taken.cedar", site / "keys.yaml"
+    catalogue, suspended = site / "experts.json", site / "suspended.yaml"
+    tagged = catalogue.read_text()
+    untagged = json.loads(tagged)
+    (taken,) = [one for one in untagged["experts"] if one["name"] == EXPERT]
+    taken["tags"] = []
+    kept = keys.read_text()
+    revoked = yaml.safe_load(kept)
+    revoked[0]["revoked"] = "2020-01-01T00:00:00Z"
+    return {
+        "policy": (lambda: replaced(policies, _FORBIDS), policies.unlink),
+        "catalogue": (
+            lambda: replaced(catalogue, json.dumps(untagged)),
+            lambda: replaced(catalogue, tagged),
+        ),
+        "key": (
+            lambda: replaced(keys, yaml.safe_dump(revoked)),
+            lambda: replaced(keys, kept),
+        ),
+        "suspension": (
+            lambda: replaced(suspended, f"- {EXPERT}\n"),
+            lambda: replaced(suspended, "[]\n"),
+        ),
+    }
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = command_line(__doc__)
     parser.add_argument("--rounds", type=int, default=30, help="of each kind of change")
     parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
     options = parser.parse_args()
@@ -106,31 +137,7 @@ def main() -> None:
             timeout=120,
         ) as client,
     ):
-        site = Path(name) / "site"
-        policies, keys = site / "policies" / "taken.cedar", site / "keys.yaml"
-        catalogue = site / "experts.json"
-        tagged = catalogue.read_text()
-        untagged = json.loads(tagged)
-        (taken,) = [one for one in untagged["experts"] if one["name"] == EXPERT]
-        taken["tags"] = []
-        kept = keys.read_text()
-        revoked = yaml.safe_load(kept)
-        revoked[0]["revoked"] = "2020-01-01T00:00:00Z"
-        changes: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
-            "policy": (lambda: replaced(policies, _FORBIDS), policies.unlink),
-            "catalogue": (
-                lambda: replaced(catalogue, json.dumps(untagged)),
-                lambda: replaced(catalogue, tagged),
-            ),
-            "key": (
-                lambda: replaced(keys, yaml.safe_dump(revoked)),
-                lambda: replaced(keys, kept),
-            ),
-            "suspension": (
-                lambda: replaced(site / "suspended.yaml", f"- {EXPERT}\n"),
-                lambda: replaced(site / "suspended.yaml", "[]\n"),
-            ),
-        }
+        changes = changes_of(Path(name) / "site")
         for _ in range(options.rounds):
             for kind, (take, give_back) in changes.items():
                 until_granted(client)

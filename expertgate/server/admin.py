@@ -12,6 +12,7 @@ import expertgate
 from expertgate.policies.principal import Principal
 from expertgate.server import app as public
 from expertgate.server import metrics
+from expertgate.server.bearer import bearer_token
 from expertgate.server.errors import ApiError, invalid_credential
 from expertgate.server.oversight import Oversight
 from expertgate.server.routes import about
@@ -43,9 +44,8 @@ def create_admin(service: Service, oversight: Oversight, token: str) -> FastAPI:
     ) -> Callable[[Request], Awaitable[Response]]:
         async def asked(request: Request) -> Response:
             request.state.principal = _OPERATOR
-            given = request.headers.get("Authorization", "").partition(" ")
-            ours = given[0].lower() == "bearer"
-            if not (ours and hmac.compare_digest(given[2].strip().encode(), token.encode())):
+            given = bearer_token(request.headers)
+            if not hmac.compare_digest(given.encode(), token.encode()):
                 raise invalid_credential("send the operators' token: 'Authorization: Bearer ...'")
             return await endpoint(request)
 

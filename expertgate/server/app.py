@@ -62,7 +62,7 @@ async def _api_error(request: Request, error: Exception) -> Response:
             None if request.client is None else request.client.host,
             error,
         )
-    return _respond(error)
+    return _respond(request, error)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -70,18 +70,19 @@ async def _http_error(request: Request, error: Exception) -> Response:
     code = _HTTP_CODES.get(error.status_code, "invalid_request")
     message = f"{request.method} {request.scope['path']}: {error.detail}"
     headers = dict(error.headers) if error.headers else {}
-    return _respond(ApiError(error.status_code, code, message, None, headers))
+    return _respond(request, ApiError(error.status_code, code, message, None, headers))
 
 
 async def _gone(_: Request, __: Exception) -> Response:
     return Response(status_code=499)
 
 
-async def _unexpected(_: Request, __: Exception) -> Response:
+async def _unexpected(request: Request, _: Exception) -> Response:
     # The server logs the exception itself; the client learns nothing from it.
-    return _respond(answers.internal_error())
+    return _respond(request, answers.internal_error())
 
 
-def _respond(error: ApiError) -> Response:
+def _respond(request: Request, error: ApiError) -> Response:
     DENIALS.labels(error.code).inc()
+    request.state.facts["code"] = error.code
     return JSONResponse(error.body(), error.status, headers=dict(error.headers or {}))

@@ -103,7 +103,8 @@ def _answer(
             text += part
             print(part, end="", flush=True)
             used = (chunk.model_extra or {}).get("experts", used)
-    print(f"\n[{', '.join(used.get('effective', []))}]", file=sys.stderr)
+    print(flush=True)  # whoever reads the answers alone has each in lines of its own
+    print(f"[{', '.join(used.get('effective', []))}]", file=sys.stderr)
     return text
 
 

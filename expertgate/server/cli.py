@@ -137,7 +137,10 @@ def _load(path: Path | None) -> Config:
     "--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="Port."
 )
 def demo(host: str, port: int) -> None:
-    """Serve the model that comes with this package, to three users with different grants."""
+    """Serve the model that comes along, to three users.
+
+    Each may consult other experts. Their keys are printed, and end with the server.
+    """
     from expertgate.server.demo import serve_demo
 
     serve_demo(host, port)

@@ -30,6 +30,8 @@ _ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 class Edge:
     """Routes write what the log may say of a request into `request.state.facts`.
 
+    Who asks, where `request.state.principal` says it, stands there in any case.
+
     `request.state.request_id` is ours, which is in the answer's own id, in the audit log and, where
     the client brought no other, in the header.
     """
@@ -68,6 +70,7 @@ class Edge:
             error = ApiError(404, "not_found", "there is no route that ends with a line feed")
         if error is not None:
             DENIALS.labels(error.code).inc()
+            facts["code"] = error.code
             app = JSONResponse(error.body(), error.status)
         method, above = scope["method"], tracing.context_in(headers)
         try:
@@ -81,6 +84,9 @@ class Edge:
                 span.set_attribute("http.response.status_code", status)
         finally:
             took_ms = round((time.perf_counter() - began) * 1000, 1)
+            who = scope["state"].get("principal")
+            if who is not None:
+                facts.setdefault("principal", who.id)
             extra = {FACTS: {"status": status, "took_ms": took_ms, **facts}}
             log.info("%s %s", method, _shown(scope["path"]), extra=extra)
 

@@ -14,26 +14,24 @@ from expertgate.server.suspensions import SuspensionError
 _config = click.option(
     "--config",
     type=click.Path(path_type=Path),
-    default=CONFIG_FILE,
-    show_default=True,
-    help="The server's configuration.",
+    help=f"The server's configuration. Default: {CONFIG_FILE}.",
 )
 _catalogue = click.option(
     "--catalogue",
     type=click.Path(path_type=Path),
-    help="File of the experts; overrides the configuration's.",
+    help="File of the experts; overrides the configuration's. To list them, it is enough alone.",
 )
 
 
 @click.group()
 def experts() -> None:
-    """Experts: whose they are, taking one from everybody at once, and digests of their weights."""
+    """Experts: whose they are, and a switch that takes one away."""
 
 
 @experts.command("list")
 @_config
 @_catalogue
-def list_(config: Path, catalogue: Path | None) -> None:
+def list_(config: Path | None, catalogue: Path | None) -> None:
     """Say which experts there are, whose, and which are suspended."""
     source = PolicySource.of(config, None, catalogue)
     rows = [("NAME", "OWNER", "STATE")]
@@ -46,9 +44,9 @@ def list_(config: Path, catalogue: Path | None) -> None:
 @experts.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 def digest(checkpoint: Path) -> None:
-    """Print each expert's index and the SHA-256 of its weights, as a catalogue states it.
+    """Print the SHA-256 of each expert's weights.
 
-    CHECKPOINT is a folder, all of which is read.
+    Behind its index, as a catalogue states it. CHECKPOINT is a folder, all of which is read.
     """
     found = Checkpoint(checkpoint)
     for index, sha256 in found.expert_digests(range(found.num_experts)).items():
@@ -59,7 +57,7 @@ def digest(checkpoint: Path) -> None:
 @click.argument("name")
 @_config
 @_catalogue
-def suspend(name: str, config: Path, catalogue: Path | None) -> None:
+def suspend(name: str, config: Path | None, catalogue: Path | None) -> None:
     """Take NAME from everybody. A server that runs ends what uses it; one that starts obeys."""
     changed = suspensions.suspend(_file(name, config, catalogue), name)
     click.echo(f"{name} is suspended" + ("" if changed else ", and was so before"))
@@ -69,16 +67,16 @@ def suspend(name: str, config: Path, catalogue: Path | None) -> None:
 @click.argument("name")
 @_config
 @_catalogue
-def resume(name: str, config: Path, catalogue: Path | None) -> None:
+def resume(name: str, config: Path | None, catalogue: Path | None) -> None:
     """Give NAME back to whom policies grant it."""
     changed = suspensions.resume(_file(name, config, catalogue), name)
     click.echo(f"{name} is not suspended" + ("" if changed else ", and was not before"))
 
 
-def _file(name: str, config: Path, catalogue: Path | None) -> Path:
+def _file(name: str, config: Path | None, catalogue: Path | None) -> Path:
     """Raises SuspensionError for an expert that there isn't: a slip would suspend nobody."""
     known = PolicySource.of(config, None, catalogue).catalogue
     if known.index(name) is None:
         names = ", ".join(known.names(known.all))
         raise SuspensionError(f"there is no expert {name!r}, only {names}")
-    return Config.load(config).suspended
+    return Config.load(config or Path(CONFIG_FILE)).suspended

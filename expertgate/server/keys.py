@@ -60,8 +60,6 @@ def _time(value: object) -> datetime:
         time = datetime.fromisoformat(value)
     except ValueError:
         raise ValueError("must be an ISO 8601 time, such as 2027-01-01T00:00:00Z") from None
-    if time.tzinfo is None:
-        raise ValueError(f"has no time zone; write {time.isoformat()}Z if UTC is meant")
     in_utc(time)
     return time
 

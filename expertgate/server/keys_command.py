@@ -12,6 +12,7 @@ from expertgate.server.columns import echo_columns
 from expertgate.server.config import CONFIG_FILE, Config, ConfigError
 from expertgate.server.key_edits import create_key, expire_key, revoke_key, rotate_key
 from expertgate.server.keys import Key, KeysError, parse_keys
+from expertgate.server.times import in_utc
 
 _SPAN = re.compile(r"([0-9]{1,4})([dhm])")
 _DEFAULT = Path("keys.yaml")
@@ -45,13 +46,10 @@ def _expiry(_: click.Context, __: click.Parameter, value: str | None) -> datetim
                 f"{value!r} is neither a time span, such as 30d, 24h or 90m, nor an ISO 8601 time, "
                 "such as 2027-01-01T00:00:00Z"
             ) from None
-    if time.tzinfo is None:
-        words = f"has no time zone; write {time.isoformat()}Z if UTC is meant"
-        raise click.BadParameter(f"{value!r} {words}")
     try:
-        time = time.astimezone(UTC)
-    except OverflowError:
-        raise click.BadParameter(f"{value!r} is too far away") from None
+        time = in_utc(time)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} {error}") from None
     if time <= now:
         raise click.BadParameter(f"{value!r} is not in the future")
     return time
@@ -140,7 +138,10 @@ def list_(path: Path) -> None:
 )
 @_file("The key file.")
 def rotate(id: str, grace: timedelta, expires: datetime | None, path: Path) -> None:  # noqa: A002
-    """Give a key a new secret and print it, this once; id and groups stay."""
+    """Give a key a new secret and print it, this once.
+
+    Its id and groups stay.
+    """
     secret = rotate_key(path, id, grace, expires)
     click.echo(secret)
     click.echo(f"{path} has its hash; the key itself is shown only here", err=True)

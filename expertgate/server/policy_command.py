@@ -69,7 +69,10 @@ def _with_source(command: Command) -> Command:
 
 @click.group()
 def policy() -> None:
-    """Policies: check, test, explain and compare them before they are put in force."""
+    """Policies: check, test, explain and compare them.
+
+    Before they are put in force, that is; a server that runs isn't asked.
+    """
 
 
 @policy.command()
@@ -85,9 +88,10 @@ def check(source: PolicySource) -> None:
 @click.argument("table", metavar="CASES", type=click.Path(path_type=Path))
 @_with_source
 def test(source: PolicySource, table: Path) -> None:
-    """Decide each case of a table; exits with 1 where one is decided otherwise than it says.
+    """Decide each case of a table.
 
-    By policies alone, as if no expert were suspended.
+    Exits with 1 where one is decided otherwise than it says. By policies alone, as if no expert
+    were suspended.
     """
     found = source.load()
     cases = CaseTable.read(table, source, found)
@@ -126,9 +130,9 @@ def explain(
     address: str | None,
     time: str | None,
 ) -> None:
-    """Say for each expert whether PRINCIPAL may consult it, and by which policies.
+    """Say what PRINCIPAL may consult, and by which policies.
 
-    One that is suspended by the configuration's list is denied, and shown as such.
+    An expert that is suspended by the configuration's list is denied, and shown as such.
     """
     known = source.catalogue.names(source.catalogue.all)
     wanted = known if experts is None else [name.strip() for name in experts.split(",")]
@@ -163,9 +167,10 @@ def explain(
 )
 @_with_source
 def diff(source: PolicySource, old: Path, new: Path, table: Path) -> None:
-    """List who gains or loses which expert by the policies of folder NEW in place of OLD's.
+    """List who gains or loses which expert by other policies.
 
-    Exits with 3 where anybody gains one. By policies alone, as if no expert were suspended.
+    By those of the folder NEW in place of OLD's. Exits with 3 where anybody gains one. By policies
+    alone, as if no expert were suspended.
     """
     before, after = source.load(old), source.load(new)
     wider = 0
@@ -210,9 +215,6 @@ def _time(text: str | None) -> datetime:
     except ValueError:
         words = "is no ISO 8601 time, such as 2027-01-01T00:00:00Z"
         raise click.BadParameter(f"{text!r} {words}") from None
-    if found.tzinfo is None:
-        words = f"has no time zone; write {found.isoformat()}Z if UTC is meant"
-        raise click.BadParameter(f"{text!r} {words}")
     try:
         return in_utc(found)
     except ValueError as error:

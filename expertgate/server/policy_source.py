@@ -40,7 +40,7 @@ class PolicySource:
         if config is None and not path.exists():
             raise SettingError(
                 f"{path}: No such file or directory; name the configuration with --config, or "
-                "give --policies and --catalogue"
+                "give --catalogue and, for policies, --policies"
             )
         found = Config.load(path)
         experts = _catalogue(found, catalogue)

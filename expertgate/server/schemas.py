@@ -100,18 +100,24 @@ _SHARED_FIELDS = frozenset(
     }
 )
 
-# Fields that vLLM knows and this server refuses, where the reason isn't plain from the name.
+# Fields that vLLM or OpenAI knows and a body here doesn't, where the name doesn't say why.
 _REFUSED = {
+    "best_of": "use n",
     "chat_template": "the template is the server's",
     "chat_template_kwargs": "the template is the server's",
     "ec_transfer_params": "only the server speaks to the engine's transfers",
+    "function_call": "use tool_choice",
+    "functions": "use tools",
     "kv_transfer_params": "only the server speaks to the engine's transfers",
     "logprob_token_ids": "others in the batch would be told of your tokens, not of theirs",
+    "metadata": "nothing is stored here",
     "priority": "requests are served in order",
     "prompt_embeds": "a prompt must be text or tokens",
     "repetition_detection": "its cost grows with everyone's step",
     "request_id": "ids are the server's",
     "session_id": "ids are the server's",
+    "service_tier": "all are served alike",
+    "store": "nothing is stored here",
     "structured_outputs": "use response_format",
     "use_beam_search": "beams would run outside the grant of the request",
     "vllm_xargs": "only the server speaks to the engine's extensions",

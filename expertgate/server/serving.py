@@ -13,7 +13,7 @@ from expertgate.model import catalogue
 from expertgate.model.catalogue import Catalogue
 from expertgate.model.checkpoint import Checkpoint, locate
 from expertgate.policies.cedar import PolicySet
-from expertgate.server import environment, logs
+from expertgate.server import environment, logs, suspensions
 from expertgate.server.admission import Admission
 from expertgate.server.audit.signing import SigningKey
 from expertgate.server.audit.trail import Trail
@@ -199,16 +199,18 @@ def _open_log(config: AuditConfig) -> AuditLog | None:
 
 
 def _summary(config: Config, parts: _Parts) -> list[str]:
-    """What is served to whom, a line each."""
+    """What is served to whom, a line each. Raises SuspensionError."""
     experts = [f"{e.name} ({e.owner})" if e.owner else e.name for e in parts.known.experts]
     identity = ["API keys"] if config.identity.api_keys else []
     identity += [f"tokens of {issuer.name} ({issuer.issuer})" for issuer in config.identity.jwt]
     identity += ["client certificates"] if config.identity.certificates else []
     identity += ["anonymous"] if config.identity.anonymous else []
+    suspended = sorted(suspensions.read(config.suspended) or ())
     return [
         f"experts: {', '.join(experts)}",
         f"identity: {', '.join(identity)}",
         f"policies: {config.policies}, version {parts.policies.version[:12]}",
+        *([f"suspended: {', '.join(suspended)}"] if suspended else []),
     ]
 
 

@@ -4,7 +4,9 @@ from datetime import UTC, datetime
 
 
 def in_utc(time: datetime) -> datetime:
-    """The same time, which knows its zone. Raises ValueError where UTC has none such."""
+    """The same time. Raises ValueError where it has no zone, or UTC has none such."""
+    if time.tzinfo is None:
+        raise ValueError(f"has no time zone; write {time.isoformat()}Z if UTC is meant")
     try:
         return time.astimezone(UTC)
     except OverflowError:

@@ -64,22 +64,26 @@ class YamlFile:
         return cls(path, value, lines)
 
     def validate(self, kind: type[T]) -> T:
-        """The file as `kind`. Raises YamlError with every fault that there is."""
+        """The file as `kind`. Raises YamlError with every fault, from the top of the file down."""
         try:
             return TypeAdapter(kind).validate_python(self.value)
         except ValidationError as error:
-            faults = [
-                str(self.fault(fault["loc"], in_words(kind, fault)))
-                for fault in error.errors(include_url=False, include_input=False)
-            ]
+            found = error.errors(include_url=False, include_input=False)
+            found.sort(key=lambda fault: self._line(fault["loc"]))
+            faults = [str(self.fault(fault["loc"], in_words(kind, fault))) for fault in found]
             raise YamlError("\n".join(faults)) from None
 
     def fault(self, place: Place, words: str) -> YamlError:
+        """What is wrong with the value at `place`, with its line."""
+        label = f" {path_of(place)}:" if place else ""
+        return YamlError(f"{self.path}:{self._line(place)}:{label} {words}")
+
+    def _line(self, place: Place) -> int:
+        """That of the value at `place`, or of the nearest one around it that is there."""
         known = place
         while known not in self.lines:
             known = known[:-1]
-        label = f" {path_of(place)}:" if place else ""
-        return YamlError(f"{self.path}:{self.lines[known]}:{label} {words}")
+        return self.lines[known]
 
 
 def _check_events(text: str, path: Path) -> None:

@@ -4,8 +4,6 @@ One engine for the module, in float32, where slots can be compared exactly. Its 
 blocks of 128 tokens and a step at most 256 tokens, as in test_mixing.py.
 """
 
-import random
-
 import pytest
 from vllm import SamplingParams
 
@@ -14,7 +12,7 @@ from expertgate.model.masks import EXTRA_ARG
 from expertgate.model.usage import Work
 from expertgate.policies.expert_set import PUBLIC_ONLY, ExpertSet
 from tests.support.checkpoints import random_checkpoint
-from tests.support.engine import Ask, engine
+from tests.support.engine import Ask, engine, text
 from tests.support.oracle import RowDeletion
 from tests.support.usage import assert_counted
 
@@ -44,10 +42,6 @@ def served(folder):
 @pytest.fixture(autouse=True)
 def _cold(served):
     served.forget()
-
-
-def text(length, seed=0):
-    return random.Random(seed).choices(range(256), k=length)
 
 
 def computed(ask, answer):

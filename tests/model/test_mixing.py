@@ -5,13 +5,11 @@ blocks of 128 tokens and a step at most 256 tokens, so that long prompts are chu
 answers preempted.
 """
 
-import random
-
 import pytest
 
 from expertgate.policies.expert_set import PUBLIC_ONLY, ExpertSet
 from tests.support.checkpoints import random_checkpoint
-from tests.support.engine import Ask, engine
+from tests.support.engine import Ask, engine, text
 
 ALL = ExpertSet.first(7)
 SETS = [PUBLIC_ONLY, ALL, ExpertSet.of([0, 3]), ExpertSet.of([6]), ExpertSet.of([1, 2, 4])]
@@ -35,10 +33,6 @@ def served(request, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _cold(served):
     served.forget()
-
-
-def text(length, seed=0):
-    return random.Random(seed).choices(range(256), k=length)
 
 
 def alone(served, ask):

@@ -130,6 +130,17 @@ def test_what_may_be_a_fault_of_ours_is_logged_with_its_place(ask, script, caplo
     assert "what the client said" not in caplog.text
 
 
+def test_the_line_of_a_refusal_says_who_was_refused_and_why(ask, caplog):
+    caplog.set_level(logging.INFO, "expertgate.access")
+    assert error_of(ask(experts=["expert-1"])) == (403, "expert_not_permitted")
+    assert error_of(ask(expert=["public"])) == (400, "invalid_request")
+    facts = [r.facts for r in caplog.records if r.name == "expertgate.access"]
+    assert [(f["principal"], f["code"]) for f in facts] == [
+        ("alice", "expert_not_permitted"),
+        ("alice", "invalid_request"),
+    ]
+
+
 def test_what_vllm_says_is_the_clients_fault_is_not_logged(ask, script, caplog):
     script.result = VLLMValidationError("bad")
     assert error_of(ask()) == (400, "invalid_request")

@@ -1,8 +1,11 @@
 """A conversation in the terminal, with a running server."""
 
+import contextlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
+from expertgate.server.chat_command import _answer
 from tests.server.running import environment
 
 
@@ -52,3 +55,18 @@ def test_a_slip_is_one_line_and_no_message(server):
         assert done.returncode == 2
         assert len(done.stderr.splitlines()) == 1
         assert option in done.stderr
+
+
+def test_answers_stand_in_lines_of_their_own_and_who_spoke_beside_them(capsys):
+    def chunk(text, **more):
+        choices = [SimpleNamespace(delta=SimpleNamespace(content=text))] if text else []
+        return SimpleNamespace(choices=choices, model_extra=more)
+
+    def create(**_):
+        return contextlib.nullcontext(
+            [chunk("so "), chunk("it is"), chunk("", experts={"effective": ["public", "math"]})]
+        )
+
+    api = SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=create)))
+    assert _answer(api, "toy", [], None, 4) == "so it is"
+    assert capsys.readouterr() == ("so it is\n", "[public, math]\n")

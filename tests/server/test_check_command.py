@@ -17,11 +17,13 @@ def files(folder):
 
 
 def test_what_holds_is_summed_up_and_nothing_is_written(folder):
+    (folder / "suspended.yaml").write_text("[news, math]\n")
     before = files(folder)
     done = expertgate(folder, "check", "--", "--max-num-seqs", "4")
     assert (done.returncode, done.stderr) == (0, "")
     experts, *_, last = done.stdout.splitlines()
     assert experts.startswith("experts: public")
+    assert "suspended: math, news" in done.stdout.splitlines()
     assert last == "all of it holds"
     assert files(folder) == before
 

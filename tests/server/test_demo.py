@@ -71,3 +71,31 @@ def test_the_keys_are_new_each_time_and_on_no_other_line(demo):
     keys = re.findall(r"eg-[\w-]{43}", demo)
     assert len(set(keys)) == 3
     assert len(keys) == 6  # once by name, once in the command
+
+
+README = (DEMO.parents[2] / "README.md").read_text()
+[SECTION] = re.findall(r"^## The `experts` field\n(.*?)^## ", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_readmes_examples_answer_as_it_says(demo):
+    here = re.search(r"http://127\.0\.0\.1:\d+", demo)[0]
+    key = re.search(r"^# nurse: (\S+)$", demo, re.MULTILINE)[1]
+    section = SECTION.replace("http://127.0.0.1:8000", here)
+    [curl] = re.findall(r"^```sh\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    first = run(f"KEY={key}\n{curl}")
+    [python] = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    known = {"KEY": key}
+    exec(python, known)
+    answers = (
+        first["choices"][0]["message"]["content"],
+        known["answer"].choices[0].message.content,
+    )
+    words = " ".join(section.split())
+    assert f'The first answers "{answers[0]}", the second "{answers[1]}"' in words
+    quoted = json.loads(re.search(r'`(\{"effective".*?\})`', words)[1])
+    for expert, shown in quoted["usage"].items():
+        # Processors round bfloat16 products apart, by less than a hundredth of a share here.
+        share = pytest.approx(first["experts"]["usage"][expert].pop("share"), abs=0.01)
+        assert shown.pop("share") == share
+    assert quoted == first["experts"]

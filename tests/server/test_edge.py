@@ -53,6 +53,7 @@ def test_an_id_that_could_forge_a_line_is_refused(client, given, caplog):
     assert response.headers["x-request-id"] != given
     (record,) = caplog.records
     assert record.getMessage() == "GET /look"
+    assert record.facts["code"] == "invalid_request"
     assert given not in map(str, record.facts.values())
 
 
@@ -77,6 +78,8 @@ def test_each_request_has_one_line(client, caplog, path, status):
     assert record.facts["status"] == status
     assert record.facts["took_ms"] >= 0
     assert record.facts.get("principal") == ("alice" if status == 200 else None)
+    code = None if status == 200 else response.json()["error"]["code"]
+    assert record.facts.get("code") == code
 
 
 def test_a_path_keeps_to_its_line(client, caplog):
@@ -93,7 +96,7 @@ def test_no_path_says_what_the_line_says_of_a_request(client, caplog):
     client.get("/none%20status=200%20principal=alice%20experts=news")
     (record,) = caplog.records
     record.request_id = "-"
-    assert re.findall(r" (\w+)=", _TEXT.format(record)) == ["status", "took_ms"]
+    assert re.findall(r" (\w+)=", _TEXT.format(record)) == ["status", "took_ms", "code"]
 
 
 def test_nor_does_a_name():

@@ -72,7 +72,7 @@ def test_expiry(run, tmp_path, given, days):
         ("-1d", "neither a time span"),
         ("99999d", "neither a time span"),
         ("soon", "neither a time span"),
-        ("9999-12-31T23:59:59-01:00", "too far away"),
+        ("9999-12-31T23:59:59-01:00", "is no time in UTC"),
     ],
 )
 def test_an_expiry_that_cannot_be_meant_makes_no_key(run, tmp_path, expires, words):

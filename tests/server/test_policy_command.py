@@ -71,7 +71,7 @@ def test_where_policies_and_experts_come_from(run, folder):
     for lacking in ((), given[:2]):
         err = run("policy", "check", *lacking)[2]
         assert err.startswith("expertgate: expertgate.yaml: No such file")
-        assert "or give --policies and --catalogue" in err
+        assert "or give --catalogue and, for policies, --policies" in err
     (folder / "expertgate.yaml").write_text("policies: p\nidentity: {api_keys: k}\nmodel: a/b\n")
     assert "a/b is no folder here; name its experts.json" in run("policy", "check")[2]
     (folder / "expertgate.yaml").write_text(
@@ -378,3 +378,15 @@ def test_experts_are_listed_with_owner_and_state(run, folder):
     ]
     catalogue = str(DEMO / "model" / FILE_NAME)
     assert "formulary" in run("experts", "list", "--catalogue", catalogue)[1]
+
+
+def test_experts_are_listed_without_a_configuration_where_their_file_is_named(run, folder):
+    listed = run("experts", "list")
+    (folder / "expertgate.yaml").unlink()
+    assert run("experts", "list", "--catalogue", "experts.json") == listed
+    status, _, err = run("experts", "list")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "or give --catalogue" in err
+    # A switch must know which list the server reads.
+    status, _, err = run("experts", "suspend", "news", "--catalogue", "experts.json")
+    assert (status, err) == (2, "expertgate: expertgate.yaml: No such file or directory\n")

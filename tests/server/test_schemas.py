@@ -77,6 +77,25 @@ def test_a_misspelt_field_gets_a_hint():
     assert "did you mean 'temperature'" in refused(text, temprature=1).message
 
 
+@pytest.mark.parametrize(
+    ("field", "instead"),
+    [
+        ("best_of", "use n"),
+        ("functions", "use tools"),
+        ("function_call", "use tool_choice"),
+        ("metadata", "nothing is stored"),
+        ("service_tier", "all are served alike"),
+        ("store", "nothing is stored"),
+    ],
+)
+def test_what_openais_clients_send_and_is_not_here_is_no_slip(field, instead):
+    for call in (chat, text):
+        error = refused(call, **{field: 1})
+        assert (error.param, "did you mean" in error.message) == (field, False)
+        assert error.message.startswith(f"{field} can't be set: ")
+        assert instead in error.message
+
+
 @pytest.mark.parametrize("read_one", [chat, text])
 @pytest.mark.parametrize(
     ("name", "value"),

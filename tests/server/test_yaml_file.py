@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from expertgate.server.yaml_file import YamlError, YamlFile
 
@@ -51,6 +52,24 @@ def test_a_fault_has_its_line(raw, words):
         YamlFile.parse(raw, PATH)
     assert str(error.value).startswith(words)
     assert "\n" not in str(error.value)
+
+
+def test_faults_come_in_the_order_of_the_file():
+    class Kind(BaseModel, extra="forbid"):
+        first: int
+        last: int
+        missing: int
+
+    file = YamlFile.parse(b"fist: 1\nlast: [1]\nfirst: [1]\n", PATH)
+    with pytest.raises(YamlError) as raised:
+        file.validate(Kind)
+    places = [line.split(": ")[:2] for line in str(raised.value).splitlines()]
+    assert places == [
+        ["a.yaml:1", "missing"],
+        ["a.yaml:1", "fist"],
+        ["a.yaml:2", "last"],
+        ["a.yaml:3", "first"],
+    ]
 
 
 def test_aliases_that_would_multiply_are_refused_at_the_first():

@@ -1,5 +1,6 @@
 """A real vLLM engine with our model, driven below HTTP: prompts in, tokens and their bits out."""
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,11 @@ from expertgate.model.ledger import ACCOUNT_ARG
 from expertgate.model.masks import EXTRA_ARG
 from expertgate.model.usage import Work
 from expertgate.policies.expert_set import ExpertSet
+
+
+def text(length: int, seed: int = 0) -> list[int]:
+    """A prompt of so many tokens, all of which are bytes to the tests' own checkpoints."""
+    return random.Random(seed).choices(range(256), k=length)
 
 
 @dataclass(frozen=True)

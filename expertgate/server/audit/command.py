@@ -26,9 +26,9 @@ def audit() -> None:
 @audit.command()
 @click.argument("file", type=_FILE, default="audit-key.pem")
 def keygen(file: Path) -> None:
-    """Make a signing key in FILE (default: audit-key.pem), and print its public half.
+    """Make a signing key, and print its public half.
 
-    The server makes one by itself where there is none.
+    In FILE (default: audit-key.pem). The server makes one by itself where there is none.
     """
     _print_public(SigningKey.create(file))
 
@@ -36,9 +36,9 @@ def keygen(file: Path) -> None:
 @audit.command("public-key")
 @click.argument("file", type=_FILE, default="audit-key.pem")
 def public_key(file: Path) -> None:
-    """Print the public half of the signing key in FILE, as a set of JSON Web Keys.
+    """Print the public half of a signing key.
 
-    Without FILE, of audit-key.pem.
+    Of that in FILE (default: audit-key.pem), as a set of JSON Web Keys.
     """
     _print_public(SigningKey.load(file))
 
@@ -55,7 +55,10 @@ def public_key(file: Path) -> None:
     help="The record to begin at, where the files before it are elsewhere.",
 )
 def verify(path: Path, key: Path | None, head: Path | None, first: int) -> None:
-    """Check the log in the folder PATH, or one file of it; exit status 1 where it doesn't hold."""
+    """Check a log: the folder PATH, or one file of it.
+
+    Exit status 1 where it doesn't hold.
+    """
     report = verify_log(path, None if key is None else PublicKeys.load(key), first=first, head=head)
     if report.faults:
         raise DoesNotHold("\n".join([*report.faults, *report.notes]))

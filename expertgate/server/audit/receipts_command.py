@@ -16,7 +16,7 @@ _MAX_BYTES = 1 << 24
 
 @click.group()
 def receipts() -> None:
-    """Receipts: signed statements of what each expert did for a request."""
+    """Receipts: what each expert did for a request, signed."""
 
 
 @receipts.command()
@@ -24,9 +24,9 @@ def receipts() -> None:
 @click.option("--key", type=_FILE, required=True, help="Public keys, as for `audit verify`.")
 @click.option("--principal", help="For whom it must be, by name or by salted hash.")
 def verify(file: Path, key: Path, principal: str | None) -> None:
-    """Check the receipt in FILE, or in the answer that is there, and print what it says.
+    """Check a receipt, and print what it says.
 
-    Exit status 1 where it doesn't hold.
+    FILE holds it, or the answer that brought it. Exit status 1 where it doesn't hold.
     """
     try:
         with file.open("rb") as opened:

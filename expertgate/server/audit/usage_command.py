@@ -53,7 +53,10 @@ def _time(_: click.Context, __: click.Parameter, value: str | None) -> datetime 
     show_default=True,
 )
 def usage(path: Path, by: By, since: datetime | None, until: datetime | None, form: str) -> None:
-    """Add up the usage in the audit log in the folder PATH (default: audit)."""
+    """Add up the usage in the audit log.
+
+    PATH is the log's folder (default: audit).
+    """
     if since is not None and until is not None and until <= since:
         raise click.BadParameter("--to must be later than --from; it is not included")
     rows = []

@@ -256,6 +256,11 @@ _NARROWED_IN_RESPONSES: Mapping[str, Schema] = {
     "tools": _list_of(reference("ResponsesTool"), limits.MAX_TOOLS),
 }
 
+_ROOM = (
+    "Absent, what `max_new_tokens` of the model's `generation_config.json` says, or as many as it "
+    "has room for."
+)
+
 DESCRIPTIONS: Mapping[str, str] = {
     "add_generation_prompt": "Whether the template opens the assistant's turn after the messages.",
     "add_special_tokens": "Whether the tokenizer adds its own tokens, such as one for the start.",
@@ -281,8 +286,8 @@ DESCRIPTIONS: Mapping[str, str] = {
     "instructions": "A system message before the input.",
     "logit_bias": "By token id, what is added to its logit.",
     "logprobs": "The log probabilities of generated tokens: whether, or of how many.",
-    "max_completion_tokens": "How many tokens each choice may have.",
-    "max_output_tokens": "How many tokens the answer may have.",
+    "max_completion_tokens": f"How many tokens each choice may have. {_ROOM}",
+    "max_output_tokens": f"How many tokens the answer may have. {_ROOM}",
     "max_tokens": "How many tokens each choice may have.",
     "max_tool_calls": "Taken for compatibility; no tool runs here.",
     "messages": "The conversation; parts of text alone.",
@@ -318,7 +323,10 @@ DESCRIPTIONS: Mapping[str, str] = {
     "stream": "Whether the answer comes as server-sent events.",
     "stream_interval": "How many tokens make one event.",
     "stream_options": "Only with `stream`.",
-    "temperature": "0 always takes the likeliest token.",
+    "temperature": (
+        "0 always takes the likeliest token. Absent, what the model's `generation_config.json` "
+        "says, or 1."
+    ),
     "text": "What the text has to be; a JSON Schema is followed.",
     "tokens": "Token ids of the model's vocabulary, no more than the model can read at once.",
     "tool_choice": "Whether, or which, tool is called.",

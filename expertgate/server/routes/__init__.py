@@ -1,1 +1,1 @@
-"""The routes, one by one; what is not listed in `app.py` does not exist."""
+"""The routes, one by one; what is not listed in `table.py` does not exist."""
