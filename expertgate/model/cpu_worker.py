@@ -82,8 +82,8 @@ class MaskedCPUModelRunner(CPUModelRunner):
             return super().sample_tokens(grammar_output)
 
     def _input_fits_in_drafter(self, attention: Any) -> bool:
-        # A draft is looked up, and ends where the model's length does. Where one request has no room
-        # for drafts, vLLM would draft the word 0 for all.
+        # A draft is looked up, and ends where the model's length does. Where one request has no
+        # room for drafts, vLLM would draft the word 0 for all.
         return attention is not None
 
     def _sample(self, logits: Any, drafts: Any) -> Any:
