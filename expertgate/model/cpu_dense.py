@@ -4,7 +4,9 @@ vLLM 0.32 chooses a product by the processor, and some add up in an order that d
 of rows. A request's last bit would then depend on who else is served.
 
 - With AMX: vLLM takes one product for small weights and another for large ones, and the first goes
-  another way below five rows. Here every weight is multiplied by the first, never with so few.
+  another way below five rows. Here every weight is multiplied by the first, never with so few. In
+  float32 and float16 there is the other alone, which adds up in another order for a single row, and
+  so never has one here.
 - Without instructions for bfloat16: vLLM falls back to PyTorch's product, which took 3 to 8 times
   as long as PyTorch's in float32 where it was measured (16 rows; AVX-512). Here these weights are
   kept as float32. Both add up in float32 and round once; only the order of additions differs.
@@ -15,8 +17,9 @@ of rows. A request's last bit would then depend on who else is served.
 
 import logging
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,18 +37,19 @@ log = logging.getLogger(__name__)
 
 _vllms_dispatch = utils.dispatch_cpu_unquantized_gemm
 
-_ROWS = 4
+_ROWS = 16
 """In float32, rows are filled up to a multiple of this. The few that are left over would be added
-up in another order."""
+up in another order: on AMD's processors those beyond a multiple of 4, on Intel's with AVX-512 those
+of up to 12 rows."""
 LEAST_ROWS = 8
-"""With AMX there are at least as many. The product has its other way for fewer than five."""
+"""With AMX there are at least as many. The products have other ways for fewer than five, or two."""
 _TILE = (16, 32)
 """With AMX, what a weight's rows and columns must be multiples of."""
 
 
 @contextmanager
 def batch_invariant() -> Iterator[None]:
-    """A model that is loaded inside has the products that are described above, but for float32."""
+    """A model that is loaded inside has the products that are described above for AMX."""
     if _has_amx():
         utils.dispatch_cpu_unquantized_gemm = _dispatch
     try:
@@ -76,6 +80,8 @@ def _dispatch(layer: Any, remove_weight: bool) -> None:
                 _TILE[1],
             )
         _vllms_dispatch(layer, remove_weight)
+        if isinstance(layer, VocabParallelEmbedding):
+            layer.cpu_linear = partial(_never_few, layer.cpu_linear)
         return
     rows = len(weight)
     whole = nn.functional.pad(weight.detach(), (0, 0, 0, -rows % _TILE[0]))
@@ -103,10 +109,15 @@ def _tiled(x: torch.Tensor, packed: torch.Tensor, width: int) -> torch.Tensor:
 
 def _filled_up(x: torch.Tensor, packed: torch.Tensor, width: int) -> torch.Tensor:
     """As `_tiled`, for any number of rows."""
+    return _never_few(_tiled, x, packed, width)
+
+
+def _never_few(product: Callable[..., torch.Tensor], x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """`product(x, *rest)` of `x` [T, I], which has LEAST_ROWS rows or more there."""
     missing = LEAST_ROWS - x.shape[0]
     if missing <= 0:
-        return _tiled(x, packed, width)
-    return _tiled(nn.functional.pad(x, (0, 0, 0, missing)), packed, width)[:-missing]
+        return product(x, *rest)
+    return product(nn.functional.pad(x, (0, 0, 0, missing)), *rest)[:-missing]
 
 
 def multiplies_bfloat16() -> bool:

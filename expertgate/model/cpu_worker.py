@@ -13,7 +13,7 @@ from vllm.v1.sample import rejection_sampler
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from expertgate.model import cpu_sampling
+from expertgate.model import cpu_drafts, cpu_sampling
 from expertgate.model.cpu_dense import batch_invariant, least_rows, multiplies_bfloat16, widen
 from expertgate.model.flex_olmo import FlexOlmoForCausalLM
 from expertgate.model.ledger import ReportsUsage, Scheduled, account_of
@@ -26,6 +26,8 @@ class MaskedCPUModelRunner(CPUModelRunner):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._step: Any = None
+        """The one that runs, as the scheduler made it."""
         self.sampler.gather_logprobs = cpu_sampling.gather_logprobs
         rejection_sampler.expand_batch_to_tokens = cpu_sampling.expand_batch_to_tokens
 
@@ -62,18 +64,27 @@ class MaskedCPUModelRunner(CPUModelRunner):
         model.ledger.begin(step)
         return super()._preprocess(scheduler_output, num_input_tokens, *rest)
 
-    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        self._step = scheduler_output
         try:
-            output = super().execute_model(*args, **kwargs)
+            runs = cpu_drafts.without_made_up(scheduler_output)
+            output = super().execute_model(runs, *args, **kwargs)
             self._flex_olmo.ledger.settle()
             return output
         finally:
             self._flex_olmo.masks.rest()
 
-    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        if grammar_output is not None:
+            grammar_output = cpu_drafts.as_it_runs(grammar_output, self._step)
         read_in_part = self.discard_request_mask.np
         with cpu_sampling.without(self.input_batch.generators, read_in_part):
-            return super().sample_tokens(*args, **kwargs)
+            return super().sample_tokens(grammar_output)
+
+    def _input_fits_in_drafter(self, attention: Any) -> bool:
+        # A draft is looked up, and ends where the model's length does. Where one request has no
+        # room for drafts, vLLM would draft the word 0 for all.
+        return attention is not None
 
     def _sample(self, logits: Any, drafts: Any) -> Any:
         cpu_sampling.keep_all(self.input_batch.sampling_metadata)

@@ -109,9 +109,9 @@ def test_with_amx_what_does_not_fit_is_vllms_and_said(caplog):
 SHAPES = [(1536, 128), (384, 128), (128, 128), (2304, 768)]
 
 
-def depends_on_others(product, columns, least=1):
+def depends_on_others(product, columns, least=1, dtype=torch.bfloat16):
     """The numbers of rows with which some row's bits differ from those among 300."""
-    x = random(300, columns, seed=1)
+    x = random(300, columns, seed=1, dtype=dtype)
     whole = product(x)
     return [
         rows
@@ -122,7 +122,7 @@ def depends_on_others(product, columns, least=1):
     ]
 
 
-@in_float32
+@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="needs AVX-512")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_row_does_not_depend_on_how_many_others_there_are(shape):
     assert not depends_on_others(widened(RowParallelLinear, random(*shape)), shape[1])
@@ -134,6 +134,16 @@ def test_with_amx_a_row_does_not_depend_on_how_many_others_there_are(shape):
     weight = random(*shape)
     assert not depends_on_others(packed(RowParallelLinear, weight), shape[1], least=LEAST_ROWS)
     assert not depends_on_others(packed(ParallelLMHead, weight), shape[1])
+
+
+@with_amx
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_with_amx_the_head_never_has_a_single_row(dtype):
+    """In steps, as in other layers' products, there are never so few."""
+    weight = random(384, 2048, dtype=dtype)
+    head, other = packed(ParallelLMHead, weight), packed(RowParallelLinear, weight)
+    assert not depends_on_others(head, 2048, dtype=dtype)
+    assert not depends_on_others(other, 2048, least=LEAST_ROWS, dtype=dtype)
 
 
 def test_routers_embeddings_and_what_is_quantised_stay():

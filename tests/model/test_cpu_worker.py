@@ -2,10 +2,13 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+from expertgate.model import cpu_drafts
 from expertgate.model.cpu_worker import MaskedCPUModelRunner
 from expertgate.model.flex_olmo import FlexOlmoForCausalLM
 from expertgate.model.ledger import ACCOUNT_ARG
@@ -70,10 +73,26 @@ def test_masks_follow_ids_when_rows_move(runner):
 def test_a_step_leaves_nothing_open_even_when_it_fails(runner):
     """Threats c3, c5."""
     seen(runner._preprocess, schedule(runner, [("a", 127, 4)]), 8)
-    seen(runner.execute_model, None)
+    seen(runner.execute_model, SimpleNamespace(scheduled_spec_decode_tokens={}))
     assert runner.model.masks.words.tolist() == AT_REST
 
 
 def test_profiling_runs_every_expert_and_leaves_nothing_open(runner):
     assert seen(runner._dummy_run, 4) == [127] * 16
     assert runner.model.masks.words.tolist() == AT_REST
+
+
+def test_a_grammars_rows_are_those_of_the_drafts_that_run():
+    """Threat c5: one request's row may not become the next one's."""
+    step = SchedulerOutput.make_empty()
+    step.scheduled_spec_decode_tokens = {"a": [3, 4], "b": [-1, -1], "d": [5]}
+    step.num_scheduled_tokens = {"a": 3, "b": 3, "c": 1, "d": 2}
+    step.total_num_scheduled_tokens = 9
+    runs = cpu_drafts.without_made_up(step)
+    assert runs.scheduled_spec_decode_tokens == {"a": [3, 4], "d": [5]}
+    assert runs.num_scheduled_tokens == {"a": 3, "b": 1, "c": 1, "d": 2}
+    assert runs.total_num_scheduled_tokens == 7
+    assert step.total_num_scheduled_tokens == sum(step.num_scheduled_tokens.values())
+    grammars = GrammarOutput(["b", "c", "d"], np.arange(6)[:, None])  # b 0 to 2, c 3, d 4 and 5
+    allowed = cpu_drafts.as_it_runs(grammars, step).grammar_bitmask
+    assert allowed.flatten().tolist() == [0, 3, 4, 5]

@@ -3,6 +3,8 @@
 import pytest
 from vllm import SamplingParams
 
+from expertgate.model.ledger import ACCOUNT_ARG
+from expertgate.model.masks import EXTRA_ARG
 from expertgate.policies.expert_set import ExpertSet
 from tests.support.checkpoints import random_checkpoint
 from tests.support.engine import Ask, engine
@@ -61,3 +63,46 @@ def test_drafts_are_judged_by_what_their_request_asks(served, options):
     prompts = [{"prompt_token_ids": prompt, "cache_salt": str(place)} for place in range(2)]
     greedy, certain = served.llm.generate(prompts, params, use_tqdm=False)
     assert certain.outputs[0].token_ids == greedy.outputs[0].token_ids
+
+
+def beside(served, neighbour, mine, after=3):
+    """What `mine`, (prompt, parameters), is told that comes so many steps after `neighbour`."""
+    engine = served.llm.llm_engine
+    for name, (prompt, params), steps in (("neighbour", neighbour, after), ("mine", mine, 100)):
+        engine.add_request(name, {"prompt_token_ids": prompt, "cache_salt": name}, params)
+        for _ in range(steps):
+            for output in engine.step():
+                if output.finished and output.request_id == "mine":
+                    engine.abort_request(["neighbour"])
+                    served.forget()
+                    return output.outputs[0]
+    raise AssertionError("no answer")
+
+
+@pytest.mark.parametrize("prompt", [[7], [8], [9]])
+def test_who_has_one_token_to_read_is_answered_the_same_beside_others(served, prompt):
+    """VLLM drafts -1 for it, and on CPUs judged that by another request's last word."""
+    last_word = SamplingParams(max_tokens=60, temperature=1.0, allowed_token_ids=[319])
+    params = SamplingParams(max_tokens=4, temperature=1.0, top_k=1, ignore_eos=True)
+    [alone] = served.llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
+    got = beside(served, ([319] * 20, last_word), (prompt, params))
+    assert got.token_ids == alone.outputs[0].token_ids
+
+
+def test_usage_is_the_same_beside_who_reaches_the_models_length(served):
+    """VLLM then drafts the word 0 for all, and a position counts with what was drafted there."""
+    longest = served.llm.model_config.max_model_len
+    params = [
+        SamplingParams(
+            temperature=0.0,
+            max_tokens=tokens,
+            ignore_eos=True,
+            extra_args={EXTRA_ARG: 127, ACCOUNT_ARG: account},
+        )
+        for tokens, account in ((2, "alone"), (2, "beside"), (2, None))
+    ]
+    prompt = list(range(40))
+    served.llm.generate({"prompt_token_ids": prompt}, params[0], use_tqdm=False)
+    beside(served, ([5] * (longest - 2), params[2]), (prompt, params[1]), after=1)
+    alone, with_others = served.works("alone", "beside")
+    assert with_others == alone
