@@ -1,5 +1,6 @@
 """Errors as a client sees them, in OpenAI's shape: each has a code that stays the same."""
 
+import re
 from collections.abc import Mapping
 
 CODES: Mapping[str, tuple[int, str]] = {
@@ -31,6 +32,14 @@ _TYPES = {
     429: "rate_limit_error",
 }
 
+
+_OF_ITSELF = re.compile(
+    r"""
+    \[\d\d:\d\d:\d\d\]\ \S+:\d+:\   # where in its source the grammar library raised it
+    | \ \((parameter|value)=.*\)$   # arguments of the error itself
+    """,
+    re.VERBOSE | re.DOTALL,
+)
 
 FULL = "the server has as many requests as it can hold"
 
@@ -68,6 +77,11 @@ class ApiError(Exception):
                 "code": self.code,
             }
         }
+
+
+def said_by_vllm(message: str) -> str:
+    """Its words, or a library's of its, without what they say of its own insides."""
+    return _OF_ITSELF.sub("", message.strip())
 
 
 def bad_request(message: str, param: str | None = None) -> ApiError:
