@@ -18,6 +18,7 @@ _MAX_DEPTH = 64
 _INT64_END = 1 << 63
 INT32_END = 1 << 31
 
+EXPERTS_FORM = 'experts must be a list of names or {"exclude": [names]}'
 MAX_CHOICES = 64
 """`n` times prompts: what one HTTP request may ask of the engine at once."""
 MAX_MESSAGES = 1024
@@ -241,6 +242,8 @@ def _check_words(body: Mapping[str, Any]) -> None:
 
 
 def _check_experts(experts: Any) -> None:
+    if isinstance(experts, dict) and len(experts) != 1:
+        raise ApiError(400, "invalid_experts", EXPERTS_FORM, "experts")
     listed = experts.get("exclude") if isinstance(experts, dict) else experts
     if isinstance(listed, list) and len(listed) > MAX_EXPERTS:
         message = f"experts: has {len(listed)} names; at most {MAX_EXPERTS}"

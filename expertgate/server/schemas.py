@@ -17,7 +17,7 @@ from vllm.exceptions import VLLMClientError
 
 from expertgate.server.circumstances import Purpose
 from expertgate.server.errors import ApiError, bad_request, said_by_vllm
-from expertgate.server.limits import check_limits, check_values, count_prompts
+from expertgate.server.limits import EXPERTS_FORM, check_limits, check_values, count_prompts
 
 RECEIPT_HEADER = "X-Receipt"
 _SHOWN_CHARS = 64
@@ -257,12 +257,7 @@ def check(kind: type[Kind], body: Mapping[str, Any]) -> Kind:
         place = ".".join(str(part) for part in shown["loc"] if _is_place(part))
         message = str(shown["msg"]).removeprefix("Value error, ")
         if shown["loc"][:1] == ("experts",):
-            raise ApiError(
-                400,
-                "invalid_experts",
-                'experts must be a list of names or {"exclude": [names]}',
-                "experts",
-            ) from None
+            raise ApiError(400, "invalid_experts", EXPERTS_FORM, "experts") from None
         raise bad_request(f"{place}: {message}" if place else message, place or None) from None
     except VLLMClientError as error:
         words = said_by_vllm(str(error))

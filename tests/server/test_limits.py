@@ -199,7 +199,16 @@ def test_junk_is_refused_before_a_model_reads_it(unread, ask, fields):
     assert error.param
 
 
-@pytest.mark.parametrize("experts", [[[]] * 100_000, {"exclude": [1] * 100_000}, ["a"] * 65])
+@pytest.mark.parametrize(
+    "experts",
+    [
+        [[]] * 100_000,
+        {"exclude": [1] * 100_000},
+        ["a"] * 65,
+        {str(name): [] for name in range(80_000)},
+    ],
+    ids=lambda experts: str(experts)[:20],
+)
 def test_many_experts_are_refused_before_a_model_reads_them(unread, experts):
     assert refused(chat, experts=experts).code == "invalid_experts"
 

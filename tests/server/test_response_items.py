@@ -1,4 +1,4 @@
-"""What a response's input may hold; of what fits nothing, vLLM's models make errors of each kind."""
+"""What a response's input may hold. Of what fits nothing, vLLM makes errors of every kind."""
 
 import json
 
