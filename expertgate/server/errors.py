@@ -17,7 +17,7 @@ CODES: Mapping[str, tuple[int, str]] = {
     "method_not_allowed": (405, "the route has other methods"),
     "request_timeout": (408, "the body did not come in time"),
     "body_too_large": (413, "the body has more bytes than this route takes"),
-    "unsupported_media_type": (415, "the body is not `application/json`"),
+    "unsupported_media_type": (415, "the body is not `application/json`, or compressed"),
     "overloaded": (429, "too many requests, of all or of the caller's own"),
     "internal_error": (500, "the server's own fault; the cause is in its log alone"),
     "issuer_unavailable": (503, "the keys of a token's issuer can't be fetched"),

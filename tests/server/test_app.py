@@ -157,6 +157,16 @@ def test_what_a_handler_returns(ask, script, service, returned, expected):
     assert len(service.grants) == 0
 
 
+def test_a_compressed_body_is_told_as_one(service):
+    client = TestClient(create_app(service))
+    for encoding, status in (("gzip", 415), ("br", 415), ("identity", 400)):
+        headers = {"user": "alice", "Content-Type": "application/json"}
+        headers["Content-Encoding"] = encoding
+        found = client.post("/v1/completions", content=b"{}", headers=headers)
+        assert found.status_code == status
+        assert ("compressed" in found.text) == (status == 415)
+
+
 def test_a_prompt_is_called_by_the_field_that_has_it(ask, script):
     for name in ("input_text", "input_tokens"):
         script.result = VLLMValidationError("too long", parameter=name)
