@@ -13,7 +13,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 
 from expertgate.faults import in_words, path_of
 from expertgate.model.checkpoint import Checkpoint
@@ -22,6 +29,16 @@ from expertgate.policies.expert_set import MAX_EXPERTS, ExpertSet
 FILE_NAME = "experts.json"
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+
+
+def _printable(text: str) -> str:
+    """The text itself. Raises ValueError for what would do more to a terminal than stand there."""
+    if not text.isprintable():
+        raise ValueError("must be printable text, in one line")
+    return text
+
+
+Words = Annotated[str, AfterValidator(_printable)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -36,9 +53,9 @@ class Expert(BaseModel):
 
     index: int = Field(ge=0, lt=MAX_EXPERTS)
     name: Name
-    owner: str = ""
-    license: str = ""
-    tags: tuple[str, ...] = ()
+    owner: Words = ""
+    license: Words = ""
+    tags: tuple[Words, ...] = ()
     description: str = ""
     sha256: Sha256 | None = None
     """Of its weights, as `Checkpoint.expert_digests` has it; None where nothing is stated."""

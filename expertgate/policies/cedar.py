@@ -33,6 +33,10 @@ _ATTRIBUTES: Mapping[tuple[str, ...], Sequence[str]] = {
 }
 """The attributes that there are, by the way to what has them. Claims are the configuration's."""
 
+_KINDS = {"principal": ("User",), "resource": ("Expert",)}
+_ABOVE = {"principal": ("Group",), "resource": ()}
+"""What they may be, and be in."""
+_MISTAKE = "\nwhen { 1 < true };"
 _CACHED_DECISIONS = 1024
 _OPTIONAL = re.compile(r"access to optional attribute `([\w.]+)` in context")
 _FAILURE = re.compile(r"error while evaluating policy `(policy\d+)`: (.*)", re.DOTALL)
@@ -51,6 +55,7 @@ class PolicySet:
         for policy in policies:
             policy.check()
         _check_experts(policies, resources)
+        _check_kinds(policies)
         _check_attributes(policies, claims)
         self._ids = _ids(policies)
         self._resources = tuple(resources)
@@ -58,6 +63,7 @@ class PolicySet:
         # One text for validator and evaluator, so that both number its policies alike.
         text = "\n".join(policy.text for policy in policies)
         _validate(text, policies, schema(claims))
+        _check_reach(policies, schema(claims))
         self._policies = cedarpy.PolicySet.from_str(text)
         # What no policy speaks of is left out of the context, and so out of the cache's key. Were
         # it spoken of after all, the policy would fail, and deny.
@@ -175,7 +181,7 @@ def _named(path: Path) -> Path:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")  # some editors begin a file with a mark that nobody sees
     except OSError as error:
         raise PolicyError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError:
@@ -195,6 +201,20 @@ def _check_experts(policies: Iterable[Statement], resources: Iterable[Resource])
             if name not in known:
                 raise PolicyError(
                     f'{place}: there is no Expert::"{name}"; the experts are {", ".join(known)}'
+                )
+
+
+def _check_kinds(policies: Iterable[Statement]) -> None:
+    # Cedar takes a comparison with what a variable can never be for one that doesn't hold just now;
+    # and `unless { principal == Group::"x" }` leaves out nobody.
+    for policy in policies:
+        for place, variable, sign, kind in policy.compared():
+            wanted = _KINDS[variable] if sign != "in" else (*_KINDS[variable], *_ABOVE[variable])
+            if kind not in wanted:
+                hint = '; a group is asked for by `principal in Group::"name"`'
+                raise PolicyError(
+                    f"{place}: {variable} {sign} {kind}: no {variable} is such a thing"
+                    + (hint if kind == "Group" else "")
                 )
 
 
@@ -236,7 +256,7 @@ def _reads(policies: Iterable[Statement]) -> frozenset[str]:
 
 
 def _ids(policies: Sequence[Statement]) -> list[str]:
-    """By the place of each policy. Raises PolicyError where two were given the same."""
+    """By the place of each policy. Raises PolicyError where one was given another's."""
     places: dict[str, str] = {}
     for policy in policies:
         given = policy.given_id()
@@ -247,6 +267,12 @@ def _ids(policies: Sequence[Statement]) -> list[str]:
             )
         if given is not None:
             places[given] = policy.place
+    for policy in policies:
+        if policy.given_id() is None and policy.id in places:
+            raise PolicyError(
+                f"{places[policy.id]}: the @id {policy.id!r} is what the policy at {policy.place} "
+                "is called, which has none; ids name policies in decisions, so choose another"
+            )
     return [policy.id for policy in policies]
 
 
@@ -261,3 +287,16 @@ def _validate(text: str, policies: Sequence[Statement], schema_text: str) -> Non
             way, _, name = f"context.{optional[1]}".rpartition(".")
             hint = f"; ask for it first: `{way} has {name} && ...`"
         raise PolicyError(f"{policy.place}: {' '.join(words.split())}{hint}")
+
+
+def _check_reach(policies: Sequence[Statement], schema_text: str) -> None:
+    """Raises PolicyError for a policy of which nothing could come, whoever asks for what."""
+    # Cedar takes a `forbid` whose condition can only be false, and it would forbid nothing. But it
+    # doesn't look at what stands behind such a condition: a policy that has one hides a mistake
+    # which is put at its end.
+    text = "\n".join(policy.text.removesuffix(";") + _MISTAKE for policy in policies)
+    found = cedarpy.validate_policies(text, schema_text).errors
+    reached = {int(error.policy_id.removeprefix("policy")) for error in found}
+    for index, policy in enumerate(policies):
+        if index not in reached:
+            raise PolicyError(f"{policy.place}: no request can meet the policy's conditions")

@@ -21,6 +21,8 @@ _TOKEN = re.compile(
     re.DOTALL,
 )
 _UNEXPECTED = "unexpected token"
+_ENTITIES = ("principal", "resource")
+_SIGNS = ("==", "!=", "in", "is")
 
 
 class PolicyError(ValueError):
@@ -72,6 +74,23 @@ class Statement:
             sign, name = self.tokens[start + 1 : start + 3]
             if token.text == "Expert" and sign.text == "::" and name.text.startswith('"'):
                 yield f"{self.file}:{name.line}", name.text[1:-1]
+
+    def compared(self) -> Iterator[tuple[str, str, str, str]]:
+        """Every comparison of a variable with entities, `principal in Group::"x"` or the reverse.
+
+        Its place, the variable, the sign and the type of the entities.
+        """
+        words = [token.text for token in self.tokens] + [""] * 4
+        for start, token in enumerate(self.tokens):
+            place = f"{self.file}:{token.line}"
+            if words[start] in _ENTITIES:
+                sign, *names = words[start + 1 : start + 5]
+                kind = names[1] if names[0] in ("[", "(") else names[0]
+                if sign in _SIGNS and kind[:1].isupper():
+                    yield place, words[start], sign, kind
+            kind, dots, _, sign, variable = words[start : start + 5]
+            if dots == "::" and sign in ("==", "!=") and variable in _ENTITIES:
+                yield place, variable, sign, kind
 
     def asked_for(self) -> Iterator[tuple[str, tuple[str, ...], str]]:
         """Every attribute that a `has` asks for: its place, the way to what may have it, its name.

@@ -20,7 +20,7 @@ from vllm.exceptions import (
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from expertgate.model.catalogue import Catalogue
-from expertgate.server.errors import FULL, ApiError, overloaded, withdrawn
+from expertgate.server.errors import FULL, ApiError, overloaded, said_by_vllm, withdrawn
 from expertgate.server.grants import Grant, GrantError, WithdrawnError
 from expertgate.server.guard import UnavailableError
 
@@ -30,6 +30,8 @@ _QUEUE_FULL = HTTPStatus.SERVICE_UNAVAILABLE.phrase
 """The type that vLLM gives to a full queue, whose status is that of a dead engine."""
 HIDDEN = ("system_fingerprint", "kv_transfer_params", "ec_transfer_params", "metrics")
 HIDDEN_IN_CHOICE = ("routed_experts",)
+PROMPT = ("input_text", "input_tokens")
+"""What vLLM calls the prompt where it is too long, whichever field of a body has it."""
 
 DONE = "data: [DONE]\n\n"
 _DATA = "data: "
@@ -196,7 +198,7 @@ def _of_status(status: int, message: str, param: str | None) -> ApiError:
     if status == 503:
         return ApiError(503, "engine_unavailable", message or "the engine has stopped")
     if 400 <= status < 500:
-        return ApiError(status, "invalid_request", message, param)
+        return ApiError(status, "invalid_request", said_by_vllm(message), param)
     log.error("the engine failed a request: %s", message)
     return internal_error()
 

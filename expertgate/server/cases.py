@@ -74,7 +74,9 @@ class Case(BaseModel):
         # Where it is missing, no policy reads it: `CaseTable.read` has seen to that.
         time = self.time or datetime.fromtimestamp(0, UTC)
         context = Context(time, self.purpose, address)
-        return policies.decide(Principal(self.principal, self.groups, self.claims), context)
+        # As of a token: null is how some issuers say that there is none.
+        claims = {name: value for name, value in self.claims.items() if value is not None}
+        return policies.decide(Principal(self.principal, self.groups, claims), context)
 
     def failures(self, granted: set[str]) -> set[str]:
         """The experts that are granted or denied, and should not be."""

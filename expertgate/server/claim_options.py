@@ -19,10 +19,13 @@ def declared(texts: Iterable[str]) -> dict[str, ClaimKind]:
     for text in texts:
         name, _, kind = text.rpartition(":")  # many names are addresses, with a colon in them
         try:
-            found |= _DECLARED.validate_python({name: kind})
+            one = _DECLARED.validate_python({name: kind})
         except ValidationError:
             kinds = ", ".join(get_args(ClaimKind))
             raise click.BadParameter(f"{text!r} is not NAME:TYPE, of {kinds}") from None
+        if found.get(name, kind) != kind:
+            raise click.BadParameter(f"the claim {name!r} is declared twice, as {found[name]} too")
+        found |= one
     return found
 
 
@@ -36,6 +39,8 @@ def given(texts: Iterable[str], kinds: Mapping[str, ClaimKind]) -> dict[str, obj
         if name not in kinds:
             known = ", ".join(kinds) or "none"
             raise click.BadParameter(f"the claim {name!r} is not declared, only {known}")
+        if name in found:
+            raise click.BadParameter(f"the claim {name!r} is given twice")
         try:
             found[name] = _value(value, kinds[name])
         except (KeyError, ValueError):

@@ -1,5 +1,6 @@
 """Errors as a client sees them, in OpenAI's shape: each has a code that stays the same."""
 
+import re
 from collections.abc import Mapping
 
 CODES: Mapping[str, tuple[int, str]] = {
@@ -16,7 +17,7 @@ CODES: Mapping[str, tuple[int, str]] = {
     "method_not_allowed": (405, "the route has other methods"),
     "request_timeout": (408, "the body did not come in time"),
     "body_too_large": (413, "the body has more bytes than this route takes"),
-    "unsupported_media_type": (415, "the body is not `application/json`"),
+    "unsupported_media_type": (415, "the body is not `application/json`, or compressed"),
     "overloaded": (429, "too many requests, of all or of the caller's own"),
     "internal_error": (500, "the server's own fault; the cause is in its log alone"),
     "issuer_unavailable": (503, "the keys of a token's issuer can't be fetched"),
@@ -31,6 +32,14 @@ _TYPES = {
     429: "rate_limit_error",
 }
 
+
+_OF_ITSELF = re.compile(
+    r"""
+    \[\d\d:\d\d:\d\d\]\ \S+:\d+:\   # where in its source the grammar library raised it
+    | \ \((parameter|value)=.*\)$   # arguments of the error itself
+    """,
+    re.VERBOSE | re.DOTALL,
+)
 
 FULL = "the server has as many requests as it can hold"
 
@@ -68,6 +77,11 @@ class ApiError(Exception):
                 "code": self.code,
             }
         }
+
+
+def said_by_vllm(message: str) -> str:
+    """Its words, or a library's of its, without what they say of its own insides."""
+    return _OF_ITSELF.sub("", message.strip())
 
 
 def bad_request(message: str, param: str | None = None) -> ApiError:

@@ -1,8 +1,9 @@
 """What a body may hold, checked on plain JSON before any model of vLLM's sees it.
 
 Kinds are strict here, as pydantic's are not: it reads `"1000"` and `16384.0` as integers, which
-would then have passed every limit unseen. And a long list of junk is refused by its length or its
-first item, because pydantic would make several errors of each.
+would then have passed every limit unseen, and `"no"` as false, which to others is true. And a long
+list of junk is refused by its length or its first item, because pydantic would make several errors
+of each.
 """
 
 import json
@@ -17,6 +18,7 @@ _MAX_DEPTH = 64
 _INT64_END = 1 << 63
 INT32_END = 1 << 31
 
+EXPERTS_FORM = 'experts must be a list of names or {"exclude": [names]}'
 MAX_CHOICES = 64
 """`n` times prompts: what one HTTP request may ask of the engine at once."""
 MAX_MESSAGES = 1024
@@ -67,6 +69,26 @@ INTEGERS = (
 )
 """None of these but `seed` is of use beyond 32 bits, which is what the tensors behind them hold."""
 INTEGERS_OR_BOOLEANS = ("logprobs",)
+_LENGTHS = ("max_completion_tokens", "max_output_tokens")
+"""To vLLM they are max_tokens, which it would say instead."""
+BOOLEANS = (
+    "add_generation_prompt",
+    "add_special_tokens",
+    "background",
+    "continue_final_message",
+    "echo",
+    "ignore_eos",
+    "include_reasoning",
+    "include_stop_str_in_output",
+    "parallel_tool_calls",
+    "return_token_ids",
+    "return_token_strs",
+    "return_tokens_as_token_ids",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "store",
+    "stream",
+)
 NUMBERS = (
     "frequency_penalty",
     "min_p",
@@ -109,6 +131,23 @@ def check_values(value: Any, depth: int = 0) -> None:
             check_values(inner, depth + 1)
 
 
+def check_arguments(text: Any, place: str) -> None:
+    """Those of a call that a model made, which vLLM and its templates read. Raises ApiError 400."""
+    try:
+        deep = isinstance(text, str) and _is_deep(json.loads(text), _MAX_DEPTH)
+    except RecursionError:
+        deep = True
+    except ValueError:
+        return  # vLLM takes what is no JSON for none
+    if deep:
+        raise bad_request(f"{place} is nested more than {_MAX_DEPTH} deep", place)
+
+
+def _is_deep(value: Any, left: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return left < 0 or any(_is_deep(each, left - 1) for each in inner)
+
+
 def check_limits(body: Mapping[str, Any]) -> None:
     """Limits on what costs everyone, or what vLLM's GPU sampler dies of. Raises ApiError."""
     _check_numbers(body)
@@ -148,6 +187,11 @@ def _check_numbers(body: Mapping[str, Any]) -> None:
             raise bad_request(f"{name} must be an integer", name)
         if name != "seed" and not -1 <= value < INT32_END:
             raise bad_request(f"{name} must lie between -1 and {INT32_END - 1}", name)
+        if name in _LENGTHS and value < 1:
+            raise bad_request(f"{name} must be at least 1", name)
+    for name in BOOLEANS:
+        if not isinstance(body.get(name), bool | None):
+            raise bad_request(f"{name} must be true or false", name)
     for name in NUMBERS:
         if body.get(name) is not None and not _is_number(body[name]):
             raise bad_request(f"{name} must be a number", name)
@@ -198,6 +242,8 @@ def _check_words(body: Mapping[str, Any]) -> None:
 
 
 def _check_experts(experts: Any) -> None:
+    if isinstance(experts, dict) and len(experts) != 1:
+        raise ApiError(400, "invalid_experts", EXPERTS_FORM, "experts")
     listed = experts.get("exclude") if isinstance(experts, dict) else experts
     if isinstance(listed, list) and len(listed) > MAX_EXPERTS:
         message = f"experts: has {len(listed)} names; at most {MAX_EXPERTS}"
@@ -221,7 +267,12 @@ def _check_messages(messages: Any) -> None:
             where = f"{place}.content"
             raise bad_request(f"{where} must be text, or a list of parts of text", where)
         parts -= _check_objects(f"{place}.content", content, parts)
-        calls -= _check_objects(f"{place}.tool_calls", message.get("tool_calls"), calls)
+        made = message.get("tool_calls")
+        calls -= _check_objects(f"{place}.tool_calls", made, calls)
+        for number, call in enumerate(made if isinstance(made, list) else []):
+            if isinstance(call.get("function"), dict):
+                where = f"{place}.tool_calls[{number}].function.arguments"
+                check_arguments(call["function"].get("arguments"), where)
 
 
 def _check_input(items: Any) -> None:

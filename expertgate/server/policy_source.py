@@ -43,6 +43,10 @@ class PolicySource:
                 "give --catalogue and, for policies, --policies"
             )
         found = Config.load(path)
+        for name, kind in claims.items():
+            known = found.claims.get(name, kind)
+            if kind != known:  # what is tried would be another thing than what is served
+                raise SettingError(f"--claims {name}:{kind}: {path} declares that claim as {known}")
         experts = _catalogue(found, catalogue)
         suspended = suspensions.read(found.suspended) or frozenset()
         return cls(policies or found.policies, experts, {**found.claims, **claims}, suspended)

@@ -33,7 +33,8 @@ class PatientProtocol(HttpToolsProtocol):
     _answering: RequestResponseCycle | None = None
     """The request that runs; uvicorn's own `cycle` is the last that came, maybe behind it."""
     _unparsed_bytes = 0
-    """Received in a row of one head without an end: the parser gives a header when it is whole."""
+    """Received in a row without the end of a head, or anything of a body: the parser gives a header
+    when it is whole, and gathers it until then. A trailer is one to it as well."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -44,14 +45,14 @@ class PatientProtocol(HttpToolsProtocol):
         self._wait_for_headers()
 
     def data_received(self, data: bytes) -> None:
-        within = self._in_head
+        self._unparsed_bytes += len(data)
         super().data_received(data)
         if self.cycle is None or self.cycle.response_complete:
             self._wait_for_headers()
         else:
             self._have_headers()
-        self._unparsed_bytes = self._unparsed_bytes + len(data) if within and self._in_head else 0
-        if self._unparsed_bytes > MAX_HEAD_BYTES:
+        # Where it is closing, there is an answer on its way that says why.
+        if self._unparsed_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self.transport.abort()
 
     def on_message_begin(self) -> None:
@@ -69,8 +70,16 @@ class PatientProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._in_head = False
+        self._in_head, self._unparsed_bytes = False, 0
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._unparsed_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._unparsed_bytes = 0
+        super().on_message_complete()
 
     def _count(self, part: bytes) -> None:
         self._head_bytes += len(part)

@@ -12,10 +12,14 @@ BODY_S = 30.0
 
 
 async def read_body(request: Request) -> bytes:
-    """Raises ApiError: 415 for what is no JSON, 413 for too much of it, 408 for too slow."""
+    """Raises ApiError: 415 for what is no plain JSON, 413 for too much of it, 408 for too slow."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise ApiError(415, "unsupported_media_type", "the body must be application/json")
+    encoding = request.headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        message = "the body must not be compressed: Content-Encoding is not read here"
+        raise ApiError(415, "unsupported_media_type", message)
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > MAX_BODY_BYTES:
         raise _too_large()

@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest as _ResponsesRequest
@@ -17,10 +17,13 @@ from vllm.exceptions import GenerationError
 from expertgate.server import answers
 from expertgate.server.circumstances import Purpose
 from expertgate.server.errors import ApiError, bad_request
+from expertgate.server.response_items import check_items, readable
 from expertgate.server.schemas import Experts, Receipt, check_tools
 
 log = logging.getLogger(__name__)
 
+MAX_METADATA = 16
+_MAX_INCLUDED = 16
 _PREAMBLE = ("response.created", "response.in_progress")
 _COMPLETED = "response.completed"
 _LAST = f"event: {_COMPLETED}\n"
@@ -121,50 +124,29 @@ class ResponsesRequest(_ResponsesRequest):
         choice = body.get("tool_choice")
         if isinstance(choice, dict) and not isinstance(choice.get("name", ""), str):
             raise bad_request("tool_choice.name must be text", "tool_choice.name")
+        _check_metadata(body.get("metadata"))
+        include = body.get("include")
+        if isinstance(include, list) and len(include) > _MAX_INCLUDED:
+            message = f"include has {len(include)} entries; at most {_MAX_INCLUDED}"
+            raise bad_request(message, "include")
         if isinstance(body["input"], list):
-            for index, item in enumerate(body["input"]):
-                _check_item(item, f"input[{index}]")
+            check_items(body["input"])
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        if isinstance(obj["input"], list):
+            obj = {**obj, "input": readable(obj["input"])}
+        return super().model_validate(obj, **options)
 
 
-def _check_item(item: Mapping[str, Any], place: str) -> None:
-    """VLLM reads an item by its keys, and trips where one of them is not there."""
-    kind = item.get("type", "message")
-    if not isinstance(kind, str) or kind not in _TEXTS:
-        raise bad_request(f"{place}.type must be {', '.join(_TEXTS)}", f"{place}.type")
-    for name in _TEXTS[kind]:
-        if not isinstance(item.get(name), str):
-            raise bad_request(f"{place}.{name} must be text", f"{place}.{name}")
-    if kind == "reasoning" and not isinstance(item.get("summary"), list):
-        raise bad_request(f"{place}.summary must be a list", f"{place}.summary")
-    if kind != "message":
+def _check_metadata(found: Any) -> None:
+    """As much as OpenAI takes: it goes back with the response. Raises ApiError 400."""
+    if found is None:
         return
-    content = item.get("content")
-    if isinstance(content, str):
-        return
-    where = f"{place}.content"
-    if not isinstance(content, list) or not content:
-        raise bad_request(f"{where} must be text, or a list of parts of text", where)
-    own = item["role"] == "assistant"
-    wanted = "output_text" if own else "input_text"
-    for index, part in enumerate(content):
-        part_place = f"{where}[{index}]"
-        if part.get("type") != wanted:
-            message = f"{part_place}: only parts of type {wanted!r} can be read here"
-            raise bad_request(message, part_place)
-        if not isinstance(part.get("text"), str):
-            raise bad_request(f"{part_place}.text must be text", f"{part_place}.text")
-    if own and len(content) > 1:
-        # vLLM would read the first, and silently leave out the others.
-        raise bad_request(f"{where}: a message of the assistant may have one part", where)
-
-
-_TEXTS: Mapping[str, tuple[str, ...]] = {
-    "message": ("role",),
-    "function_call": ("call_id", "name", "arguments"),
-    "function_call_output": ("call_id", "output"),
-    "reasoning": (),
-}
-"""The types of item that can be read, and what of each must be text."""
+    fits = isinstance(found, dict) and len(found) <= MAX_METADATA
+    if not fits or not all(isinstance(value, str) for value in found.values()):
+        message = f"metadata must be an object of at most {MAX_METADATA} texts"
+        raise bad_request(message, "metadata")
 
 
 async def create(handler: Any, body: ResponsesRequest) -> Any:

@@ -16,8 +16,8 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMClientError
 
 from expertgate.server.circumstances import Purpose
-from expertgate.server.errors import ApiError, bad_request
-from expertgate.server.limits import check_limits, check_values, count_prompts
+from expertgate.server.errors import ApiError, bad_request, said_by_vllm
+from expertgate.server.limits import EXPERTS_FORM, check_limits, check_values, count_prompts
 
 RECEIPT_HEADER = "X-Receipt"
 _SHOWN_CHARS = 64
@@ -263,15 +263,11 @@ def check(kind: type[Kind], body: Mapping[str, Any]) -> Kind:
         place = ".".join(str(part) for part in shown["loc"] if _is_place(part))
         message = str(shown["msg"]).removeprefix("Value error, ")
         if shown["loc"][:1] == ("experts",):
-            raise ApiError(
-                400,
-                "invalid_experts",
-                'experts must be a list of names or {"exclude": [names]}',
-                "experts",
-            ) from None
+            raise ApiError(400, "invalid_experts", EXPERTS_FORM, "experts") from None
         raise bad_request(f"{place}: {message}" if place else message, place or None) from None
     except VLLMClientError as error:
-        raise bad_request(str(error), getattr(error, "parameter", None)) from None
+        words = said_by_vllm(str(error))
+        raise bad_request(words, getattr(error, "parameter", None)) from None
     except RecursionError:
         raise bad_request("the body is nested too deeply") from None
 
@@ -371,6 +367,9 @@ def _check_nested(body: Mapping[str, Any], nested: Mapping[str, frozenset[str]])
 def _unknown(name: str, place: str, allowed: Iterable[str]) -> ApiError:
     if name in _REFUSED and place == name:
         return bad_request(f"{name} can't be set: {_REFUSED[name]}", place)
+    if len(name) > _SHOWN_CHARS:  # it may be a whole body, in which nobody looks for a slip
+        place = f"{place.removesuffix(name)}{name[:_SHOWN_CHARS]}…"
+        return bad_request(f"unknown field {place!r}", place)
     near = difflib.get_close_matches(name.lower(), allowed, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return bad_request(f"unknown field {place!r}{hint}", place)

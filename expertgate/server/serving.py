@@ -1,6 +1,7 @@
 """From a configuration to a running server."""
 
 import logging
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +42,8 @@ def serve_config(
     `greet` is called with the server's URL once it can answer. Raises a named error for each part
     that doesn't hold, before anything slow begins.
     """
+    # Until somebody listens for it, the signal to read again would end what reads all anyway.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     parts = _read(config, model)
     known, policies = parts.known, parts.policies
     bound = listen(host or config.host, config.port if port is None else port)

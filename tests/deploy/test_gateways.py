@@ -128,9 +128,20 @@ def test_envoy_takes_away_what_a_client_says_of_itself(envoy):
     assert granted(envoy, token(), **forged) == ["public"]
 
 
-@pytest.mark.parametrize("claims", [{}, {"groups": "research"}, {"groups": [{}]}])
+@pytest.mark.parametrize(
+    "claims",
+    [
+        {},
+        {"groups": "research"},
+        {"groups": [{}]},
+        {"groups": ["research,research"]},
+        {"groups": [" research"]},
+        {"groups": ["research", True]},
+        {"sub": "alice "},
+    ],
+)
 def test_envoy_lets_nobody_speak_for_a_token_that_it_cannot_read(envoy, claims):
-    bearer = token(**claims) if "groups" in claims else _token_of_nobody()
+    bearer = token(**claims) if claims else _token_of_nobody()
     forged = {"X-Forwarded-User": "boss", "X-Forwarded-Groups": "research"}
     response = httpx.get(
         f"{envoy}/v1/experts", headers={"Authorization": f"Bearer {bearer}", **forged}

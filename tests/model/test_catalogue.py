@@ -71,6 +71,15 @@ def test_names_and_indices(tmp_path):
             {"version": 1, "experts": [{"index": 0, "name": "public", "sha256": "zz"}]},
             "experts[0].sha256: ",
         ),
+        # Many a catalogue comes with a stranger's model, and is shown on terminals.
+        (
+            {"experts": [{"index": 0, "name": "public", "owner": "ai2\nready"}]},
+            "experts[0].owner: must be printable text, in one line",
+        ),
+        (
+            {"experts": [{"index": 0, "name": "public", "tags": ["\x1b[2J"]}]},
+            "experts[0].tags[0]: must be printable text, in one line",
+        ),
         (
             {"version": 1, "experts": entries(*["public"], *[f"e{i}" for i in range(64)])},
             "experts[64].index: ",

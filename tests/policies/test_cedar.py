@@ -325,9 +325,42 @@ def test_what_decisions_depend_on(condition, read):
             when("(if true then context else context) has purpse"),
             "rules.cedar:1: purpse: there is no such attribute; did you mean purpose?",
         ),
+        # Nor what can never hold.
+        (
+            EVERYBODY + "\nforbid(principal, action, resource) unless { context has time };",
+            "rules.cedar:2: no request can meet the policy's conditions",
+        ),
+        (
+            EVERYBODY + when('(principal) == Group::"x"'),
+            "rules.cedar:1: no request can meet the policy's conditions",
+        ),
+        (
+            when("true").replace("when", "\nunless").replace("true", 'principal == Group::"x"'),
+            "rules.cedar:2: principal == Group: no principal is such a thing; a group is asked ",
+        ),
+        (
+            when('principal in Group::"a" || Group::"b" != principal'),
+            "rules.cedar:1: principal != Group: no principal is such a thing; a group is asked ",
+        ),
+        (
+            when('true || principal in [Expert::"math"]'),
+            "rules.cedar:1: principal in Expert: no principal is such a thing",
+        ),
+        (
+            when('true || resource in Group::"a"'),
+            "rules.cedar:1: resource in Group: no resource is such a thing; a group is asked ",
+        ),
+        (
+            when("true || resource is User"),
+            "rules.cedar:1: resource is User: no resource is such a thing",
+        ),
         (
             f'@id("a") {EVERYBODY}\n@id("a") {EVERYBODY}',
             "rules.cedar:2: the @id 'a' is that of the policy at rules.cedar:1",
+        ),
+        (
+            f'{EVERYBODY}\n@id("rules.cedar:1") {EVERYBODY}',
+            "rules.cedar:2: the @id 'rules.cedar:1' is what the policy at rules.cedar:1 is called",
         ),
     ],
 )
@@ -336,6 +369,23 @@ def test_what_is_not_valid_is_refused_with_its_place(text, words):
         policies(text)
     assert str(error.value).startswith(words)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "true",
+        "context has purpose",
+        "context.weekday > 8",  # what values there are is nobody's guess
+        'principal in Group::"x" && !(principal in User::"y")',
+        'principal is User in Group::"x" || principal in [Group::"y", Group::"z"]',
+        'User::"a" == principal || resource != Expert::"math" || resource is Expert',
+        'true } unless { false } when { principal == User::"a"',
+        "true // };\n",
+    ],
+)
+def test_what_can_be_met_is_taken(condition):
+    assert len(policies(EVERYBODY + when(condition).replace("permit", "forbid"))) == 2
 
 
 @pytest.mark.parametrize("way", ["context purpose", "context.claims department"])
@@ -348,7 +398,7 @@ def test_how_to_ask_for_an_optional_attribute_is_told(way):
 @pytest.mark.parametrize(
     "condition",
     ["context has claims.level", 'context.claims has "lev\\u{65}l"', "resource has tags",
-     "{has_it: 1} has tags", '(if true then context else context)["claims"] has department'],
+     "{a: 1, tags: 2} has tags", '(if true then context else context)["claims"] has department'],
 )  # fmt: skip
 def test_attributes_that_there_are_may_be_asked_for(condition):
     policies(f'@has("x") {when(condition)}')
@@ -373,6 +423,11 @@ def test_no_policy_at_all_is_a_mistake(tmp_path, content):
         PolicySet.load(tmp_path, RESOURCES)
     with pytest.raises(PolicyError, match="missing: is no folder: there is no policy"):
         PolicySet.load(tmp_path / "missing", RESOURCES)
+
+
+def test_a_mark_that_editors_put_first_is_no_part_of_a_policy(tmp_path):
+    (tmp_path / "a.cedar").write_text(f"{EVERYBODY}\n", "utf-8-sig")
+    assert len(PolicySet.load(tmp_path, RESOURCES)) == 1
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -157,6 +157,58 @@ def test_the_widest_limit_of_ones_groups_holds(clock):
     assert len(fill(admission, Principal("f", frozenset(["small", "free"])))) > 100
 
 
+IN_BOTH = {
+    "small": Limits(concurrent=2, requests_per_minute=6, tokens_per_minute=60),
+    "large": Limits(concurrent=4, requests_per_minute=12, tokens_per_minute=120),
+}
+
+
+def with_groups(*groups):
+    """One principal, by several tokens."""
+    return Principal("corp:ada", frozenset(groups))
+
+
+def test_other_groups_in_the_next_token_bring_no_second_allowance(clock):
+    admission = Admission(IN_BOTH, clock=clock)
+    for group, most in (("small", 6), ("large", 6)):  # 12 in all
+        for _ in range(most):
+            admission.enter(with_groups(group)).leave()
+    for group in ("small", "large"):
+        assert refused(admission.enter, with_groups(group)).headers["Retry-After"] != "0"
+    clock.now += 5
+    admission.enter(with_groups("large")).leave()  # one in five seconds
+    assert refused(admission.enter, with_groups("small")).headers["Retry-After"] == "10"
+    admission.enter(Principal("corp:eve", frozenset(["small"]))).leave()
+
+
+def test_what_a_wider_limit_allowed_uses_up_a_narrower_one_and_no_more(clock):
+    admission = Admission(IN_BOTH, clock=clock)
+    admission.enter(with_groups("small")).leave()
+    with admission.enter(with_groups("large")) as visit:
+        visit.spend(110)
+    assert refused(admission.enter, with_groups("small")).headers["Retry-After"] == "1"
+    clock.now += 1
+    admission.enter(with_groups("small")).leave()
+    free = Admission({**IN_BOTH, "free": Limits()}, clock=clock)
+    free.enter(with_groups("small")).leave()
+    with free.enter(with_groups("free")) as visit:
+        visit.spend(100_000)
+    assert refused(free.enter, with_groups("small")).headers["Retry-After"] == "1"
+
+
+def test_other_groups_in_the_next_token_bring_no_more_places(clock):
+    admission = Admission(IN_BOTH, clock=clock)
+    held = fill(admission, with_groups("large"))
+    assert (len(held), len(fill(admission, with_groups("small")))) == (4, 0)
+    for visit in held[:3]:
+        visit.leave()
+    assert len(fill(admission, with_groups("small"))) == 1
+    rates = {"some": Limits(requests_per_minute=900), "more": Limits(requests_per_minute=901)}
+    admission = Admission(rates, places=100)
+    assert len(fill(admission, with_groups("some"))) == 50
+    assert not fill(admission, with_groups("more"))
+
+
 def test_accounts_of_those_who_left_are_dropped(clock):
     admission = Admission({"*": Limits(requests_per_minute=60)}, clock=clock)
     kept = admission.enter(EVE)

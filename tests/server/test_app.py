@@ -168,6 +168,35 @@ def test_what_a_handler_returns(ask, script, service, returned, expected):
     assert len(service.grants) == 0
 
 
+def test_a_compressed_body_is_told_as_one(service):
+    client = TestClient(create_app(service))
+    for encoding, status in (("gzip", 415), ("br", 415), ("identity", 400)):
+        headers = {"user": "alice", "Content-Type": "application/json"}
+        headers["Content-Encoding"] = encoding
+        found = client.post("/v1/completions", content=b"{}", headers=headers)
+        assert found.status_code == status
+        assert ("compressed" in found.text) == (status == 415)
+
+
+def test_a_prompt_is_called_by_the_field_that_has_it(ask, script):
+    for name in ("input_text", "input_tokens"):
+        script.result = VLLMValidationError("too long", parameter=name)
+        told = ask().json()["error"]
+        assert (told["param"], told["message"]) == ("messages", "too long")
+    script.result = VLLMValidationError("too (much)", parameter="temperature", value=[3])
+    assert ask().json()["error"]["message"] == "too (much)"
+    assert ask().json()["error"]["param"] == "temperature"
+    told = {"message": "too long", "type": "BadRequestError", "code": 400, "param": "input_text"}
+    script.result = stream(f"data: {json.dumps({'error': told})}\n\n", "data: [DONE]\n\n")
+    assert ask(stream=True).json()["error"]["param"] == "messages"
+
+
+def test_where_a_library_raised_it_is_no_part_of_an_error(ask, script):
+    words = "no grammar: [12:01:59] /src/xgrammar/cpp/converter.cc:123: Unsatisfiable schema: 1:2\n"
+    script.result = VLLMValidationError(words)
+    assert ask().json()["error"]["message"] == "no grammar: Unsatisfiable schema: 1:2"
+
+
 def test_too_many_requests_are_told_when_to_come_back(ask, script):
     script.result = QueueOverflowError()
     assert ask().headers["retry-after"] == "1"

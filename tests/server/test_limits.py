@@ -4,7 +4,9 @@ import typing
 import pytest
 
 from expertgate.server import limits, schemas
+from expertgate.server.counting import TokenizeChat, TokenizeText
 from expertgate.server.errors import ApiError
+from expertgate.server.responses import ResponsesRequest
 from expertgate.server.schemas import ChatRequest, TextRequest, read
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -99,6 +101,35 @@ def test_every_field_that_may_hold_a_number_is_checked(kind):
         assert not {"int", "float"} & set(_names(hints[name])), name
 
 
+@pytest.mark.parametrize(
+    "kind", [ChatRequest, TextRequest, ResponsesRequest, TokenizeText, TokenizeChat]
+)
+def test_every_field_that_may_be_true_is_checked(kind):
+    listed = {*limits.BOOLEANS, *limits.INTEGERS_OR_BOOLEANS, "receipt"}  # which is strict itself
+    hints = typing.get_type_hints(kind, include_extras=False)
+    assert {name for name in kind.fields if "bool" in _names(hints[name])} <= listed
+
+
+@pytest.mark.parametrize("value", ["yes", "true", "false", 1, 0, 1.0, []])
+def test_a_boolean_is_written_as_one(value):
+    # To whatever stands in front of the server, "no" may be true.
+    for ask, name in ((chat, "stream"), (text, "echo"), (text, "ignore_eos")):
+        assert refused(ask, **{name: value}).param == name
+    error = refused(chat, parallel_tool_calls=value)
+    assert error.message == "parallel_tool_calls must be true or false"
+    assert text(stream=None, echo=False)
+
+
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_length_is_told_by_the_name_that_was_sent(value):
+    error = refused(read, ResponsesRequest, json.dumps({"input": "a", LONG[1]: value}).encode())
+    assert (error.param, error.message) == (LONG[1], f"{LONG[1]} must be at least 1")
+    assert refused(chat, **{LONG[0]: value}).param == LONG[0]
+
+
+LONG = ("max_completion_tokens", "max_output_tokens")
+
+
 def _names(hint):
     inner = typing.get_args(hint)
     return [n for part in inner for n in _names(part)] if inner else [getattr(hint, "__name__", "")]
@@ -118,7 +149,7 @@ def unread(monkeypatch):
     def read(_):
         raise AssertionError("it was read")
 
-    for kind in (ChatRequest, TextRequest):
+    for kind in (ChatRequest, TextRequest, TokenizeChat):
         monkeypatch.setattr(kind, "model_validate", read)
 
 
@@ -168,7 +199,16 @@ def test_junk_is_refused_before_a_model_reads_it(unread, ask, fields):
     assert error.param
 
 
-@pytest.mark.parametrize("experts", [[[]] * 100_000, {"exclude": [1] * 100_000}, ["a"] * 65])
+@pytest.mark.parametrize(
+    "experts",
+    [
+        [[]] * 100_000,
+        {"exclude": [1] * 100_000},
+        ["a"] * 65,
+        {str(name): [] for name in range(80_000)},
+    ],
+    ids=lambda experts: str(experts)[:20],
+)
 def test_many_experts_are_refused_before_a_model_reads_them(unread, experts):
     assert refused(chat, experts=experts).code == "invalid_experts"
 
@@ -194,6 +234,21 @@ def test_the_name_that_is_given_twice_is_found_in_one_pass():
     assert Name.compared < len(names)  # and not each with every other
     error = refused(read, TextRequest, b'{"prompt":"a","user":"b","user":"c"}')
     assert "'user' is given twice" in error.message
+
+
+@pytest.mark.parametrize("kind", [ChatRequest, TokenizeChat])
+def test_arguments_of_a_call_are_no_deeper_than_a_body(unread, kind):
+    def body(arguments):
+        call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        made = {"role": "assistant", "tool_calls": [call]}
+        return json.dumps({"messages": [*CHAT["messages"], made]}).encode()
+
+    for deep in ("[" * 5000, "[" * 66 + "]" * 66, '{"a":' * 66 + "1" + "}" * 66):
+        error = refused(read, kind, body(deep))
+        assert error.param == "messages[1].tool_calls[0].function.arguments"
+    for plain in ("", "no JSON", '{"a": ' + "1" * 5000 + "}", "[" * 60 + "]" * 60, '"x"'):
+        with pytest.raises(AssertionError, match="it was read"):
+            read(kind, body(plain))
 
 
 def test_as_much_as_is_allowed_passes():

@@ -274,6 +274,26 @@ def test_claims_are_declared_where_there_is_no_configuration(run, folder):
         assert f"{wrong!r} is not NAME:TYPE, of string, integer, boolean, strings" in err
 
 
+def test_a_claim_has_one_type_and_one_value(run, folder):
+    # What is tried would be decided otherwise than by the server.
+    status, _, err = run("policy", "check", "--claims", "level:string")
+    assert status == 2
+    assert err == (
+        "expertgate: --claims level:string: expertgate.yaml declares that claim as integer\n"
+    )
+    assert run("policy", "check", "--claims", "level:integer", "--claims", "new:string")[0] == 0
+    twice = ("--claims", "new:string", "--claims", "new:strings")
+    assert "the claim 'new' is declared twice, as string too" in run("policy", "check", *twice)[2]
+    asked = ("policy", "explain", "--as", "x", "--claim", "level=1", "--claim", "level=3")
+    assert "the claim 'level' is given twice" in run(*asked)[2]
+
+
+def test_a_claim_that_is_null_is_none_as_in_a_token(run, folder):
+    write(folder / "policies", CLAIMS)
+    table = cases(folder, "- {principal: a, claims: {department: null}, granted: [public]}\n")
+    assert run("policy", "test", table)[1] == "1 of 1 cases hold\n"
+
+
 def test_explain_in_a_context(run, folder):
     write(
         folder / "policies",

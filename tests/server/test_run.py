@@ -2,11 +2,14 @@
 
 import asyncio
 import logging
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
 
-from expertgate.server import run
+from expertgate.server import run, serving
+from expertgate.server.refusals import SettingError
 from expertgate.server.service import Service
 
 
@@ -79,6 +82,23 @@ def test_a_watch_that_ends_is_told_and_leaves_the_server_unready(serve, caplog, 
     (record,) = [r for r in caplog.records if r.levelno == logging.CRITICAL]
     assert record.getMessage() == f"{what} is no longer watched"
     assert ("ZeroDivisionError" in caplog.text) == (fault is ZeroDivisionError)
+
+
+def test_the_signal_to_read_again_ends_no_server_that_starts(monkeypatch):
+    def read(*_):
+        os.kill(os.getpid(), signal.SIGHUP)
+        raise SettingError("this far")
+
+    def ends(*_):
+        raise AssertionError("it ends here")
+
+    monkeypatch.setattr(serving, "_read", read)
+    before = signal.signal(signal.SIGHUP, ends)
+    try:
+        with pytest.raises(SettingError, match="this far"):
+            serving.serve_config(None, model=None, host=None, port=None, flags=())
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_watches_that_end_with_the_server_are_no_fault(serve, caplog):

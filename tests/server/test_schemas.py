@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from expertgate.server import schemas
 from expertgate.server.errors import ApiError
 from expertgate.server.responses import ResponsesRequest
 from expertgate.server.schemas import ChatRequest, Exclude, TextRequest, read
@@ -94,6 +95,18 @@ def test_what_openais_clients_send_and_is_not_here_is_no_slip(field, instead):
         assert (error.param, "did you mean" in error.message) == (field, False)
         assert error.message.startswith(f"{field} can't be set: ")
         assert instead in error.message
+
+
+def test_a_long_name_is_told_by_its_beginning_and_never_searched(monkeypatch):
+    monkeypatch.setattr(schemas, "difflib", None)
+    name = "x" * 500_000
+    for error in (
+        refused(chat, **{name: 1}),
+        refused(chat, messages=[{"role": "user", "content": "", name: 1}]),
+    ):
+        assert "unknown field" in error.message
+        assert (len(error.message), len(error.param)) < (120, 100)
+    assert error.param.startswith("messages[0].xx")
 
 
 @pytest.mark.parametrize("read_one", [chat, text])

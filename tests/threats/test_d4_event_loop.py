@@ -18,6 +18,7 @@ FORM = {"type": "json_schema", "name": "s", "schema": {"pattern": "a|" * 9000}}
         ("respond", {"text": {"format": FORM}}, "text.format.schema"),
         ("complete", {"structured_outputs": {"regex": "a|" * 200_000}}, "structured_outputs"),
         ("complete", {"stop": ["x" * 300_000]}, "stop"),
+        ("respond", {"input": [{"role": "nobody", "content": "a"}] * 1000}, "input[0].role"),
         ("complete", {"repetition_detection": {"max_pattern_size": 9}}, "repetition_detection"),
     ],
 )

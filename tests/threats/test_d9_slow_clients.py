@@ -229,6 +229,31 @@ def test_trailers_are_no_headers(served):
     served(client)
 
 
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n"
+
+
+@pytest.mark.parametrize(
+    "trailers",
+    [b"X-Big: " + 8 * BIG, 8 * BIG, b"X-Small: x\r\n" * 100_000],
+    ids=["without an end", "a name", "many"],
+)
+@pytest.mark.parametrize("route", [b"/body", b"/short"], ids=["read", "answered"])
+def test_trailers_that_are_too_large_are_not_gathered(served, monkeypatch, trailers, route):
+    for patience in (protocol, "HEADERS_S"), (reading, "BODY_S"):
+        monkeypatch.setattr(*patience, 600)  # it is not patience that ends
+
+    async def client(app, address):
+        async with connected(address) as (reader, writer):
+            writer.write(CHUNKED.replace(b"/body", route))
+            with contextlib.suppress(ConnectionError):
+                for start in range(0, len(trailers), 10_000):
+                    writer.write(trailers[start : start + 10_000])
+                    await writer.drain()
+            await ends(reader)
+
+    served(client)
+
+
 def test_a_body_that_drips_is_a_408(served):
     async def client(app, address):
         async with connected(address) as (reader, writer):

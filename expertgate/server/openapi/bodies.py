@@ -10,7 +10,8 @@ from typing import Any
 from expertgate.policies.expert_set import MAX_EXPERTS
 from expertgate.server import limits
 from expertgate.server.openapi.references import REFERENCE, Schema, reference
-from expertgate.server.responses import ResponsesRequest
+from expertgate.server.response_items import ROLES, STATUSES
+from expertgate.server.responses import MAX_METADATA, ResponsesRequest
 from expertgate.server.schemas import Body
 
 _TEXT: Schema = {"type": "string"}
@@ -40,6 +41,10 @@ def _one_of(*values: str) -> Schema:
     return {"type": "string", "enum": list(values)}
 
 
+def _reasoned(kind: str) -> Schema:
+    return _object(("type", "text"), type=_one_of(kind), text=_TEXT)
+
+
 # --- objects inside of bodies ---------------------------------------------------------------------
 
 _FUNCTION = {
@@ -50,6 +55,11 @@ _FUNCTION = {
     ),
     "strict": _or_null(_BOOLEAN),
 }
+_UNREAD = {
+    **_or_null(_list_of({})),
+    "description": "Of an assistant's part alone, as the answer had it; nobody reads it.",
+}
+_STATUS = _or_null(_one_of(*STATUSES))
 _CALLED = {"name": _TEXT, "arguments": {**_TEXT, "description": "JSON, as the model wrote it."}}
 
 COMPONENTS: Mapping[str, Schema] = {
@@ -124,7 +134,7 @@ COMPONENTS: Mapping[str, Schema] = {
             _object(
                 ("role", "content"),
                 type=_one_of("message"),
-                role=_TEXT,
+                role=_one_of(*ROLES),
                 content={
                     "anyOf": [
                         _TEXT,
@@ -133,22 +143,22 @@ COMPONENTS: Mapping[str, Schema] = {
                                 ("type", "text"),
                                 type=_one_of("input_text", "output_text"),
                                 text=_TEXT,
-                                annotations=_or_null(_list_of(_OBJECT)),
-                                logprobs=_or_null(_list_of(_OBJECT)),
+                                annotations=_UNREAD,
+                                logprobs=_UNREAD,
                             ),
                             minItems=1,
                         ),
                     ]
                 },
                 id=_or_null(_TEXT),
-                status=_or_null(_TEXT),
+                status=_STATUS,
             ),
             _object(
                 ("type", "call_id", "name", "arguments"),
                 type=_one_of("function_call"),
                 call_id=_TEXT,
                 id=_or_null(_TEXT),
-                status=_or_null(_TEXT),
+                status=_STATUS,
                 **_CALLED,
             ),
             _object(
@@ -157,16 +167,16 @@ COMPONENTS: Mapping[str, Schema] = {
                 call_id=_TEXT,
                 output=_TEXT,
                 id=_or_null(_TEXT),
-                status=_or_null(_TEXT),
+                status=_STATUS,
             ),
             _object(
                 ("type", "summary"),
                 type=_one_of("reasoning"),
                 id=_or_null(_TEXT),
-                summary=_list_of(_object(("type", "text"), type=_TEXT, text=_TEXT)),
-                content=_or_null(_list_of(_object(("type", "text"), type=_TEXT, text=_TEXT))),
+                summary=_list_of(_reasoned("summary_text")),
+                content=_or_null(_list_of(_reasoned("reasoning_text"))),
                 encrypted_content=_or_null(_TEXT),
-                status=_or_null(_TEXT),
+                status=_STATUS,
             ),
         ],
     },
@@ -247,6 +257,7 @@ _NARROWED: Mapping[str, Schema] = {
 _NARROWED_IN_RESPONSES: Mapping[str, Schema] = {
     "background": _or_null({"const": False}),
     "input": {"anyOf": [_TEXT, _list_of(reference("InputItem"), limits.MAX_MESSAGES, minItems=1)]},
+    "metadata": _or_null({**_OBJECT, "additionalProperties": _TEXT, "maxProperties": MAX_METADATA}),
     "previous_response_id": {"type": "null"},
     "reasoning": _or_null(reference("Reasoning")),
     "text": _or_null(reference("TextConfig")),
@@ -291,7 +302,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "max_tokens": "How many tokens each choice may have.",
     "max_tool_calls": "Taken for compatibility; no tool runs here.",
     "messages": "The conversation; parts of text alone.",
-    "metadata": "Goes back with the response.",
+    "metadata": "At most 16 texts, which go back with the response.",
     "min_p": "The least probability of a token, as a part of the most likely one's.",
     "min_tokens": "How many tokens are generated before anything may stop it.",
     "model": (

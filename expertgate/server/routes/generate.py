@@ -83,7 +83,12 @@ async def _answer(
     body.model = handlers.model_name
     # Nothing is awaited until the run is there, which ends what was granted.
     run = _bind(body, request, service, engine, grant)
-    result = await _call_handler(run, request, lambda: handler(handlers)(body))
+    try:
+        result = await _call_handler(run, request, lambda: handler(handlers)(body))
+    except ApiError as error:
+        if error.param in answers.PROMPT:
+            error.param = kind.required
+        raise
     return await _response(result, body, run, visit, receipt=wants_receipt)
 
 
