@@ -131,11 +131,11 @@ def cpu_s(pid: int) -> float:
 
 
 def one_round(
-    asking: Client, url: str, model: str, key: str, clients: int, count: int
+    asking: Client, url: str, model: str, key: str, clients: int, count: int, tokens: int
 ) -> tuple[float, float]:
     """Requests per second, and the median milliseconds of one."""
     prompts = [[2 + (7 * n + 13 * m) % 200 for m in range(PROMPT_TOKENS)] for n in range(count)]
-    lengths = [OUTPUT_TOKENS] * count
+    lengths = [tokens] * count
     began = time.perf_counter()
     answers = asking.do(Job(url, model, [key], prompts, lengths, streams=clients))
     seconds = time.perf_counter() - began
@@ -145,7 +145,9 @@ def one_round(
     return count / seconds, statistics.median(took)
 
 
-def beside(folder: Path, model: Path, rounds: int, requests: int) -> dict[str, list[float]]:
+def beside(
+    folder: Path, model: Path, rounds: int, requests: int, tokens: int
+) -> dict[str, list[float]]:
     """Figures with the log over those without it, and what they are made of, round by round."""
     few = max(requests // 16, 4)
     found: dict[str, list[float]] = {}
@@ -155,9 +157,9 @@ def beside(folder: Path, model: Path, rounds: int, requests: int) -> dict[str, l
             """Requests per second, milliseconds of one alone, and of CPU for each."""
             os.kill(pid, ON if audited else OFF)
             used = cpu_s(pid)
-            rate, _ = one_round(asking, url, model.name, key, CLIENTS, requests)
+            rate, _ = one_round(asking, url, model.name, key, CLIENTS, requests, tokens)
             cpu_ms = (cpu_s(pid) - used) / requests * 1e3
-            return rate, one_round(asking, url, model.name, key, 1, few)[1], cpu_ms
+            return rate, one_round(asking, url, model.name, key, 1, few, tokens)[1], cpu_ms
 
         measured(audited=True)  # warm
         for turn in range(rounds):
@@ -194,6 +196,7 @@ def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--model", default=str(DEMO), help="a folder, or one of random shape")
     parser.add_argument("--requests", type=int, default=REQUESTS, help="of each round")
+    parser.add_argument("--output", type=int, default=OUTPUT_TOKENS, help="tokens of an answer")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--log-only", action="store_true", help="without servers")
     parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
@@ -210,7 +213,9 @@ def main() -> None:
             found = figures["log"][waiting] = log_alone(Path(name), waiting)
             print(f"{waiting:3} waiting:", ", ".join(f"{k} {v:.2f}" for k, v in found.items()))
         if not options.log_only:
-            compared = beside(Path(name) / "server", model, options.rounds, options.requests)
+            compared = beside(
+                Path(name) / "server", model, options.rounds, options.requests, options.output
+            )
             figures["beside"] = compared
             for what, values in compared.items():
                 low, high = interval(values)

@@ -43,7 +43,7 @@ class SigningKey:
         self.private = private
         self.jwk = jwk_of(private.public_key())
         self.id: str = self.jwk["kid"]
-        self._derived: dict[bytes, bytes] = {}
+        self._derived: dict[bytes, hmac.HMAC] = {}
 
     @classmethod
     def create(cls, path: Path) -> "SigningKey":
@@ -87,8 +87,13 @@ class SigningKey:
         """A digest that only whoever has this key can compare with a text that they guess."""
         if purpose not in self._derived:
             seed = self.private.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())
-            self._derived[purpose] = hmac.digest(seed, purpose, "sha256")
-        return hmac.digest(self._derived[purpose], data, "sha256").hex()
+            derived = hmac.digest(seed, purpose, "sha256")
+            self._derived[purpose] = hmac.new(derived, digestmod="sha256")
+        # Not `hmac.digest`: it lets go of the interpreter, which other threads then keep for longer
+        # than this takes.
+        found = self._derived[purpose].copy()
+        found.update(data)
+        return found.hexdigest()
 
     def sign_head(self, head: Record) -> dict[str, Any]:
         """The head with its signature, which is over all else that it says."""
