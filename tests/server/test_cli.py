@@ -17,7 +17,7 @@ def groups(group, *way):
             yield from groups(command, *way, name)
 
 
-@pytest.mark.parametrize("group", groups(cli))
+@pytest.mark.parametrize("group", list(groups(cli)))
 def test_what_a_command_does_is_said_whole_where_commands_are_listed(group):
     """Click cuts a first sentence that is too long, and puts dots behind."""
     context = click.Context(group, terminal_width=COLUMNS)
