@@ -1,18 +1,14 @@
 """What the documents say can be done is done here, or they say why not."""
 
 import json
-import os
 import re
-import subprocess
-import sysconfig
-from pathlib import Path
 
 import pytest
 import yaml
 
 from expertgate.server.config import Config
+from tests.support.documents import ROOT, run
 
-ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 WRITTEN = [
     *PAGES,
@@ -57,17 +53,7 @@ def test_a_command_runs_or_says_why_not(block, tmp_path):
         assert len(note) > len("not run: ")
         return
     script = re.sub(r"^\.venv/bin/", "", block["text"], flags=re.MULTILINE)
-    environment = dict(os.environ, PATH=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}")
-    environment["PYTHONPATH"] = str(ROOT)
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run(script, tmp_path)
     assert done.returncode == 0, done.stderr
 
 

@@ -41,4 +41,6 @@ def as_it_runs(grammars: GrammarOutput, step: SchedulerOutput) -> GrammarOutput:
         drafts = step.scheduled_spec_decode_tokens.get(name, ())
         rows += range(first, first + 1 + (0 if _MADE_UP in drafts else len(drafts)))
         first += 1 + len(drafts)
+    if len(rows) == first:
+        return grammars
     return replace(grammars, grammar_bitmask=grammars.grammar_bitmask[rows])

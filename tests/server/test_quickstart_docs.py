@@ -1,10 +1,7 @@
 """docs/quickstart.md leads where it says: all but what needs a server is done as it stands."""
 
 import json
-import os
 import re
-import subprocess
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -12,8 +9,8 @@ import pytest
 from expertgate.server.config import Config
 from expertgate.server.demo import _ENGINE
 from expertgate.server.keys import parse_keys
+from tests.support.documents import ROOT, run
 
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "quickstart.md").read_text()
 BLOCKS = re.findall(r"(?:<!-- (.*?) -->\n)?^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
@@ -23,17 +20,7 @@ def gate(tmp_path_factory):
     """The folder that it makes, and what was printed on the way."""
     here = tmp_path_factory.mktemp("quickstart")
     (here / "expertgate").symlink_to(ROOT / "expertgate")
-    environment = dict(os.environ, PYTHONPATH=str(ROOT))
-    environment["PATH"] = f"{sysconfig.get_path('scripts')}:{environment['PATH']}"
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", "".join(text for note, text in BLOCKS if not note)],
-        cwd=here,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = run("".join(text for note, text in BLOCKS if not note), here)
     assert done.returncode == 0, done.stderr
     return here / "gate", done.stdout
 
