@@ -64,6 +64,15 @@ def withdrawals(server: Server) -> list[tuple[dict, dict]]:
     return [(each, requests[each["request"]]) for each in found if each["kind"] == "withdrawn"]
 
 
+def under_way(server: Server) -> list[dict]:
+    """The records of requests that have begun and not ended."""
+    found = records(server.folder)
+    ended = {record["request"] for record in found if record["kind"] == "result"}
+    return [
+        record for record in found if record["kind"] == "request" and record["request"] not in ended
+    ]
+
+
 def until(holds) -> None:
     deadline = time.monotonic() + 60
     while not holds():
@@ -130,6 +139,7 @@ def test_a_policy_that_takes_an_expert_ends_the_streams_that_use_it(server):
     using = Stream(server, "alice", "/v1/chat/completions", **chat).flowing()
     several = Stream(server, "alice", prompt=["a", "b"], experts=["news"]).flowing()
     whole = Stream(server, "alice", prompt="c", stream=False)
+    until(lambda: sum("news" in each["effective"] for each in under_way(server)) == 3)
     without = Stream(server, "alice", prompt="d", experts=["public", "math"]).flowing()
     other = Stream(server, "bob", prompt="e").flowing()
     rules = POLICIES + 'forbid(principal, action, resource == Expert::"news");'
