@@ -8,7 +8,6 @@ import json
 import shutil
 import socket
 import subprocess
-import time
 
 import httpx
 import pytest
@@ -18,6 +17,7 @@ from tests.deploy.dockerfile import ROOT
 from tests.deploy.test_dashboard import DASHBOARD, QUERIES, RULE
 from tests.deploy.test_helm import render, services, values
 from tests.server.running import ADMIN_TOKEN, running
+from tests.support.waiting import until
 
 PROGRAMS = [shutil.which(name) for name in ("prometheus", "promtool")]
 pytestmark = pytest.mark.skipif(
@@ -28,13 +28,6 @@ RULES = RULE["spec"]
 [_, ADMIN_SERVICE] = services(render(values("tokens")))
 OF = {"namespace": "models", "service": ADMIN_SERVICE["metadata"]["name"], "pod": "expertgate-0"}
 """What Prometheus's operator puts to each sample of the chart's pods."""
-
-
-def until(holds, what):
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.2)
 
 
 class Prometheus:

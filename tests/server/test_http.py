@@ -29,6 +29,7 @@ from tests.server.running import (
     stop,
 )
 from tests.support import sse
+from tests.support.waiting import until
 
 ALL = ["public", "math", "news", "code"]
 STEM = ["public", "math", "code"]
@@ -366,10 +367,13 @@ def test_keys_expire_are_made_and_are_revoked_while_it_runs(server):
     path = server.folder / "keys.yaml"
     before = path.read_text()
     late = make_key(server.folder, "late")
-    time.sleep(0.5)
+    headers = {"Authorization": f"Bearer {late}"}
+
+    def status():
+        return server.get("/v1/models", **headers).status_code
+
     try:
-        headers = {"Authorization": f"Bearer {late}"}
-        assert server.get("/v1/models", **headers).status_code == 200
+        until(lambda: status() == 200)
         entries = yaml.safe_load(path.read_text())
         digest = hashlib.sha256(late.encode()).hexdigest()
         assert [entry["id"] for entry in entries if entry["sha256"] == digest] == ["late"]
@@ -378,15 +382,15 @@ def test_keys_expire_are_made_and_are_revoked_while_it_runs(server):
             for entry in entries
         ]
         path.write_text(yaml.safe_dump(expired))
-        time.sleep(0.5)
+        until(lambda: status() == 401)
         assert code_of(server.get("/v1/models", **headers), 401) == "invalid_credential"
+        path.write_text(yaml.safe_dump(entries))
+        until(lambda: status() == 200)
         path.write_text(before)
-        time.sleep(0.5)
-        assert code_of(server.get("/v1/models", **headers), 401) == "invalid_credential"
+        until(lambda: status() == 401)
         assert server.get("/v1/models", "bob").status_code == 200
     finally:
         path.write_text(before)
-        time.sleep(0.5)
     assert late not in server.log
 
 
@@ -521,10 +525,7 @@ def test_leaving_frees_the_engine_and_what_was_computed_is_accounted(server, str
     before = len(left(server))
     for _ in range(10):  # more than the engine runs at once
         send_and_leave(server, stream)
-    deadline = time.monotonic() + 60
-    while len(left(server)) < before + 10:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: len(left(server)) >= before + 10)
     ended = left(server)[before:]
     for result in ended:
         assert result["status"] == 499
@@ -558,9 +559,7 @@ def test_a_full_queue_says_when_to_come_back_and_others_still_find_a_place(serve
             assert code_of(response, 429) == "overloaded"
             assert int(response.headers["retry-after"]) >= 1
         assert server.complete("bob").status_code == 200
-    deadline = time.monotonic() + 60
-    while server.complete("alice").status_code == 429:
-        assert time.monotonic() < deadline
+    until(lambda: server.complete("alice").status_code != 429)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -24,6 +24,7 @@ from tests.server.running import (
     stop,
 )
 from tests.support import sse
+from tests.support.waiting import until
 
 LONG = 30_000
 """Tokens: far more than any machine makes of one stream while a command runs."""
@@ -71,13 +72,6 @@ def under_way(server: Server) -> list[dict]:
     return [
         record for record in found if record["kind"] == "request" and record["request"] not in ended
     ]
-
-
-def until(holds) -> None:
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 class Stream(threading.Thread):

@@ -17,6 +17,7 @@ from tests.server.audit.logs import RECORDED
 from tests.server.fakes import FakeEngine
 from tests.server.running import Server, make_key, prepare, start, stop
 from tests.server.test_guard import MATH, PROMPT, params
+from tests.support.waiting import until
 
 
 class Stalled(FakeEngine):
@@ -151,13 +152,6 @@ liveness._QUIET_S, liveness._LATE_S = 1.0, 3.0
 cli.main()
 """
 """The server, with less patience than the 30 seconds that it has."""
-
-
-def until(holds):
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def engines_of(server: Server) -> list[int]:

@@ -17,6 +17,7 @@ from expertgate.server import protocol, reading, room, run
 from expertgate.server.app import show_errors
 from expertgate.server.reading import read_body
 from tests.server.coreless import Coreless
+from tests.support.waiting import until
 
 ASK = b"GET /short HTTP/1.1\r\nHost: test\r\n\r\n"
 LONG = b"GET /long HTTP/1.1\r\nHost: test\r\n\r\n"
@@ -24,6 +25,7 @@ WEBSOCKET = (
     b"GET /short HTTP/1.1\r\nHost: test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
     b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
 )
+
 POST = b"POST /body HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
 
 
@@ -363,8 +365,7 @@ def test_who_does_not_read_keeps_no_expert_that_is_withdrawn(coreless, monkeypat
         (grant,) = grants
         loop = server.llm.output_handler.get_loop()
         loop.call_soon_threadsafe(grant.withdraw)
-        time.sleep(0.5)
-        assert not server.engine.busy
+        until(lambda: not server.engine.busy)
         assert not server.llm.output_processor.request_states
 
 

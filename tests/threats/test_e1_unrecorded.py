@@ -1,7 +1,5 @@
 """What can't be recorded must not reach the engine, by any route that generates."""
 
-import time
-
 import pytest
 from fastapi.routing import APIRoute
 from starlette.testclient import TestClient
@@ -10,6 +8,7 @@ from expertgate.server.app import create_app
 from tests.server.audit.application import BODY, service_of
 from tests.server.audit.logs import check, open_log, records
 from tests.server.fakes import FakeEngine
+from tests.support.waiting import until
 
 GENERATE = {
     "/v1/chat/completions": BODY,
@@ -50,10 +49,7 @@ def test_a_log_that_was_taken_away_stops_every_route(client, engine, tmp_path):
 
     assert ask("/v1/chat/completions").status_code == 200
     assert len(engine.calls) == 1
-    deadline = time.monotonic() + 20
-    while not any(record["kind"] == "result" for record in records(tmp_path)):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: any(record["kind"] == "result" for record in records(tmp_path)))
     (path,) = (tmp_path / "audit").glob("*.jsonl")
     aside = path.with_suffix(".aside")
     path.rename(aside)
@@ -66,8 +62,6 @@ def test_a_log_that_was_taken_away_stops_every_route(client, engine, tmp_path):
     assert client.get("/ready").status_code == 503
 
     aside.rename(path)
-    while client.get("/ready").status_code != 200:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: client.get("/ready").status_code == 200)
     assert ask("/v1/chat/completions").status_code == 200
     assert len(engine.calls) == 2

@@ -20,6 +20,7 @@ from tests.server.audit import logs
 from tests.server.audit.documented import check_fields
 from tests.server.running import expertgate, make_key, prepare, running, start, stop
 from tests.support import sse
+from tests.support.waiting import until
 
 
 def published(server, folder):
@@ -146,10 +147,7 @@ def test_usage_is_what_the_answers_said():
 def _wait_for_results(server, answers):
     """Until they are all in the log, which is behind the answers; a time after that."""
     wanted = {_id(answer) for answer in answers}
-    deadline = time.monotonic() + 20
-    while not wanted <= {r["request"] for r in records(server) if r["kind"] == "result"}:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until(lambda: wanted <= {r["request"] for r in records(server) if r["kind"] == "result"})
     return datetime.now(UTC)
 
 

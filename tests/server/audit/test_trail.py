@@ -34,6 +34,7 @@ from tests.server.audit.application import BODY, CATALOGUE, service_of
 from tests.server.audit.documented import FIELDS, check_fields, examples
 from tests.server.audit.logs import check, open_log, records, signing_key
 from tests.server.fakes import FakeEngine
+from tests.support.waiting import until
 
 
 @pytest.fixture
@@ -295,10 +296,7 @@ def test_a_full_disk_stops_generation_and_an_emptied_one_starts_it(
     assert engine.calls == []
     assert let_through() == before
     full_disk.full = False
-    deadline = time.monotonic() + 20
-    while client.get("/ready").status_code != 200:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: client.get("/ready").status_code == 200)
     assert ask(client).status_code == 200
     assert let_through() == before + 1
     assert len(closed(log, tmp_path, "request")) == 1
@@ -442,7 +440,7 @@ def test_a_record_that_comes_too_late_has_a_result_that_says_so(
     monkeypatch.setattr(writer, "_WRITE_TIMEOUT_S", 0.2)
     assert ask(client).status_code == 503
     slow_disk.set()
-    wait_for(lambda: log.healthy)
+    until(lambda: log.healthy)
     assert engine.calls == []
     found = closed(log, tmp_path, "request", "result", "refused")
     check_ended(found, 503, "audit_unavailable")
@@ -462,13 +460,6 @@ def test_a_request_that_is_withdrawn_before_its_record_is_written_has_both(
 
     asyncio.run(story())
     slow_disk.set()
-    wait_for(lambda: log.depth == 0 and log.healthy)
+    until(lambda: log.depth == 0 and log.healthy)
     assert engine.calls == []
     check_ended(closed(log, tmp_path, "request", "result"), 403, "expert_withdrawn")
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)

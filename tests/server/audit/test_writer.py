@@ -28,6 +28,7 @@ from tests.server.audit.logs import (
     signing_key,
     write_log,
 )
+from tests.support.waiting import until
 
 
 @pytest.fixture(autouse=True)
@@ -71,13 +72,6 @@ class Disk:
 @pytest.fixture
 def disk(monkeypatch):
     return Disk(monkeypatch)
-
-
-def soon(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def kinds(folder):
@@ -151,13 +145,13 @@ def test_metrics_show_what_waits_and_how_long_the_disk_took(tmp_path, disk):
     before = sample("write_seconds_count"), sample("write_seconds_sum")
     disk.hold.clear()
     log.note("result")
-    soon(lambda: not log.depth)  # on its way, and held up
+    until(lambda: not log.depth)  # on its way, and held up
     for n in range(3):
         log.note("result", n=n)
     assert sample("records_waiting") == 3
     time.sleep(0.1)
     disk.hold.set()
-    soon(lambda: sample("records_waiting") == 0)
+    until(lambda: sample("records_waiting") == 0)
     log.close()
     assert sample("write_seconds_count") >= before[0] + 2
     assert sample("write_seconds_sum") >= before[1] + 0.1
@@ -207,7 +201,7 @@ def test_a_quiet_log_gets_signed(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "_SIGN_AFTER_S", 0.05)
     log = open_log(tmp_path)
     log.record("request")
-    soon(lambda: kinds(tmp_path) == ["request", "head"])
+    until(lambda: kinds(tmp_path) == ["request", "head"])
     time.sleep(0.2)
     assert kinds(tmp_path) == ["request", "head"]
     log.close()
@@ -280,7 +274,7 @@ def test_what_a_crash_left_is_not_signed_before_a_start_says_so(left, monkeypatc
     """Anybody who could write there could have written it."""
     monkeypatch.setattr(writer, "_SIGN_AFTER_S", 0.0)
     log = open_log(left)
-    soon(lambda: kinds(left)[-1] == "recovered")
+    until(lambda: kinds(left)[-1] == "recovered")
     time.sleep(0.2)
     assert kinds(left) == ["start", "head", *["request"] * 4, "recovered"]
     log.record("start")
@@ -397,7 +391,7 @@ def test_a_failing_disk_refuses_and_a_mended_one_goes_on(tmp_path, disk, error, 
     assert os.strerror(error) in fails(log)  # at once, as long as it is so
     log.note("result", n=2)
     setattr(disk, what, None)
-    soon(lambda: log.healthy)
+    until(lambda: log.healthy)
     asyncio.run(log.append("request", n=3))
     log.close()
     found = [r for r in records(tmp_path) if r["kind"] in ("request", "result")]
@@ -412,7 +406,7 @@ def test_a_disk_that_fills_within_a_line_leaves_no_half_of_it(tmp_path, disk):
     disk.room = 100
     fails(log)
     disk.room = None
-    soon(lambda: log.healthy)
+    until(lambda: log.healthy)
     log.close()
     assert "gap" in kinds(tmp_path)
     assert check(tmp_path).faults == []
@@ -426,9 +420,9 @@ def test_what_is_kept_is_bounded_and_the_loss_is_told(tmp_path, disk, monkeypatc
     fails(log)
     for n in range(9):
         log.note("result", n=n)
-    soon(lambda: log.lost)
+    until(lambda: log.lost)
     disk.write_error = None
-    soon(lambda: log.healthy)
+    until(lambda: log.healthy)
     log.close()
     lost = sum(r["lost"] for r in records(tmp_path) if r["kind"] == "gap")
     assert lost == log.lost == 9 - kinds(tmp_path).count("result")
@@ -441,7 +435,7 @@ def test_open_on_failure_waives_keeps_and_is_loud(tmp_path, disk, caplog):
     assert isinstance(asyncio.run(log.append("request", n=1)), Waived)
     assert isinstance(asyncio.run(log.append("request", n=2)), Waived)
     disk.write_error = None
-    soon(lambda: log.healthy)
+    until(lambda: log.healthy)
     log.close()
     assert [r["n"] for r in records(tmp_path) if r["kind"] == "request"] == [1, 2]
     loud = [r for r in caplog.records if r.levelname == "CRITICAL"]
@@ -454,10 +448,10 @@ def test_a_disk_that_hangs_refuses_after_a_while_and_then_at_once(tmp_path, disk
     log = open_log(tmp_path)
     disk.hold.clear()
     assert "the disk took more than" in fails(log)
-    soon(lambda: not log.healthy)
+    until(lambda: not log.healthy)
     assert "the disk took more than" in fails(log)
     disk.hold.set()
-    soon(lambda: log.healthy)
+    until(lambda: log.healthy)
     log.close()
     assert check(tmp_path).faults == []
 
@@ -474,10 +468,10 @@ def test_a_head_whose_copy_hangs_is_a_disk_that_hangs(tmp_path, monkeypatch):
 
     monkeypatch.setattr(folders, "replace_head", slow)
     log.record("request")
-    soon(lambda: not log.healthy)
+    until(lambda: not log.healthy)
     assert "the disk took more than" in fails(log)
     hold.set()
-    soon(lambda: log.healthy)
+    until(lambda: log.healthy)
     log.close()
     assert check(tmp_path).faults == []
 
@@ -489,7 +483,7 @@ def test_a_head_that_cannot_be_copied_is_told_once(tmp_path, caplog):
     head.mkdir()
     for _ in range(6):
         log.record("request")
-    soon(lambda: "a cut of the log" in caplog.text)
+    until(lambda: "a cut of the log" in caplog.text)
     head.rmdir()
     log.record("request")
     log.close()
@@ -544,7 +538,7 @@ def test_a_file_that_others_change_is_not_written_to_blindly(tmp_path, what):
         path.write_bytes(raw + b"{}\n")
     assert path.name in fails(log)
     if what == "grown":  # what isn't ours and stands behind ours can be cut off
-        soon(lambda: log.healthy)
+        until(lambda: log.healthy)
     else:
         time.sleep(0.1)
         assert not log.healthy
