@@ -1,7 +1,7 @@
 """The whole image, where a container engine has one: run as compose does, and used.
 
-`make image VARIANT=cpu` builds it; CONTAINER_ENGINE names the engine, as there. Its containers have
-no network: they are asked from within, and need none.
+`make image VARIANT=cpu` builds it, and `make image` CUDA's; CONTAINER_ENGINE names the engine, as
+there. Its containers have no network: they are asked from within, and need none.
 """
 
 import json
@@ -11,13 +11,14 @@ import subprocess
 import time
 
 import pytest
+import torch
 import yaml
 
 from expertgate.server.demo import USERS
 from tests.deploy.dockerfile import ROOT, read
 
 ENGINE = os.environ.get("CONTAINER_ENGINE", "docker")
-IMAGE = "expertgate:cpu"
+IMAGE, CUDA = "expertgate:cpu", "expertgate:cuda"
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 KEYS, SERVER = COMPOSE["services"]["keys"], COMPOSE["services"]["expertgate"]
 HOME = "/home/expertgate"
@@ -41,16 +42,18 @@ def engine(*arguments, check=True):
     return done
 
 
-def has_image():
+def needs(image):
     try:
-        return engine("image", "inspect", IMAGE, check=False).returncode == 0
+        missing = engine("image", "inspect", image, check=False).returncode != 0
     except FileNotFoundError:
-        return False
+        missing = True
+    variant = image.partition(":")[2]
+    return pytest.mark.skipif(
+        missing, reason=f"{ENGINE} has no image {image}: make image VARIANT={variant}"
+    )
 
 
-pytestmark = pytest.mark.skipif(
-    not has_image(), reason=f"{ENGINE} has no image {IMAGE}: make image VARIANT=cpu"
-)
+needs_cpu, needs_cuda = needs(IMAGE), needs(CUDA)
 
 
 def flags(service, volume):
@@ -106,6 +109,7 @@ def container(tmp_path_factory):
         engine("volume", "rm", "--force", name, check=False)
 
 
+@needs_cpu
 def test_it_gets_healthy_by_its_own_check(container):
     _, final = read(ROOT / "Dockerfile")
     check = json.loads(final.all("HEALTHCHECK")[0].partition("CMD ")[2])
@@ -117,6 +121,7 @@ def test_it_gets_healthy_by_its_own_check(container):
     container.inside(*check)
 
 
+@needs_cpu
 def test_nobody_is_root_and_nothing_else_can_be_written(container):
     assert container.inside("id", "-u").stdout.strip() == "10001"
     status = container.inside("cat", "/proc/self/status").stdout
@@ -129,6 +134,7 @@ def test_nobody_is_root_and_nothing_else_can_be_written(container):
         container.inside("touch", f"{folder}/x")
 
 
+@needs_cpu
 def test_each_user_has_the_experts_of_their_group(container):
     assert set(container.keys) == set(USERS)
     body = {"model": "demo", "prompt": "Q: who?\nA:", "max_tokens": 4}
@@ -146,6 +152,7 @@ def test_each_user_has_the_experts_of_their_group(container):
     assert container.ask("/v1/experts", "eg-wrong")[0] == 401
 
 
+@needs_cpu
 def test_it_ends_with_a_log_that_holds(container):
     grace = SERVER["stop_grace_period"].removesuffix("s")
     public = f"{HOME}/public.json"
@@ -156,3 +163,19 @@ def test_it_ends_with_a_log_that_holds(container):
     verify = ["audit", "verify", f"{HOME}/audit", "--key", public]
     told = engine("run", "--rm", *flags(KEYS, container.name), IMAGE, *verify)
     assert "signatures hold; 0 records since the last head" in told.stdout
+
+
+@needs_cuda
+def test_cudas_image_has_cudas_build():
+    code = "import expertgate.model.gpu_worker, torch; print(torch.version.cuda)"
+    run = ["run", "--rm", "--network", "none", "--entrypoint", "python", CUDA]
+    assert engine(*run, "-c", code).stdout.strip() not in ("", "None")
+
+
+@needs_cuda
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cudas_image_says_that_there_is_no_gpu():
+    run = ["run", "--rm", "--network", "none", "--read-only", "--tmpfs", HOME, "--tmpfs", "/tmp"]
+    done = engine(*run, CUDA, "demo", check=False)
+    assert done.returncode == 1
+    assert "expertgate: no NVIDIA GPU is seen" in done.stdout + done.stderr
