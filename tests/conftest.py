@@ -19,3 +19,12 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 # The first example that uses torch takes most of a second, and slow machines are no failure.
 settings.register_profile("without deadline", deadline=None)
 settings.load_profile("without deadline")
+
+# vLLM looks for a Triton that it can use when it is imported. Where kernels are interpreted, it is
+# to find one that compiles for CPUs: the only way to have Model Runner V2 without a GPU.
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from types import SimpleNamespace
+
+    from triton.backends import backends
+
+    backends["cpu"] = SimpleNamespace(compiler=None, driver=SimpleNamespace(is_active=lambda: True))
