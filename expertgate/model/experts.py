@@ -15,7 +15,10 @@ from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
-from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import (
+    UnquantizedMoeBackend,
+    backend_to_kernel_cls,
+)
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
@@ -64,18 +67,24 @@ class MaskedRoutedExperts(RoutedExperts):
     def _get_quant_method(self, *args: Any) -> FusedMoEMethodBase:
         """A hook of vLLM's: what holds the weights, and whose kernels read them."""
         method = super()._get_quant_method(*args)
-        if wanted(get_current_vllm_config().additional_config) != "expertgate":
-            return method
+        ours = wanted(get_current_vllm_config().additional_config) == "expertgate"
         if not isinstance(method, UnquantizedFusedMoEMethod):
             return method  # quantised weights are for vLLM's kernels
-        supported, reason = MaskedExperts.is_supported_config(
-            MaskedExperts, method.moe, None, None, MaskedExperts.activation_format()
+        if not ours and method.unquantized_backend == UnquantizedMoeBackend.CPU:
+            return method
+        # Of vLLM's, those in Triton: FlashInfer's, which it prefers on Blackwell, want each expert
+        # once a token, and sum what was never written for a slot that names one again, as filled
+        # slots do. It may be another's output, and infinity or NaN by weight 0 is NaN.
+        triton = UnquantizedMoeBackend.TRITON
+        kernel = MaskedExperts if ours else backend_to_kernel_cls(triton)[0]
+        supported, reason = kernel.is_supported_config(
+            kernel, method.moe, None, None, MaskedExperts.activation_format()
         )
         if not supported:
-            raise ValueError(f"expertgate's own MoE kernels: {reason}")
+            raise ValueError(f"{'expertgate' if ours else 'vLLM'}'s own MoE kernels: {reason}")
         # The weights stay in the order of vLLM's Triton kernels, which is the checkpoint's.
-        method.unquantized_backend = UnquantizedMoeBackend.TRITON
-        method.experts_cls = MaskedExperts
+        method.unquantized_backend = triton
+        method.experts_cls = kernel
         return method
 
     @property

@@ -10,6 +10,9 @@ import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as unquantized
+from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 
 from expertgate.kernels import reference, routing
 from expertgate.kernels.routing import NO_EXPERT
@@ -26,7 +29,8 @@ interpreted = pytest.mark.skipif(
 @pytest.fixture
 def a_gpu(monkeypatch):
     """vLLM believes that our kernels can run here."""
-    monkeypatch.setattr(MaskedExperts, "_supports_current_device", staticmethod(lambda: True))
+    for kernel in (MaskedExperts, TritonExperts):
+        monkeypatch.setattr(kernel, "_supports_current_device", staticmethod(lambda: True))
 
 
 def build(options, *, inner=I, num_experts=E):
@@ -68,6 +72,16 @@ def batch():
 def test_vllms_kernels_are_the_default(a_gpu):
     experts, *_ = build({})
     assert type(experts.kernel).__module__.startswith("vllm.")
+
+
+def test_of_vllms_kernels_those_that_take_an_expert_twice(a_gpu, monkeypatch):
+    """FlashInfer's, which vLLM prefers on Blackwell, sum what was never written for the second."""
+    preferred = UnquantizedMoeBackend.FLASHINFER_CUTLASS, object
+    monkeypatch.setattr(unquantized, "select_unquantized_moe_backend", lambda **_: preferred)
+    experts, w13, w2 = build({})
+    assert type(experts.kernel) is TritonExperts
+    assert torch.equal(experts.w13_weight, w13)
+    assert torch.equal(experts.w2_weight, w2)
 
 
 def test_ours_are_chosen_when_asked_for(a_gpu):
