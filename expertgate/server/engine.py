@@ -201,6 +201,13 @@ def _worker() -> str:
         return CPU_WORKER
     if current_platform.is_cuda():
         return GPU_WORKER
+    if current_platform.is_unspecified():
+        # CUDA's build, for that of CPUs has its platform wherever it runs.
+        raise SettingError(
+            "no NVIDIA GPU is seen, and this vLLM is built for one: `nvidia-smi` must list it (its "
+            "driver; in a container, also its access), or install the CPU's build: "
+            "`make VARIANT=cpu`"
+        )
     name = current_platform.device_name
     raise SettingError(f"this machine's platform is {name!r}; only cpu and cuda can be served")
 

@@ -3,6 +3,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from vllm.platforms.interface import UnspecifiedPlatform
 from vllm.usage.usage_lib import UsageContext
 
 from expertgate.model import cpu_process
@@ -127,6 +128,24 @@ def test_what_vllm_refuses_has_its_name(arguments, words):
     with pytest.raises(SettingError, match=words) as refused:
         engine.start(DEMO / "model", "name", arguments, Grants())
     assert "\n" not in str(refused.value)
+
+
+def test_cudas_build_without_a_gpu_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(engine, "current_platform", UnspecifiedPlatform())
+    with pytest.raises(SettingError) as refused:
+        engine.start(DEMO / "model", "name", {}, Grants())
+    said = str(refused.value)
+    assert said.startswith("no NVIDIA GPU is seen, and this vLLM is built for one: ")
+    assert "`nvidia-smi`" in said
+    assert "`make VARIANT=cpu`" in said
+    assert "\n" not in said
+
+
+def test_another_platform_is_refused_by_name(monkeypatch):
+    other = SimpleNamespace(is_cpu=bool, is_cuda=bool, is_unspecified=bool, device_name="tpu")
+    monkeypatch.setattr(engine, "current_platform", other)
+    with pytest.raises(SettingError, match="platform is 'tpu'; only cpu and cuda can be served"):
+        engine.start(DEMO / "model", "name", {}, Grants())
 
 
 def test_weights_that_do_not_fit_are_a_line(tmp_path):
