@@ -18,10 +18,17 @@ READING_S = 30.0
 """In which a client has to take what fills the buffers, some 50 KiB."""
 MAX_HEAD_BYTES = 1 << 16
 """Of a request's target and headers."""
+MAX_BEHIND = 64
+"""Requests of a connection that wait for those before them. uvicorn keeps any number, and reads on
+with each answer: what anybody sends behind `/health` would fill memory, and hold up the loop."""
 
 
 class _TooLarge(Exception):  # noqa: N818  (what it is)
     """Raised out of the parser, which makes a 400 of it and closes the connection."""
+
+
+class _TooMany(Exception):  # noqa: N818  (what it is)
+    """Raised out of the parser, so that it reads none of the others."""
 
 
 class PatientProtocol(HttpToolsProtocol):
@@ -71,6 +78,9 @@ class PatientProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head, self._unparsed_bytes = False, 0
+        if len(self.pipeline) >= MAX_BEHIND:
+            self.transport.abort()  # a 400 would stand in the middle of the answer that runs
+            raise _TooMany
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:

@@ -147,6 +147,32 @@ def test_whoever_asks_for_a_websocket_has_an_answer_of_plain_http(served, caplog
     assert "WebSocket" not in caplog.text  # it is the client's affair
 
 
+def test_who_asks_for_too_much_behind_an_answer_is_cut_off(served):
+    """Else all of it would be kept until its turn comes, of anybody's: nobody has said who asks."""
+
+    async def client(app, address):
+        async with connected(address) as (reader, writer):
+            writer.write(ASK.replace(b"short", b"slow") + ASK * 10_000)
+            await ends(reader)
+        deadline = time.monotonic() + 10
+        while not app.state.ended:
+            assert time.monotonic() < deadline, "it is told to nobody"
+            await asyncio.sleep(0.05)
+
+    served(client)
+
+
+def test_what_is_asked_behind_an_answer_is_answered(served):
+    async def client(app, address):
+        async with connected(address) as (reader, writer):
+            for _ in range(3):
+                writer.write(ASK * (1 + protocol.MAX_BEHIND))
+                for _ in range(1 + protocol.MAX_BEHIND):
+                    assert (await reader.readuntil(b"{}")).startswith(b"HTTP/1.1 200 ")
+
+    served(client)
+
+
 def test_headers_that_drip_are_cut_off(served):
     async def client(app, address):
         for before in (b"", ASK):  # as the first request of a connection, and as a later one
