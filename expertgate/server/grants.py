@@ -48,6 +48,7 @@ class Basis:
     principal: Principal
     context: Context
     decision: Decision
+    """What policies said of it last."""
 
     @property
     def request_id(self) -> str | None:

@@ -2,13 +2,15 @@
 
 Policies, catalogue, suspensions and credentials are looked at forty times a second. What changed
 is put in force, and every open grant asked for again with what it was first asked with, in one step
-of the event loop: at no moment is there a grant that the policies in force would not give. Where
-credentials change, those of open grants are judged again one by one, because signatures take time.
+of the event loop: at no moment is there a grant that the policies in force would not give. What new
+policies say of open grants is found out before that, beside the loop, and kept with each of them.
+Where credentials change, those of open grants are judged again one by one, because signatures take
+time.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -16,6 +18,7 @@ from pathlib import Path
 
 from expertgate.model.catalogue import Catalogue, CatalogueError
 from expertgate.policies.cedar import PolicySet
+from expertgate.policies.decision import Decision
 from expertgate.policies.expert_set import ExpertSet
 from expertgate.policies.statement import PolicyError
 from expertgate.server import suspensions
@@ -235,9 +238,10 @@ class Oversight:
             self._tell(Resumed(name))
 
     async def _reload(self) -> None:
-        bases = [grant.basis for grant in self._service.grants if grant.basis is not None]
+        asked = [(grant, grant.basis) for grant in self._service.grants if grant.basis is not None]
+        bases = [basis for _, basis in asked]
         try:
-            catalogue, policies = await asyncio.to_thread(self._load, bases)
+            catalogue, policies, decisions = await asyncio.to_thread(self._load, bases)
         except (PolicyError, CatalogueError) as error:
             fault = str(error).replace("\n", "; ")
             if _unread(error):
@@ -252,6 +256,9 @@ class Oversight:
             return  # changed while it was read; the next look sees that as well
         previous = self._service.policies.version
         self._service.catalogue, self._service.policies = catalogue, policies
+        for (grant, basis), decision in zip(asked, decisions, strict=True):
+            if grant.basis is basis:  # else its credential says something else now
+                grant.basis = replace(basis, decision=decision)
         self._withdraw_lost()
         self.policy = replace(
             self.policy,
@@ -270,12 +277,10 @@ class Oversight:
                 lost = catalogue.all
             self._forget(lost)
 
-    def _load(self, bases: list[Basis]) -> tuple[Catalogue, PolicySet]:
+    def _load(self, bases: Sequence[Basis]) -> tuple[Catalogue, PolicySet, list[Decision]]:
+        """What the files say, and what that means for each of `bases`."""
         catalogue, policies = self._files.load(self._running)
-        # Decisions are cached, so that the event loop finds them made when it asks for all at once.
-        for basis in bases:
-            policies.decide(basis.principal, basis.context)
-        return catalogue, policies
+        return catalogue, policies, [_decision(policies, basis) for basis in bases]
 
     async def _judge(self, grant: Grant) -> None:
         """Withdraws it where its credential doesn't hold, or isn't worth as much as it was."""
@@ -295,7 +300,11 @@ class Oversight:
         if principal.id != grant.tenant:  # the credential is somebody else's now
             self._withdraw(grant, grant.experts)
             return
-        grant.basis = replace(grant.basis, principal=principal)
+        before, basis = grant.basis.principal, replace(grant.basis, principal=principal)
+        if principal != before:
+            basis = replace(basis, decision=_decision(self._service.policies, basis))
+        if principal != before or principal.expires != before.expires:
+            grant.basis = basis
         self._withdraw(grant, self._lost(grant))
 
     def _withdraw_lost(self) -> None:
@@ -306,14 +315,12 @@ class Oversight:
 
     def _lost(self, grant: Grant) -> ExpertSet:
         """What of it would not be granted now; all of it where that can't be told."""
-        if grant.basis is None:
+        basis, policies = grant.basis, self._service.policies
+        if basis is None:
             return ExpertSet(0)
-        try:
-            decision = self._service.decide(grant.basis.principal, grant.basis.context)
-        except Exception:  # there may be others behind it
-            log.exception("a request could not be judged")
-            return grant.experts
-        return grant.experts - decision.granted
+        if basis.decision.version != policies.version:  # it was given while they were read
+            basis = grant.basis = replace(basis, decision=_decision(policies, basis))
+        return grant.experts - (basis.decision.granted - self._service.suspended)
 
     def _withdraw(self, grant: Grant, experts: ExpertSet) -> None:
         if experts and grant.open:
@@ -338,6 +345,15 @@ class Oversight:
                 listener(change)
             except Exception:  # there may be more to withdraw
                 log.exception("%s could not be told", change)
+
+
+def _decision(policies: PolicySet, basis: Basis) -> Decision:
+    """What they say of it now; where that can't be told, that nothing is granted."""
+    try:
+        return policies.decide(basis.principal, basis.context)
+    except Exception:  # there may be others behind it
+        log.exception("a request could not be judged")
+        return Decision(ExpertSet(0), {}, policies.version)
 
 
 def _unread(error: Exception) -> bool:

@@ -16,6 +16,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from expertgate.policies import cedar
+from expertgate.policies.cedar import PolicySet
 from expertgate.policies.context import Context
 from expertgate.policies.expert_set import ExpertSet
 from expertgate.policies.principal import Principal
@@ -35,7 +37,7 @@ from expertgate.server.key_edits import create_key, expire_key, revoke_key, rota
 from expertgate.server.namespaces import Namespaces
 from expertgate.server.oversight import LOOK_EVERY_S
 from expertgate.server.policy_files import PolicyFiles
-from expertgate.server.service import SUSPENDED, Service
+from expertgate.server.service import SUSPENDED
 from expertgate.server.suspensions import SuspensionError
 from tests.server.running import EXPERTS
 from tests.server.sites import ALICE, NEWS, PUBLIC, REQUEST, RESEARCH, Site
@@ -88,6 +90,39 @@ def test_the_grant_is_asked_for_with_what_it_was_asked_with(tmp_path):
         assert grant.withdrawn
 
     asyncio.run(story())
+
+
+def test_a_suspension_waits_for_no_policy(site, monkeypatch):
+    """There may be more requests than decisions that are remembered, and each takes its time."""
+
+    async def story():
+        wide, narrow = await site.ask("alice"), await site.ask("dave")
+        monkeypatch.setattr(PolicySet, "decide", None)
+        await site.oversight.suspend("news")
+        assert [grant.withdrawn for grant in (wide, narrow)] == [True, False]
+
+    asyncio.run(story())
+
+
+def test_a_change_of_policies_is_decided_beside_the_loop_for_however_many(site, monkeypatch):
+    monkeypatch.setattr(cedar, "_CACHED_DECISIONS", 1)
+    real, threads = PolicySet._decide, []
+
+    def decide(*asked):
+        threads.append(threading.current_thread())
+        return real(*asked)
+
+    async def story():
+        wide, narrow = await site.ask("alice"), await site.ask("dave")
+        monkeypatch.setattr(PolicySet, "_decide", decide)
+        monkeypatch.setattr(Namespaces, "losses", lambda *_: ExpertSet(0))
+        site.write(PUBLIC + ALICE + RESEARCH + NEWS)
+        await site.look()
+        assert [grant.withdrawn for grant in (wide, narrow)] == [True, False]
+
+    asyncio.run(story())
+    assert len(threads) == 2
+    assert threading.main_thread() not in threads
 
 
 def test_whatever_a_request_waits_for_it_ends_at_once(site):
@@ -910,15 +945,16 @@ def test_a_grant_that_cannot_be_judged_is_withdrawn_and_the_others_are_judged(
     async def story():
         dave, wide = await site.ask("dave"), await site.ask("alice")
         narrow = await site.ask("alice", "public", "math")
-        real = Service.decide
+        real = PolicySet.decide
 
-        def decide(service, principal, context):
+        def decide(policies, principal, context):
             if principal.id == "dave":
                 raise ZeroDivisionError
-            return real(service, principal, context)
+            return real(policies, principal, context)
 
-        monkeypatch.setattr(Service, "decide", decide)
-        await site.oversight.suspend("news")
+        monkeypatch.setattr(PolicySet, "decide", decide)
+        site.write(PUBLIC + ALICE + RESEARCH + NEWS)
+        await site.look()
         assert [grant.withdrawn for grant in (dave, wide, narrow)] == [True, True, False]
 
     asyncio.run(story())
