@@ -109,6 +109,7 @@ class _Reader:
         self._hash: str | None = GENESIS if first == 1 else None
         self._every: int | None = None
         self._unsigned = 0  # since the last head, but for what a start writes
+        self._starts = 0  # since the last head
 
     @property
     def bare(self) -> bool:
@@ -168,8 +169,9 @@ class _Reader:
             self._check_head(record, place)
         else:
             report.unsigned += 1
-            if record["kind"] == "start" and self._unsigned:
+            if record["kind"] == "start":
                 self._check_left(place)
+                self._starts += 1
             # A server that starts may have been told another number, so only its head counts.
             self._unsigned += record["kind"] not in BY_A_START
             if self._every is not None and self._unsigned == self._every + 1:
@@ -187,16 +189,19 @@ class _Reader:
 
     def _check_left(self, place: str) -> None:
         """What was not signed when a server started, and stands under its signature since."""
-        if self._every is None and self._first == 1:
+        if self._unsigned and self._every is None and self._first == 1:
             self._report.faults.append(
                 f"{place}: no signed head before this start, and a server signs as soon as it "
                 f"first starts: the {self._unsigned} records before it were not written by one"
             )
             return
-        self._report.notes.append(
-            f"{place}: {self._unsigned} records before this start were not signed yet, as after a "
-            "crash: whoever could write to the folder then could have written them"
-        )
+        # What tells of a crash or a failed disk has a note of its own.
+        if left := self._unsigned + self._starts:
+            were = "was" if left == 1 else "were"
+            self._report.notes.append(
+                f"{place}: {_counted(left, 'record')} before this start {were} not signed yet, as "
+                "after a crash: whoever could write to the folder then could have written that"
+            )
 
     def _miss_head(self, place: str, every: int) -> None:
         self._report.faults.append(
@@ -210,7 +215,7 @@ class _Reader:
         every = record.get("every")
         if self._every is None and isinstance(every, int) and self._unsigned > every:
             self._miss_head(place, every)
-        report.unsigned = self._unsigned = 0
+        report.unsigned = self._unsigned = self._starts = 0
         self._every = every if isinstance(every, int) else None
         if self._keys is None:
             return

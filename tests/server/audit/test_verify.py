@@ -202,6 +202,27 @@ def test_what_a_crash_left_unsigned_is_noted_for_good(tmp_path):
     assert ":6: 3 records before this start were not signed yet" in note
 
 
+def test_so_is_a_start_that_nobody_signed(tmp_path):
+    """It could say anything of experts, owners and policies."""
+
+    def start():
+        log = open_log(tmp_path)
+        log.record("start", model="toy")
+        log.close()
+
+    start()
+    lines = lines_of(tmp_path)
+    head = json.loads(lines[-1])
+    place = {"seq": head["seq"] + 1, "prev": digest(lines[-1][:-1])}
+    forged = line_of({**json.loads(lines[0]), "model": "other", **place})
+    rewrite(tmp_path, [*lines, forged + b"\n"])
+    start()
+    report = check(tmp_path)
+    assert report.faults == []
+    (note,) = report.notes
+    assert ":4: 1 record before this start was not signed yet" in note
+
+
 def test_a_folder_put_back_to_an_earlier_state_needs_a_head_from_elsewhere(folder, tmp_path):
     kept = tmp_path / "kept.json"
     kept.write_bytes((folder / "audit" / HEAD_FILE).read_bytes())
