@@ -63,6 +63,12 @@ def _is_plain(value: object) -> bool:
     return False
 
 
+def shown(said: object) -> str:
+    """What a record or receipt says that anybody may have written, kept to its line."""
+    text = str(said)
+    return text if text.isprintable() else ascii(text)
+
+
 def digest(line: bytes) -> str:
     """SHA-256 in hex of a line without its end."""
     return hashlib.sha256(line).hexdigest()

@@ -19,7 +19,7 @@ from typing import Any
 import jwt
 
 from expertgate.policies.principal import Principal
-from expertgate.server.audit.chain import AuditError
+from expertgate.server.audit.chain import AuditError, shown
 from expertgate.server.audit.signing import PublicKeys, SigningKey
 from expertgate.server.audit.writer import AuditUnavailable, Recorded, Written
 from expertgate.server.errors import ApiError
@@ -174,7 +174,7 @@ def verify(text: str, keys: PublicKeys, place: str) -> dict[str, Any]:
     if header.get("typ") != _TYPE or not isinstance(key_id, str):
         raise AuditError(f"{place}: is no receipt, but a token of another kind")
     if key_id not in keys:
-        raise ReceiptError(f"{place}: was signed by another key, {key_id}")
+        raise ReceiptError(f"{place}: was signed by another key, {shown(key_id)}")
     try:
         return jwt.decode(
             receipt,

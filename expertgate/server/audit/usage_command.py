@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from expertgate.server.audit.chain import shown
 from expertgate.server.audit.usage import By, add_up
 
 _COLUMNS = ("requests", "unknown", "tokens", "share")
@@ -72,7 +73,7 @@ def usage(path: Path, by: By, since: datetime | None, until: datetime | None, fo
 
 
 def _table(by: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = [(by, *_COLUMNS), *(tuple(map(str, row.values())) for row in rows)]
+    lines = [(by, *_COLUMNS), *(tuple(map(shown, row.values())) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "".join(
         "  ".join(

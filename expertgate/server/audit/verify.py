@@ -19,6 +19,7 @@ from expertgate.server.audit.chain import (
     digest,
     line_of,
     parse,
+    shown,
 )
 from expertgate.server.audit.folder import HEAD_FILE, files, first_of, read_head
 from expertgate.server.audit.signing import PublicKeys
@@ -178,13 +179,13 @@ class _Reader:
                 self._miss_head(place, self._every)
         if record["kind"] == "recovered":
             report.notes.append(
-                f"{place}: a crash tore {record.get('torn_bytes')} bytes after record "
-                f"{record.get('after')}; they are kept as {record.get('kept_as')}"
+                f"{place}: a crash tore {shown(record.get('torn_bytes'))} bytes after record "
+                f"{shown(record.get('after'))}; they are kept as {shown(record.get('kept_as'))}"
             )
         if record["kind"] == "gap":
             report.notes.append(
-                f"{place}: for a while nothing could be written; {record.get('lost')} records "
-                "are lost"
+                f"{place}: for a while nothing could be written; {shown(record.get('lost'))} "
+                "records are lost"
             )
 
     def _check_left(self, place: str) -> None:
@@ -220,7 +221,8 @@ class _Reader:
         if self._keys is None:
             return
         if record.get("key") not in self._keys:
-            report.faults.append(f"{place}: the head is signed by another key, {record.get('key')}")
+            signer = shown(record.get("key"))
+            report.faults.append(f"{place}: the head is signed by another key, {signer}")
         elif not self._keys.signed_head(record):
             report.faults.append(f"{place}: the signature of this head doesn't hold")
         else:
@@ -270,7 +272,7 @@ def in_words(report: Report) -> list[str]:
     since = _counted(report.unsigned, "record")
     return [
         f"{records} in {files}: {report.first} to {report.last}",
-        f"from {report.first_time} to {report.last_time}",
+        f"from {shown(report.first_time)} to {shown(report.last_time)}",
         f"{_counted(report.heads, 'signature')} {hold}; {since} since the last head",
         *report.notes,
     ]

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
+from expertgate.server.audit.chain import digest, line_of
 from expertgate.server.cli import main
 from tests.server.audit.logs import write_log
 
@@ -61,6 +62,24 @@ def test_a_log_that_does_not_hold_has_a_line_for_each_fault(call, folder, key):
         f"expertgate: {path}:4: records 4 to 5 are missing before this one",
         f"expertgate: {folder}/head.json: {cut}",
     ]
+
+
+@pytest.mark.parametrize("kind", ["request", "recovered", "gap", "head"])
+def test_what_a_record_says_stays_within_its_line(call, folder, key, kind):
+    """Behind the last head anybody may have written it, for whoever reads what is told of it."""
+    last = max(folder.glob("*.jsonl"))
+    raw = last.read_bytes()
+    lies = "\x1b[2K\n9 signatures hold; 0 records since the last head"
+    names = ("time", "after", "torn_bytes", "kept_as", "lost", "key")
+    before = raw.splitlines()[-1]
+    place = {"seq": json.loads(before)["seq"] + 1, "prev": digest(before)}
+    record = {**dict.fromkeys(names, lies), "kind": kind, "v": 1, **place}
+    last.write_bytes(raw + line_of(record) + b"\n")
+    status, out, err = call("verify", folder, "--key", key)
+    assert status == (kind == "head")
+    lines = (out + err).strip("\n").split("\n")
+    assert all(map(str.isprintable, lines))
+    assert not any(line.startswith("9 signatures") for line in lines)
 
 
 def test_without_a_key_it_says_that_signatures_were_not_checked(call, folder):

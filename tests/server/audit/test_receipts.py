@@ -346,6 +346,12 @@ def test_forgeries_do_not_hold(call, answer, tmp_path):
             algorithm="EdDSA",
             headers={**header, "kid": "other"},
         ),
+        "another key that says more": jwt.encode(
+            claims,
+            Ed25519PrivateKey.generate(),
+            algorithm="EdDSA",
+            headers={**header, "kid": "other\x1b[2K"},
+        ),
         "another issuer": jwt.encode(
             {**claims, "iss": "x"}, key.private, algorithm="EdDSA", headers=header
         ),
@@ -353,8 +359,8 @@ def test_forgeries_do_not_hold(call, answer, tmp_path):
     for name, content in forged.items():
         status, out, err = call(content)
         assert (status, out) == (1, ""), name
-        assert len(err.splitlines()) == 1
         assert err.startswith("expertgate: file: ")
+        assert err.removesuffix("\n").isprintable(), name
 
 
 @pytest.mark.parametrize(

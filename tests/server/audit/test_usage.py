@@ -109,6 +109,16 @@ def test_the_shares_of_all_experts_are_what_was_computed(call, folder):
     assert sum(row["share"] for row in json.loads(out)) == pytest.approx(computed)
 
 
+def test_a_name_stays_within_its_row(call, tmp_path):
+    log = open_log(tmp_path)
+    log.record("start", experts=EXPERTS)
+    log.record("request", request="r", principal="ada\x1b[2K\nbob  9  0  9.0  9.0")
+    log.record("result", request="r", effective=["math"], usage=None)
+    log.close()
+    _, out, _ = call(tmp_path / "audit", "--by", "principal")
+    assert [len(out.splitlines()), *map(str.isprintable, out.splitlines())] == [2, True, True]
+
+
 def test_bad_times_and_folders(call, folder, tmp_path):
     assert call(folder, "--by", "expert", "--from", "yesterday")[0] == 2
     status, _, err = call(folder, "--by", "expert", "--from", "2026-12-01", "--to", "2026-11-01")
