@@ -17,11 +17,13 @@ def groups_of(rules: Sequence[GroupRule], claims: Mapping[str, Any]) -> frozense
 
 
 def at(claims: Mapping[str, Any], path: Sequence[str]) -> Any:
-    """What stands at the end of `path`; None where there is no such way."""
+    """What stands at the end of `path`; None where the way ends. Raises ClaimError for no way."""
     found: Any = claims
     for name in path:
-        if not isinstance(found, dict):
+        if found is None:
             return None
+        if not isinstance(found, dict):
+            raise ClaimError(f"has no claims within another on the way to {shown(path)}")
         found = found.get(name)
     return found
 

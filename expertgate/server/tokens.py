@@ -111,13 +111,13 @@ class TokenIssuer:
 
     def _principal(self, claims: Mapping[str, Any]) -> Principal:
         config = self._config
-        user = at(claims, config.user)
-        if not isinstance(user, str) or not is_name(user):
-            raise _BadToken(f"has no name of a user in {shown(config.user)}")
         try:
+            user = at(claims, config.user)
             groups = groups_of(config.groups, claims)
         except ClaimError as error:
             raise _BadToken(str(error)) from None
+        if not isinstance(user, str) or not is_name(user):
+            raise _BadToken(f"has no name of a user in {shown(config.user)}")
         read = {name: _value(name, claims[name]) for name in config.claims if name in claims}
         return Principal(
             f"{config.name}:{user}",

@@ -178,7 +178,7 @@ def test_clocks_may_differ_by_the_leeway(identity, issuer, skew):
             {"realm": {"roles": ["ds", "admin"]}},
             {"research"},
         ),
-        ([GroupRule(claim=["realm", "roles"])], {"realm": "x", "realm.roles": ["y"]}, set()),
+        ([GroupRule(claim=["realm", "roles"])], {"realm": {}, "realm.roles": ["y"]}, set()),
         ([GroupRule(claim="https://acme.example/g")], {"https://acme.example/g": ["x"]}, {"x"}),
         ([GroupRule(claim="a"), GroupRule(claim="b", prefix="b-")], {"a": "x", "b": ["x"]},
          {"x", "b-x"}),
@@ -194,6 +194,12 @@ def test_claims_become_groups_as_the_configuration_says(issuer, rules, claims, g
 def test_groups_that_cannot_be_read_are_not_left_out(issuer, value):
     identity = trusting(issuer, groups=[GroupRule(claim="groups")])
     assert "claim groups" in refused(identity, issuer.token(groups=value))
+
+
+@pytest.mark.parametrize("value", [7, "research", ["research"]])
+def test_nor_are_those_that_stand_within_another_claim(issuer, value):
+    identity = trusting(issuer, groups=[GroupRule(claim=("realm", "roles"))])
+    assert "claim realm → roles" in refused(identity, issuer.token(realm=value))
 
 
 def test_only_the_claims_that_are_named_are_handed_on(issuer):
