@@ -141,12 +141,12 @@ def _read(config: Config, model: str | None) -> _Parts:
         )
     refuse_arguments(config.engine)
     checkpoint = Checkpoint(locate(wanted, config.revision))
-    known = catalogue.load(checkpoint, config.catalogue)
-    identity = Identity(config.identity)
     beside = checkpoint.folder / catalogue.FILE_NAME
     described = config.catalogue or (beside if beside.exists() else None)
     files = PolicyFiles(config.policies, described, config.claims)
     seen = files.stamp()
+    known = catalogue.load(checkpoint, config.catalogue)
+    identity = Identity(config.identity)
     policies = PolicySet.load(config.policies, resources(known), config.claims)
     if config.tls is not None:
         config.tls.check()

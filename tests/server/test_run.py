@@ -8,9 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from expertgate.model.catalogue import Catalogue
 from expertgate.server import run, serving
+from expertgate.server.config import Config
+from expertgate.server.key_edits import create_key
 from expertgate.server.refusals import SettingError
 from expertgate.server.service import Service
+from tests.server.running import prepare
 
 
 class Server:
@@ -107,3 +111,23 @@ def test_watches_that_end_with_the_server_are_no_fault(serve, caplog):
 
     assert serve(scenario).unready is None
     assert not [r for r in caplog.records if r.levelno == logging.CRITICAL]
+
+
+def test_a_catalogue_that_changes_while_weights_are_hashed_is_read_again(tmp_path, monkeypatch):
+    """Which takes minutes; whose an expert is would else stay as it was, until the next change."""
+    prepare(tmp_path)
+    create_key(tmp_path / "keys.yaml", "alice", [], None)
+    for module, name in (("environment", "settle"), ("environment", "allow_files")):
+        monkeypatch.setattr(getattr(serving, module), name, lambda: None)
+    monkeypatch.setattr(serving.logs, "set_up", lambda _: None)
+    experts = tmp_path / "toy" / "experts.json"
+    check = Catalogue.check_against
+
+    def slow(known, checkpoint):
+        check(known, checkpoint)
+        experts.write_text(experts.read_text().replace("acme", "heirs"))
+
+    monkeypatch.setattr(Catalogue, "check_against", slow)
+    parts = serving._read(Config.load(tmp_path / "expertgate.yaml"), None)
+    assert parts.known.experts[1].owner == "acme"
+    assert parts.files.stamp() != parts.seen
