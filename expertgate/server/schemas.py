@@ -152,6 +152,14 @@ TOOLS: Mapping[str, frozenset[str]] = {
     "tools[]": frozenset({"type", "function"}),
     "tools[].function": frozenset({"name", "description", "parameters", "strict"}),
 }
+# Of those keys, the ones that are true or false. Kinds are strict, as in `limits`.
+_NESTED_BOOLEANS = {
+    "stream_options": ("include_usage", "continuous_usage_stats"),
+    "response_format.json_schema": ("strict",),
+    "text.format": ("strict",),
+    "tools[]": ("strict",),
+    "tools[].function": ("strict",),
+}
 
 
 class Body(Protocol):
@@ -354,6 +362,14 @@ def _check_nested(body: Mapping[str, Any], nested: Mapping[str, frozenset[str]])
             for name in found:
                 if name not in allowed:
                     raise _unknown(name, f"{place}.{name}", allowed)
+    if not isinstance(body.get("stream_options"), dict | None):
+        raise bad_request("stream_options must be an object", "stream_options")
+    for path, names in _NESTED_BOOLEANS.items():
+        for place, found in _at(body, path):
+            for name in names:
+                if not isinstance(found.get(name), bool | None):
+                    where = f"{place}.{name}"
+                    raise bad_request(f"{where} must be true or false", where)
     for place in ("response_format", "text.format"):
         for _, form in _at(body, place):
             if form.get("type") not in ("text", "json_object", "json_schema"):

@@ -166,6 +166,49 @@ def test_fields_of_nested_objects_are_listed_too(fields, place):
 
 
 FLAT = {"type": "function", "name": "f"}
+TOOL = {"type": "function", "function": {"name": "f"}}
+FORM = {"name": "n", "schema": {}}
+
+
+@pytest.mark.parametrize("value", ["yes", "true", 1, 0.0, []])
+@pytest.mark.parametrize(
+    ("call", "place", "fields"),
+    [
+        (chat, "stream_options.include_usage", lambda v: {"stream_options": {"include_usage": v}}),
+        (
+            text,
+            "stream_options.continuous_usage_stats",
+            lambda v: {"stream_options": {"continuous_usage_stats": v}},
+        ),
+        (
+            chat,
+            "response_format.json_schema.strict",
+            lambda v: {
+                "response_format": {"type": "json_schema", "json_schema": FORM | {"strict": v}}
+            },
+        ),
+        (
+            chat,
+            "tools[1].function.strict",
+            lambda v: {"tools": [TOOL, {**TOOL, "function": {"name": "f", "strict": v}}]},
+        ),
+        (response, "tools[0].strict", lambda v: {"tools": [FLAT | {"strict": v}]}),
+        (
+            response,
+            "text.format.strict",
+            lambda v: {"text": {"format": {"type": "json_schema", **FORM, "strict": v}}},
+        ),
+    ],
+)
+def test_a_boolean_inside_of_an_object_is_written_as_one_too(call, place, fields, value):
+    error = refused(call, stream=True, **fields(value))
+    assert (error.message, error.param) == (f"{place} must be true or false", place)
+
+
+@pytest.mark.parametrize("value", [True, 5, "x", []])
+def test_stream_options_are_an_object(value):
+    error = refused(chat, stream=True, stream_options=value)
+    assert error.message == "stream_options must be an object"
 
 
 @pytest.mark.parametrize(
