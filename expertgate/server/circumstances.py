@@ -12,6 +12,7 @@ from starlette.requests import Request
 
 from expertgate.policies.context import Context
 from expertgate.server.errors import ApiError
+from expertgate.server.slips import refuse_slip
 
 PURPOSE_HEADER = "X-Purpose"
 _MAX_PURPOSE_CHARS = 256
@@ -38,7 +39,11 @@ def is_purpose(text: str) -> bool:
 
 
 def context_of(request: Request, in_body: str | None = None) -> Context:
-    """Raises ApiError 400 for a purpose that is malformed, or said twice and differently."""
+    """Raises ApiError 400 for a purpose that is malformed, or said twice and differently.
+
+    Also for a header that is almost the purpose's.
+    """
+    refuse_slip(PURPOSE_HEADER, request.headers)
     said = [(PURPOSE_HEADER, purpose) for purpose in request.headers.getlist(PURPOSE_HEADER)]
     if len(said) > 1:
         raise _invalid(f"send one {PURPOSE_HEADER} header, not several", PURPOSE_HEADER)

@@ -21,6 +21,7 @@ from starlette.datastructures import Headers
 from expertgate.model.catalogue import Catalogue
 from expertgate.policies.expert_set import MAX_EXPERTS, ExpertSet
 from expertgate.server.errors import ApiError
+from expertgate.server.slips import slip
 
 HEADER = "X-Experts"
 
@@ -111,9 +112,12 @@ def from_model(model: str | None, served: str) -> Selection | None:
 
 def _refuse_misspelt(headers: Headers) -> None:
     """A wish that nobody reads would be answered by all experts. Raises ApiError 400."""
-    for name in headers:
-        if name.startswith(_LIKE_OURS) and name != HEADER.lower() and not name.startswith(_OTHERS):
-            raise _invalid(f"there is no header {_shown(name)}; experts are named in {HEADER}")
+    names = [name for name in headers if name != HEADER.lower()]
+    wrong = slip(HEADER, names) or next(
+        (n for n in names if n.startswith(_LIKE_OURS) and not n.startswith(_OTHERS)), None
+    )
+    if wrong is not None:
+        raise _invalid(f"there is no header {_shown(wrong)}; experts are named in {HEADER}")
 
 
 def effective(selection: Selection | None, granted: ExpertSet, catalogue: Catalogue) -> ExpertSet:

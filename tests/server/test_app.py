@@ -287,6 +287,16 @@ def test_two_purposes_are_refused(service):
     assert client.get("/v1/experts", headers=headers).status_code == 400
 
 
+def test_a_header_that_is_almost_for_a_purpose_is_not_passed_over(service):
+    """A policy that takes experts away by a purpose would never hear of it."""
+    response = TestClient(create_app(service)).get(
+        "/v1/experts", headers={"user": "alice", "X-Purpse": "advertising"}
+    )
+    assert error_of(response) == (400, "invalid_request")
+    message = response.json()["error"]["message"]
+    assert message == "there is no header x-purpse; did you mean X-Purpose?"
+
+
 @pytest.mark.parametrize("purpose", ["", "x" * 257, "a\tb", "a\x85b", "\xe9"])
 def test_a_purpose_fits_a_log_line(service, purpose):
     client = TestClient(create_app(service))

@@ -32,6 +32,7 @@ from expertgate.server.responses import ResponsesRequest
 from expertgate.server.schemas import RECEIPT_HEADER, Body, ChatRequest, TextRequest
 from expertgate.server.selection import select
 from expertgate.server.service import Service
+from expertgate.server.slips import refuse_slip
 
 
 async def chat(request: Request) -> Response:
@@ -93,7 +94,8 @@ async def _answer(
 
 
 def _wants_receipt(body: Any, request: Request, service: Service) -> bool:
-    """Raises ApiError 400 for a header that says something else, or where there are none."""
+    """Raises ApiError 400 for a header that says something else or is misspelt, or in vain."""
+    refuse_slip(RECEIPT_HEADER, request.headers)
     said = request.headers.getlist(RECEIPT_HEADER)
     if said not in ([], ["1"]):
         raise bad_request(f"header {RECEIPT_HEADER} must be 1, once", RECEIPT_HEADER)

@@ -275,6 +275,12 @@ def test_a_header_that_says_something_else(client, value):
     assert ask(client, headers={"X-Receipt": value}).status_code == 400
 
 
+def test_a_header_that_is_almost_for_a_receipt(client):
+    response = ask(client, headers={"X-Reciept": "1"})
+    assert response.status_code == 400
+    assert "X-Receipt" in response.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("value", ["true", 1, "yes", {}])
 def test_a_field_that_is_no_boolean(client, value):
     assert ask(client, receipt=value).status_code == 400
