@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import resource_tracker
 from typing import Any
 
 import uvicorn
@@ -139,7 +140,7 @@ async def _run(
     serving = asyncio.gather(*(server.listen() for server in servers))
     engine: GuardedLLM | None = None
     try:
-        starting = _in_thread(start_engine)
+        starting = _in_thread(lambda: _deaf_to_ctrl_c(start_engine))
         await _first_of(starting, stopping, serving)
         while not starting.done():  # asked to stop, so it only has to end
             _end_children()
@@ -228,6 +229,17 @@ async def _fault(engine: GuardedLLM, service: Service, recorded: Recorded) -> st
     except ProofError as error:
         return f"the engine failed its self-test: {error}"
     return None
+
+
+def _deaf_to_ctrl_c(start_engine: Callable[[], GuardedLLM]) -> GuardedLLM:
+    """Starts processes that never see SIGINT; for a thread that does nothing else.
+
+    A terminal sends it to all processes of the group. The engine's would end by it, and with them
+    what may still take `drain_s`; they have the signal mask of the thread that starts them.
+    """
+    resource_tracker.ensure_running()  # where it has to start it, Python 3.11 lifts the mask again
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    return start_engine()
 
 
 def _in_thread(call: Callable[[], Any]) -> asyncio.Future[Any]:

@@ -643,7 +643,36 @@ def is_engines(pid):
         return False
 
 
-def test_sigterm_while_it_starts_leaves_no_orphans(tmp_path):
+def test_ctrl_c_in_a_terminal_lets_streams_finish(tmp_path):
+    """There the signal goes to the engine's processes as well, which vLLM ends by it."""
+    prepare(tmp_path)
+    keys = {"alice": make_key(tmp_path, "alice", "research")}
+    own = start(tmp_path)
+    own.keys = keys
+    try:
+        children = own.children()
+        body = {"prompt": "hi", "max_tokens": 1500, "ignore_eos": True, "stream": True}
+        url, headers = f"{own.url}/v1/completions", own.headers("alice")
+        with httpx.stream("POST", url, json=body, headers=headers, timeout=120) as asked:
+            events = sse.data(asked)
+            next(events)
+            os.killpg(own.process.pid, signal.SIGINT)
+            *_, last, _ = events
+        assert json.loads(last)["choices"][0]["finish_reason"] == "length"
+        assert own.process.wait(60) == 0
+        assert gone(children)
+    finally:
+        stop(own)
+
+
+@pytest.mark.parametrize(
+    "send",
+    [
+        pytest.param(lambda pid: os.kill(pid, signal.SIGTERM), id="SIGTERM"),
+        pytest.param(lambda pid: os.killpg(pid, signal.SIGINT), id="Ctrl-C"),
+    ],
+)
+def test_being_stopped_while_it_starts_leaves_no_orphans(tmp_path, send):
     prepare(tmp_path)
     make_key(tmp_path, "alice")
     with (tmp_path / "log").open("ab") as log:
@@ -662,9 +691,10 @@ def test_sigterm_while_it_starts_leaves_no_orphans(tmp_path):
             time.sleep(0.1)
         time.sleep(3)
         children = own.children()
-        process.send_signal(signal.SIGTERM)
+        send(process.pid)
         assert process.wait(60) == 0
         assert gone(children)
+        assert "Traceback" not in own.log
     finally:
         stop(own)
 
