@@ -1,11 +1,13 @@
 """The application: its routes, one by one, and what every error looks like."""
 
+import difflib
 import logging
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Route
 
 import expertgate
 from expertgate.server import answers
@@ -18,6 +20,8 @@ from expertgate.server.service import Service
 
 log = logging.getLogger(__name__)
 
+_LONGEST_SLIP = 64
+"""Characters of a path in which a slip is looked for."""
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -68,9 +72,24 @@ async def _api_error(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = _HTTP_CODES.get(error.status_code, "invalid_request")
-    message = f"{request.method} {request.scope['path']}: {error.detail}"
     headers = dict(error.headers) if error.headers else {}
+    method, path = request.method, request.scope["path"]
+    if error.status_code == 404:
+        message = f"there is no route {path}{_hint(request.app, path)}"
+    elif error.status_code == 405:
+        message = f"{path} takes {headers['Allow']}, not {method}"
+    else:
+        message = f"{method} {path}: {error.detail}"
     return _respond(request, ApiError(error.status_code, code, message, None, headers))
+
+
+def _hint(app: FastAPI, path: str) -> str:
+    """Most of all for clients whose base URL lacks its /v1, or that end a path with a slash."""
+    if len(path) > _LONGEST_SLIP:
+        return ""
+    known = [route.path for route in app.routes if isinstance(route, Route)]
+    near = difflib.get_close_matches(path, known, n=1, cutoff=0.75)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 async def _gone(_: Request, __: Exception) -> Response:

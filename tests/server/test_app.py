@@ -383,3 +383,31 @@ def test_leaving_while_the_handler_works_ends_grant_and_handler(service, script)
     assert ended == [True]
     assert len(service.grants) == 0
     assert sent[0]["status"] == 499
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),  # of a base URL without its /v1
+        ("/models", "/v1/models"),
+        ("/v1/v1/models", "/v1/models"),
+        ("/v1/chat/completions/", "/v1/chat/completions"),
+        ("/v1/tokenize", "/tokenize"),
+        ("/healthz", "/health"),
+        ("/v1/embeddings", None),
+        ("/", None),
+        ("/v1/experts" + "/" * 70, None),
+    ],
+)
+def test_a_path_that_is_no_route_is_told_what_was_meant(service, path, meant):
+    response = TestClient(create_app(service)).post(path)
+    assert error_of(response) == (404, "not_found")
+    hint = "" if meant is None else f"; did you mean {meant}?"
+    assert response.json()["error"]["message"] == f"there is no route {path}{hint}"
+
+
+def test_another_method_is_told_the_routes_own(service):
+    response = TestClient(create_app(service)).get("/v1/chat/completions")
+    assert error_of(response) == (405, "method_not_allowed")
+    assert response.json()["error"]["message"] == "/v1/chat/completions takes POST, not GET"
+    assert response.headers["Allow"] == "POST"
