@@ -103,6 +103,27 @@ def test(source: PolicySource, table: Path) -> None:
     sys.exit(_FAILED if failed else 0)
 
 
+def _time(_: click.Context, __: click.Parameter, text: str | None) -> datetime:
+    if text is None:
+        return datetime.now(UTC)
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        words = "is no ISO 8601 time, such as 2027-01-01T00:00:00Z"
+        raise click.BadParameter(f"{text!r} {words}") from None
+    try:
+        return in_utc(found)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} {error}") from None
+
+
+def _address(_: click.Context, __: click.Parameter, text: str | None) -> Any:
+    found = ip_address(text)
+    if text is not None and found is None:
+        raise click.BadParameter(f"{text!r} is no IP address")
+    return found
+
+
 @policy.command()
 @click.option(
     "--as", "principal", required=True, metavar="PRINCIPAL", help="Who asks: alice, or corp:ada."
@@ -117,8 +138,8 @@ def test(source: PolicySource, table: Path) -> None:
     help="A claim of their token; lists are separated by commas; may be repeated.",
 )
 @click.option("--purpose", help="What for.")
-@click.option("--address", help="From where: an IP address.")
-@click.option("--time", help="When: an ISO 8601 time with its zone. Default: now.")
+@click.option("--address", callback=_address, help="From where: an IP address.")
+@click.option("--time", callback=_time, help="When: an ISO 8601 time with its zone. Default: now.")
 @_with_source
 def explain(
     source: PolicySource,
@@ -127,8 +148,8 @@ def explain(
     experts: str | None,
     claims: tuple[str, ...],
     purpose: str | None,
-    address: str | None,
-    time: str | None,
+    address: Any,
+    time: datetime,
 ) -> None:
     """Say what PRINCIPAL may consult, and by which policies.
 
@@ -138,12 +159,13 @@ def explain(
     wanted = known if experts is None else [name.strip() for name in experts.split(",")]
     for name in wanted:
         if name not in known:
-            raise click.BadParameter(f"there is no expert {name!r}, only {', '.join(known)}")
+            words = f"there is no expert {name!r}, only {', '.join(known)}"
+            raise click.BadParameter(words, param_hint="'--experts'")
     if not principal:
         raise click.BadParameter("--as is empty; it must name who asks")
     if purpose is not None and not is_purpose(purpose):
         raise click.BadParameter(f"--purpose {PURPOSES}")
-    context = Context(_time(time), purpose, _address(address))
+    context = Context(time, purpose, address)
     asking = Principal(principal, frozenset(groups), claim_options.given(claims, source.claims))
     decision = source.load().decide(asking, context)
     granted = set(source.catalogue.names(decision.granted)) - source.suspended
@@ -205,24 +227,3 @@ def _failed(
 
 def _by(decision: Decision, name: str) -> str:
     return ", ".join(decision.reasons[name])
-
-
-def _time(text: str | None) -> datetime:
-    if text is None:
-        return datetime.now(UTC)
-    try:
-        found = datetime.fromisoformat(text)
-    except ValueError:
-        words = "is no ISO 8601 time, such as 2027-01-01T00:00:00Z"
-        raise click.BadParameter(f"{text!r} {words}") from None
-    try:
-        return in_utc(found)
-    except ValueError as error:
-        raise click.BadParameter(f"{text!r} {error}") from None
-
-
-def _address(text: str | None) -> Any:
-    found = ip_address(text)
-    if text is not None and found is None:
-        raise click.BadParameter(f"{text!r} is no IP address")
-    return found

@@ -313,9 +313,9 @@ def test_explain_in_a_context(run, folder):
     ):
         status, _, err = run(*asked, *wrong)
         assert status == 2
-        assert repr(wrong[1]) in err
+        assert f"Invalid value for '{wrong[0]}': {wrong[1]!r} " in err
     assert "write 2026-11-23T00:00:00Z if UTC" in run(*asked, "--time", "2026-11-23")[2]
-    assert "there is no expert 'meth'" in run(*asked[:-1], "meth")[2]
+    assert "for '--experts': there is no expert 'meth'" in run(*asked[:-1], "meth")[2]
     # No request could ask so.
     assert "--purpose has 1 to 256 printable" in run(*asked, "--purpose", "")[2]
     assert "--as is empty" in run("policy", "explain", "--as", "")[2]
