@@ -177,5 +177,5 @@ def test_cudas_image_has_cudas_build():
 def test_cudas_image_says_that_there_is_no_gpu():
     run = ["run", "--rm", "--network", "none", "--read-only", "--tmpfs", HOME, "--tmpfs", "/tmp"]
     done = engine(*run, CUDA, "demo", check=False)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "expertgate: no NVIDIA GPU is seen" in done.stdout + done.stderr
