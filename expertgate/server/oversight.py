@@ -102,6 +102,7 @@ class Oversight:
         self._policy_watch = _Watch(files.stamp, seen)
         self._suspended_watch = _Watch(lambda: stamp(suspended), stamp(suspended))
         self._suspended_fault = ""
+        self._lost_by: PolicySet | None = None  # who lost what by these is not known yet
         names = suspensions.read(suspended) or frozenset()
         for name in sorted(names):
             self._index(name)
@@ -116,6 +117,7 @@ class Oversight:
         await asyncio.gather(
             _again(self.look_at_suspensions, LOOK_EVERY_S),
             _again(self.look_at_policies, LOOK_EVERY_S),
+            _again(self.look_at_losses, LOOK_EVERY_S),
             *(_again(partial(self.look_at, source), LOOK_EVERY_S) for source in sources),
             _again(self.look_at_ends, LOOK_EVERY_S),
             _again(self.look_at_tokens, _TOKENS_EVERY_S),
@@ -148,6 +150,21 @@ class Oversight:
         except Exception:  # of no file's content, so the same may go well at the next look
             self._policy_watch.again()
             raise
+
+    async def look_at_losses(self) -> None:
+        """Forgets what is cached with experts that somebody lost by other policies, here or not."""
+        policies, every = self._lost_by, self._running.all
+        if policies is None:
+            return
+        try:
+            losses = self._service.namespaces.losses
+            lost = await asyncio.to_thread(losses, policies.decide, every)
+        except Exception:
+            log.exception("who lost what can't be told, so all that is cached is forgotten")
+            lost = every
+        self._forget(lost)
+        if self._lost_by is policies:  # else others came into force meanwhile
+            self._lost_by = None
 
     async def look_at(self, source: CredentialSource) -> None:
         """Puts in force what its credentials are judged by, and judges those of open grants."""
@@ -255,6 +272,8 @@ class Oversight:
         if not self._policy_watch.still():
             return  # changed while it was read; the next look sees that as well
         previous = self._service.policies.version
+        if policies.version != previous and self._lost_by is not None:
+            self._forget(catalogue.all)  # who lost what isn't known yet, and may have it back now
         self._service.catalogue, self._service.policies = catalogue, policies
         for (grant, basis), decision in zip(asked, decisions, strict=True):
             if grant.basis is basis:  # else its credential says something else now
@@ -269,13 +288,7 @@ class Oversight:
         )
         self._tell(PoliciesLoaded(policies.version, previous))
         if policies.version != previous:
-            losses = self._service.namespaces.losses
-            try:
-                lost = await asyncio.to_thread(losses, policies.decide, catalogue.all)
-            except Exception:
-                log.exception("who lost what can't be told, so all that is cached is forgotten")
-                lost = catalogue.all
-            self._forget(lost)
+            self._lost_by = policies
 
     def _load(self, bases: Sequence[Basis]) -> tuple[Catalogue, PolicySet, list[Decision]]:
         """What the files say, and what that means for each of `bases`."""

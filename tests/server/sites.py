@@ -87,6 +87,7 @@ class Site:
         for _ in range(2):  # the first sees a change, the second that it is over
             await self.oversight.look_at_suspensions()
             await self.oversight.look_at_policies()
+            await self.oversight.look_at_losses()
             for source in self.service.identity.sources:
                 await self.oversight.look_at(source)
             await self.oversight.look_at_ends()

@@ -879,6 +879,35 @@ def test_a_suspension_does_not_wait_for_policies_that_take_long(site, monkeypatc
     asyncio.run(story())
 
 
+def test_nor_does_another_change_of_policies(site, monkeypatch):
+    """Who lost what by the first is not known yet, and somebody may have it back by the second."""
+    go_on = threading.Event()
+
+    def slow(*_):
+        go_on.wait(60)
+        return ExpertSet(0)
+
+    monkeypatch.setattr(Namespaces, "losses", slow)
+
+    async def story():
+        grant, before = await site.ask("dave"), salts(site, "public", "news")
+        watching = asyncio.create_task(site.oversight.watch())
+        try:
+            async with asyncio.timeout(60):
+                for loads, rules in ((2, PUBLIC + RESEARCH), (3, PUBLIC + ALICE)):
+                    assert not grant.withdrawn
+                    site.write(rules)
+                    while site.oversight.policy.loads < loads:
+                        await asyncio.sleep(LOOK_EVERY_S)
+                assert grant.withdrawn
+                assert salts(site, "public", "news") != before
+        finally:
+            go_on.set()
+            watching.cancel()
+
+    asyncio.run(story())
+
+
 def test_a_revoked_key_does_not_wait_for_an_issuer(site):
     """Whose keys, and all tokens that rest on them, take as long as they like to be judged."""
     reached = asyncio.Event()
