@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -86,6 +87,10 @@ class Checkpoint:
     def num_layers(self) -> int:
         return int(self.config.get("num_hidden_layers", 32))
 
+    def check_weights(self) -> None:
+        """Raises CheckpointError where a file of weights is missing, is none or ends too soon."""
+        _ = self._tensors
+
     def expert_digests(self, indices: Iterable[int]) -> dict[int, str]:
         """Index → SHA-256 over an expert's router row, bias and FFN in every layer.
 
@@ -141,13 +146,17 @@ class Checkpoint:
                 with path.open("rb") as file:
                     (length,) = struct.unpack("<Q", file.read(8))
                     header = json.loads(file.read(min(length, _MAX_HEADER_BYTES)))
+                    size = file.seek(0, os.SEEK_END)
                 header.pop("__metadata__", None)
                 for name, entry in header.items():
                     if name in found:
                         raise CheckpointError(
                             f"{path}: tensor {name} is also in {found[name].file.name}"
                         )
-                    start = 8 + length + entry["data_offsets"][0]
+                    begin, end = entry["data_offsets"]
+                    if 8 + length + end > size:  # as where a download was broken off
+                        raise CheckpointError(f"{path}: ends within tensor {name}")
+                    start = 8 + length + begin
                     found[name] = _Tensor(path, entry["dtype"], entry["shape"], start)
             except CheckpointError:
                 raise

@@ -17,6 +17,7 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
+from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -99,6 +100,14 @@ def configure(model: Path, name: str, arguments: Mapping[str, object]) -> VllmCo
     except Exception as error:  # vLLM raises a dozen kinds here; each says what doesn't fit
         raise SettingError(f"engine arguments: {_first_line(error)}") from None
     refuse_config(config, worker, str(model), str(arguments.get("tokenizer") or model))
+    try:
+        cached_tokenizer_from_config(config.model_config)  # vLLM's own, and kept for it
+    except Exception as error:  # of a library's many kinds; some list on further lines what may be
+        why = _first_line(error).rstrip(": ").removesuffix(" from one of")
+        raise SettingError(
+            f"{config.model_config.tokenizer}: no tokenizer can be made of its files, such as "
+            f"tokenizer.json: {why}"
+        ) from None
     if current_platform.is_cpu():
         _check_memory(model, psutil.virtual_memory().available)
         _check_batch(config)

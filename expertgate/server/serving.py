@@ -141,6 +141,7 @@ def _read(config: Config, model: str | None) -> _Parts:
         )
     refuse_arguments(config.engine)
     checkpoint = Checkpoint(locate(wanted, config.revision))
+    checkpoint.check_weights()
     beside = checkpoint.folder / catalogue.FILE_NAME
     described = config.catalogue or (beside if beside.exists() else None)
     files = PolicyFiles(config.policies, described, config.claims)

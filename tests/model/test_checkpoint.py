@@ -93,6 +93,18 @@ def test_a_truncated_weights_file_is_named(folder):
         Checkpoint(folder).expert_digests(range(3))
 
 
+def test_an_engine_would_find_all_weights_or_it_is_told(folder):
+    checkpoint = Checkpoint(folder)
+    checkpoint.check_weights()
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: ends within tensor"):
+        Checkpoint(folder).check_weights()
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"no \*\.safetensors"):
+        Checkpoint(folder).check_weights()
+
+
 def test_a_tensor_found_twice_is_refused(folder):
     """Else the digest could be of one copy, and the engine serve the other."""
     shutil.copy(folder / "model.safetensors", folder / "zz.safetensors")

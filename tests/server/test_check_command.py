@@ -47,6 +47,21 @@ def test_a_fault_is_a_line(folder, name, text, words):
 
 
 @pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("model.safetensors", "toy: no *.safetensors files"),
+        ("tokenizer.json", "toy: no tokenizer can be made of its files, such as tokenizer.json: "),
+    ],
+)
+def test_so_is_a_file_that_a_checkpoint_lacks(folder, name, words):
+    """Where its catalogue states no hashes, nobody else reads weights before the engine does."""
+    (folder / "toy" / name).unlink()
+    done = expertgate(folder, "check")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert words in done.stderr
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("./no-such",), "no such model folder: ./no-such"),
