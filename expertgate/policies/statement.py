@@ -128,6 +128,8 @@ class Statement:
             parsed = cedarpy.PolicySet.from_str(self.text)
         except ValueError as error:
             words = " ".join(str(error).split())
+            if words == "unexpected end of input":
+                words += "; a policy ends with a semicolon"
             line = self._unexpected_line(str(error)) or self.tokens[0].line
             raise PolicyError(f"{self.file}:{line}: {words}") from None
         if parsed.templates():

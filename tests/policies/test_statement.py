@@ -33,7 +33,7 @@ def test_comments_end_where_cedar_ends_them():
 def test_what_follows_the_last_semicolon_is_not_lost():
     first, second = cut(f"{ALL}; {ALL}")
     first.check()
-    with pytest.raises(PolicyError, match="unexpected end of input"):
+    with pytest.raises(PolicyError, match="end of input; a policy ends with a semicolon"):
         second.check()
 
 
