@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import psutil
 from pydantic import ValidationError
 from vllm import ModelRegistry
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
@@ -100,14 +100,7 @@ def configure(model: Path, name: str, arguments: Mapping[str, object]) -> VllmCo
     except Exception as error:  # vLLM raises a dozen kinds here; each says what doesn't fit
         raise SettingError(f"engine arguments: {_first_line(error)}") from None
     refuse_config(config, worker, str(model), str(arguments.get("tokenizer") or model))
-    try:
-        cached_tokenizer_from_config(config.model_config)  # vLLM's own, and kept for it
-    except Exception as error:  # of a library's many kinds; some list on further lines what may be
-        why = _first_line(error).rstrip(": ").removesuffix(" from one of")
-        raise SettingError(
-            f"{config.model_config.tokenizer}: no tokenizer can be made of its files, such as "
-            f"tokenizer.json: {why}"
-        ) from None
+    _check_tokenizer(config.model_config)
     if current_platform.is_cpu():
         _check_memory(model, psutil.virtual_memory().available)
         _check_batch(config)
@@ -159,6 +152,18 @@ def _seed(arguments: Mapping[str, object]) -> dict[str, int]:
     nodes must have the same one, and each is started with its own arguments.
     """
     return {} if arguments.get("nnodes", 1) != 1 else {"seed": secrets.randbelow(1 << 31)}
+
+
+def _check_tokenizer(config: ModelConfig) -> None:
+    """Makes the one that vLLM will take, and keeps; else this shows once weights are loaded."""
+    try:
+        cached_tokenizer_from_config(config)
+    except Exception as error:  # of a library's many kinds; some list on further lines what may be
+        why = _first_line(error).rstrip(": ").removesuffix(" from one of")
+        raise SettingError(
+            f"{config.tokenizer}: no tokenizer can be made of its files, such as tokenizer.json: "
+            f"{why}"
+        ) from None
 
 
 def _check_memory(model: Path, available: int) -> None:
