@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expertgate.kernels.routing import NO_EXPERT, mask_logits, route, select
+from tests.kernels.cases import words
 
 EXPERTS = 7
 
@@ -20,11 +21,6 @@ def routings(draw):
     top_k = draw(st.integers(1, min(E, 16)))
     logits = torch.randn(T, E, generator=torch.Generator().manual_seed(seed)) * 4
     return logits, masks, top_k
-
-
-def words(masks):
-    """Masks as the two's complement that an int64 tensor holds."""
-    return torch.tensor([m - 2**64 if m >= 2**63 else m for m in masks], dtype=torch.int64)
 
 
 @given(routings(), st.booleans())

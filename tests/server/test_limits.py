@@ -5,30 +5,11 @@ import pytest
 
 from expertgate.server import limits, schemas
 from expertgate.server.counting import TokenizeChat, TokenizeText
-from expertgate.server.errors import ApiError
 from expertgate.server.responses import ResponsesRequest
 from expertgate.server.schemas import ChatRequest, TextRequest, read
+from tests.server.bodies import CHAT, chat, refused, text
 
-CHAT = {"messages": [{"role": "user", "content": "hi"}]}
-TEXT = {"prompt": "hi"}
 HUGE = 10**300
-
-
-def chat(**fields):
-    return read(ChatRequest, json.dumps({**CHAT, **fields}).encode())
-
-
-def text(**fields):
-    return read(TextRequest, json.dumps({**TEXT, **fields}).encode())
-
-
-def refused(call, *args, **kwargs):
-    with pytest.raises(ApiError) as error:
-        call(*args, **kwargs)
-    assert error.value.status == 400
-    assert "pydantic" not in error.value.message
-    assert "Dict" not in error.value.message
-    return error.value
 
 
 def schema_of(schema):

@@ -1,33 +1,8 @@
-import json
-
 import pytest
 
 from expertgate.server import schemas
-from expertgate.server.errors import ApiError
-from expertgate.server.responses import ResponsesRequest
-from expertgate.server.schemas import ChatRequest, Exclude, TextRequest, read
-
-CHAT = {"messages": [{"role": "user", "content": "hi"}]}
-TEXT = {"prompt": "hi"}
-
-
-def chat(**fields):
-    return read(ChatRequest, json.dumps({**CHAT, **fields}).encode())
-
-
-def text(**fields):
-    return read(TextRequest, json.dumps({**TEXT, **fields}).encode())
-
-
-def response(**fields):
-    return read(ResponsesRequest, json.dumps({"input": "hi", **fields}).encode())
-
-
-def refused(call, *args, **kwargs):
-    with pytest.raises(ApiError) as error:
-        call(*args, **kwargs)
-    assert error.value.status == 400
-    return error.value
+from expertgate.server.schemas import Exclude, TextRequest, read
+from tests.server.bodies import chat, refused, response, text
 
 
 def test_experts_absent_listed_and_excluded():
