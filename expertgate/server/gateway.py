@@ -11,6 +11,7 @@ from expertgate.policies.principal import Principal
 from expertgate.server.errors import bad_request
 from expertgate.server.keys import Key
 from expertgate.server.names import MAX_CHARS
+from expertgate.server.slips import refuse_slip
 
 USER_HEADER = "X-Forwarded-User"
 GROUPS_HEADER = "X-Forwarded-Groups"
@@ -29,6 +30,8 @@ def named_user(key: Key, headers: Headers) -> Principal:
     if "," in user:
         raise bad_request(f"{USER_HEADER} must name one user, without a comma", USER_HEADER)
     _check_name(user, USER_HEADER)
+    # Passed over, it would leave a user without groups of whom a policy forbids something.
+    refuse_slip(GROUPS_HEADER, headers)
     groups = _groups(_value(headers, GROUPS_HEADER))
     if not groups <= key.groups:
         # Not left out: a policy that forbids something to a group would no longer find it.

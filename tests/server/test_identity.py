@@ -178,6 +178,7 @@ def test_a_gateway_hands_on_no_group_that_it_does_not_have(with_gateway, gateway
         pytest.param([("X-Forwarded-User", "x" * 257)], id="long"),
         pytest.param([USER, ("X-Forwarded-Groups", "staff"), ("X-Forwarded-Groups", "research")],
                      id="two lists of groups"),
+        pytest.param([USER, ("X-Forwarded-Group", "staff")], id="almost the header of groups"),
         pytest.param([USER, ("X-Forwarded-Groups", "staff,,research")], id="an empty group"),
         pytest.param([USER, ("X-Forwarded-Groups", "staff,")], id="a comma at the end"),
         pytest.param([USER, ("X-Forwarded-Groups", ",".join(["staff"] * 129))], id="many groups"),
