@@ -56,7 +56,7 @@ class YamlFile:
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             line = mark.line + 1 if mark else 1
-            raise YamlError(f"{path}:{line}: {error.problem or error.context}") from None
+            raise YamlError(f"{path}:{line}: {_problem(error, text)}") from None
         except yaml.YAMLError as error:
             raise YamlError(f"{path}: {' '.join(str(error).split())}") from None
         lines: dict[Place, int] = {(): 1}
@@ -97,6 +97,17 @@ def _check_events(text: str, path: Path) -> None:
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
             raise YamlError(f"{path}:{line}: is nested more than {MAX_DEPTH} deep")
+
+
+def _problem(error: yaml.MarkedYAMLError, text: str) -> str:
+    """The parser's words, but where they don't say which character they are about."""
+    if error.problem != "found character that cannot start any token" or not error.problem_mark:
+        return str(error.problem or error.context)
+    # The parser doesn't count the mark that some editors begin a file with.
+    char = text.removeprefix("\ufeff")[error.problem_mark.index]
+    if char == "\t":
+        return "a tab can't stand here; indent with blanks"
+    return f"{char!r} can't stand here; quote the text that it begins"
 
 
 def _line(mark: Any) -> int:
