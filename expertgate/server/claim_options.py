@@ -22,9 +22,9 @@ def declared(texts: Iterable[str]) -> dict[str, ClaimKind]:
             one = _DECLARED.validate_python({name: kind})
         except ValidationError:
             kinds = ", ".join(get_args(ClaimKind))
-            raise click.BadParameter(f"{text!r} is not NAME:TYPE, of {kinds}") from None
+            raise _wrong("--claims", f"{text!r} is not NAME:TYPE, of {kinds}") from None
         if found.get(name, kind) != kind:
-            raise click.BadParameter(f"the claim {name!r} is declared twice, as {found[name]} too")
+            raise _wrong("--claims", f"the claim {name!r} is declared twice, as {found[name]} too")
         found |= one
     return found
 
@@ -35,17 +35,23 @@ def given(texts: Iterable[str], kinds: Mapping[str, ClaimKind]) -> dict[str, obj
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
-            raise click.BadParameter(f"{text!r} is not NAME=VALUE")
+            raise _wrong("--claim", f"{text!r} is not NAME=VALUE")
         if name not in kinds:
-            known = ", ".join(kinds) or "none"
-            raise click.BadParameter(f"the claim {name!r} is not declared, only {known}")
+            known = (
+                f"only {', '.join(kinds)}" if kinds else "and no other is; --claims declares one"
+            )
+            raise _wrong("--claim", f"the claim {name!r} is not declared, {known}")
         if name in found:
-            raise click.BadParameter(f"the claim {name!r} is given twice")
+            raise _wrong("--claim", f"the claim {name!r} is given twice")
         try:
             found[name] = _value(value, kinds[name])
         except (KeyError, ValueError):
-            raise click.BadParameter(f"{text!r} is not of the type {kinds[name]}") from None
+            raise _wrong("--claim", f"{text!r} is not of the type {kinds[name]}") from None
     return found
+
+
+def _wrong(option: str, words: str) -> click.BadParameter:
+    return click.BadParameter(words, param_hint=f"'{option}'")
 
 
 def _value(text: str, kind: ClaimKind) -> object:

@@ -237,8 +237,7 @@ def test_explain_with_claims(run, folder):
         ("level", "'level' is not NAME=VALUE"),
     ):
         status, _, err = run(*asked, "--claim", wrong)
-        assert status == 2
-        assert words in err
+        assert (status, err) == (2, f"expertgate: Invalid value for '--claim': {words}\n")
 
 
 def test_claims_of_every_type():
@@ -271,7 +270,8 @@ def test_claims_are_declared_where_there_is_no_configuration(run, folder):
     for wrong in ("level", "level:number", ":string"):
         status, _, err = run("policy", "check", *given, "--claims", wrong)
         assert status == 2
-        assert f"{wrong!r} is not NAME:TYPE, of string, integer, boolean, strings" in err
+        words = f"{wrong!r} is not NAME:TYPE, of string, integer, boolean, strings"
+        assert err == f"expertgate: Invalid value for '--claims': {words}\n"
 
 
 def test_a_claim_has_one_type_and_one_value(run, folder):
@@ -410,3 +410,15 @@ def test_experts_are_listed_without_a_configuration_where_their_file_is_named(ru
     # A switch must know which list the server reads.
     status, _, err = run("experts", "suspend", "news", "--catalogue", "experts.json")
     assert (status, err) == (2, "expertgate: expertgate.yaml: No such file or directory\n")
+
+
+def test_a_claim_where_none_is_declared(run, folder):
+    write(folder / "policies", PUBLIC)
+    (folder / "expertgate.yaml").write_text(
+        "identity: {api_keys: keys.yaml}\npolicies: policies\ncatalogue: experts.json\n"
+    )
+    _, _, err = run("policy", "explain", "--as", "x", "--claim", "level=3")
+    assert err == (
+        "expertgate: Invalid value for '--claim': the claim 'level' is not declared, and no other "
+        "is; --claims declares one\n"
+    )
