@@ -101,10 +101,18 @@ def configure(model: Path, name: str, arguments: Mapping[str, object]) -> VllmCo
         raise SettingError(f"engine arguments: {_first_line(error)}") from None
     refuse_config(config, worker, str(model), str(arguments.get("tokenizer") or model))
     _check_tokenizer(config.model_config)
-    if current_platform.is_cpu():
+    headers = Path(sysconfig.get_path("include"))
+    if worker == CPU_WORKER:
         _check_memory(model, psutil.virtual_memory().available)
         _check_batch(config)
-        _check_compiler(os.environ, Path(sysconfig.get_path("include")))
+        _check_compiler(os.environ, headers)
+        return config
+    _check_c_compiler(os.environ, headers)
+    if not config.use_v2_model_runner:
+        raise SettingError(
+            "vLLM would not run Model Runner V2, which holds the masks, but its older one: it "
+            "finds no Triton that works with this GPU"
+        )
     return config
 
 
@@ -207,6 +215,24 @@ def _check_compiler(environ: Mapping[str, str], headers: Path) -> None:
         raise SettingError(
             f"no headers of Python: there is no {headers / 'Python.h'}, and vLLM compiles for "
             f"CPUs: install them (on Debian, python3-dev), {or_not}"
+        )
+
+
+def _check_c_compiler(environ: Mapping[str, str], headers: Path) -> None:
+    """Triton, on GPUs, compiles its part of the driver, and asks when the first kernel runs.
+
+    `headers`: the folder of Python's own.
+    """
+    wanted = [environ["CC"]] if "CC" in environ else ["gcc", "clang"]
+    if not any(map(shutil.which, wanted)):
+        raise SettingError(
+            f"no C compiler: there is no {' or '.join(map(repr, wanted))}, and Triton compiles for "
+            "GPUs: install gcc, or name another by CC"
+        )
+    if not (headers / "Python.h").exists():
+        raise SettingError(
+            f"no headers of Python: there is no {headers / 'Python.h'}, and Triton compiles for "
+            "GPUs: install them (on Debian, python3-dev)"
         )
 
 

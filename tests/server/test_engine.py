@@ -141,10 +141,17 @@ def test_cudas_build_without_a_gpu_says_what_to_do(monkeypatch):
     assert "\n" not in said
 
 
+def test_a_gpu_without_a_working_triton_is_a_line(monkeypatch):
+    """vLLM would fall back to the runner that knows no masks; it does here, without a GPU."""
+    monkeypatch.setattr(engine, "_worker", lambda: engine.GPU_WORKER)
+    with pytest.raises(SettingError, match=r"holds the masks.*no Triton that works"):
+        engine.start(DEMO / "model", "name", {}, Grants())
+
+
 def test_another_platform_is_refused_by_name(monkeypatch):
     other = SimpleNamespace(is_cpu=bool, is_cuda=bool, is_unspecified=bool, device_name="tpu")
     monkeypatch.setattr(engine, "current_platform", other)
-    with pytest.raises(SettingError, match="platform is 'tpu'; only cpu and cuda can be served"):
+    with pytest.raises(SettingError, match=r"platform is 'tpu'; only cpu and cuda can be served"):
         engine.start(DEMO / "model", "name", {}, Grants())
 
 
@@ -166,6 +173,22 @@ def test_a_batch_smaller_than_a_step_is_a_line(monkeypatch):
         SettingError, match="max_num_batched_tokens=7: on this processor at least 8"
     ):
         engine._check_batch(config(7))
+
+
+def test_a_gpu_without_a_c_compiler_is_a_line(tmp_path, monkeypatch):
+    """Triton asks for one when the first kernel runs, with the weights loaded."""
+    (tmp_path / "Python.h").touch()
+    engine._check_c_compiler({"CC": sys.executable}, tmp_path)
+    with pytest.raises(SettingError, match=r"'no-such'.*install gcc, or name another by CC"):
+        engine._check_c_compiler({"CC": "no-such"}, tmp_path)
+    with pytest.raises(SettingError, match=r"none/Python\.h.*Triton.*install them"):
+        engine._check_c_compiler({"CC": sys.executable}, tmp_path / "none")
+    found = []
+    monkeypatch.setattr(engine.shutil, "which", lambda name: name if name in found else None)
+    with pytest.raises(SettingError, match="there is no 'gcc' or 'clang'"):
+        engine._check_c_compiler({}, tmp_path)
+    found.append("clang")
+    engine._check_c_compiler({}, tmp_path)
 
 
 def test_a_machine_without_a_compiler_is_a_line(tmp_path):
