@@ -6,14 +6,14 @@ events and pinned memory for it. No registry has such a Triton, so the interpret
 Attention is that of CPUs.
 """
 
-from types import SimpleNamespace
-
 import torch
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fused_moe import modular_kernel
 from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as unquantized
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+from vllm.model_executor.layers.fused_moe.runner import moe_runner
+from vllm.platforms import current_platform
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.workspace import init_workspace_manager, reset_workspace_manager
@@ -39,14 +39,20 @@ class Worker(ProvesMasks, ReportsUsage, CPUWorker):
 WORKER = f"{__name__}.Worker"
 
 
+class _NoCPU:
+    """The platform, but for what it is called."""
+
+    def __getattr__(self, name):
+        return (lambda: False) if name == "is_cpu" else getattr(current_platform, name)
+
+
 def pretend(monkeypatch):
     """From here on, kernels are chosen and steps are scheduled as on an NVIDIA GPU."""
     interpreter.mend(monkeypatch)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # another process would know nothing
     monkeypatch.setattr(dispatch, "routing", routing)
-    no = SimpleNamespace(is_cpu=lambda: False, is_rocm=lambda: False)
-    for module in (experts, modular_kernel):
-        monkeypatch.setattr(module, "current_platform", no)
+    for module in (experts, modular_kernel, moe_runner):
+        monkeypatch.setattr(module, "current_platform", _NoCPU())
     for kernel in (MaskedExperts, TritonExperts):
         monkeypatch.setattr(kernel, "_supports_current_device", staticmethod(lambda: True))
     monkeypatch.setattr(
