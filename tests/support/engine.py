@@ -123,6 +123,8 @@ def engine(folder: Path, **arguments: Any) -> Iterator[Engine]:
         settings["worker_cls"] = "expertgate.model.cpu_worker.MaskedCPUWorker"
         if cpu_process.is_alone(arguments):
             settings["distributed_executor_backend"] = cpu_process.EXECUTOR
+    else:
+        settings["worker_cls"] = "expertgate.model.gpu_worker.MaskedGPUWorker"
     settings |= arguments
     config = EngineArgs(str(folder), **settings).create_engine_config()
     with cpu_process.openmp(config):
