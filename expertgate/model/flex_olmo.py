@@ -297,7 +297,7 @@ class FlexOlmoForCausalLM(nn.Module, SupportsPP):
         return (module for module in self.modules() if isinstance(module, FlexOlmoMoE))
 
     @functools.cached_property
-    def _plain_on_cpu(self) -> bool:
+    def plain_on_cpu(self) -> bool:
         """Whether all layers' experts are; asked once they are loaded."""
         return all(layer.experts.routed_experts.plain_on_cpu for layer in self.moe_layers)
 
@@ -311,7 +311,7 @@ class FlexOlmoForCausalLM(nn.Module, SupportsPP):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors:
-        allowed = self.masks.words[: positions.shape[0]] if self._plain_on_cpu else None
+        allowed = self.masks.words[: positions.shape[0]] if self.plain_on_cpu else None
         given, routed = self.model(
             input_ids, positions, intermediate_tensors, inputs_embeds, allowed
         )

@@ -25,6 +25,9 @@ class MaskedModelState(DefaultModelState):
         super().__init__(*args, **kwargs)
         self.masks = self.model.masks
         self.ledger = self.model.ledger
+        # Now, and not in the first step: torch's own compilation (mode 1) traces the whole model,
+        # and takes no cached property that is still to be found out.
+        _ = self.model.plain_on_cpu
         self.slots = torch.full(
             (self.max_num_reqs,), PUBLIC_ONLY.signed, dtype=torch.int64, device=self.device
         )

@@ -1,5 +1,6 @@
 """Model Runner V2's state for one model, driven as its runner drives it, without a GPU."""
 
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,9 +30,20 @@ class State(MaskedModelState, _Bare):
     """Ours, on top of that: `super()` in it leads to `_Bare`."""
 
 
+class Model:
+    """Of the model what the state asks."""
+
+    def __init__(self, device):
+        self.masks, self.ledger = TokenMasks(TOKENS, device), new_ledger()
+
+    @functools.cached_property
+    def plain_on_cpu(self):
+        return False
+
+
 def new_state():
     cpu = torch.device("cpu")
-    return State(SimpleNamespace(masks=TokenMasks(TOKENS, cpu), ledger=new_ledger()), cpu)
+    return State(Model(cpu), cpu)
 
 
 def new_ledger():
