@@ -232,7 +232,11 @@ def start_until_it_answers(server: Server) -> Server:
         except (httpx.HTTPError, httpx.InvalidURL):
             return False
 
-    until(answers)
+    try:
+        until(answers)
+    except BaseException:
+        stop(second)
+        raise
     return second
 
 
