@@ -3,7 +3,8 @@
 `python -m benchmarks.usage` runs one engine and switches its counting off and on between runs, so
 that whatever else the machine does meets both. With it, calls that end are asked for at once, those
 of a step by one question, as the server does. Seconds of the engine's processes on a CPU tell more
-than seconds on the clock where other programs share the machine.
+than seconds on the clock where other programs share the machine. `--what emptying` switches another
+thing that exactness asks for: what a block of the KV cache held is gone before others get it.
 """
 
 import json
@@ -26,9 +27,19 @@ from expertgate.model.masks import EXTRA_ARG
 from expertgate.policies.expert_set import ExpertSet
 
 if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner as _Emptying
+
     from expertgate.model.cpu_worker import MaskedCPUWorker as _MaskedWorker
+
+    _EMPTY = "_zero_block_ids"
 else:
+    from vllm.v1.worker.utils import KVBlockZeroer as _Emptying
+
     from expertgate.model.gpu_worker import MaskedGPUWorker as _MaskedWorker
+
+    _EMPTY = "zero_block_ids"
+
+WHAT = ("counting", "emptying")
 
 REQUESTS, RUNNING = 32, 16
 PROMPT_TOKENS = 64
@@ -36,10 +47,13 @@ OUTPUT_TOKENS = range(32, 97)
 
 
 class SwitchableWorker(_MaskedWorker):
-    """Does without what counting adds to a step, while it is switched off.
+    """Does without what counting, or emptying, adds to a step, while it is switched off.
 
-    On CPUs all but the stacking of the layers' plans, which the model gives either way.
+    Of counting on CPUs all but the stacking of the layers' plans, which the model gives either way.
     """
+
+    def switch_emptying(self, on: bool) -> None:
+        setattr(_Emptying, _EMPTY, _ON["empty"] if on else _nothing)
 
     def switch_counting(self, on: bool) -> None:
         layer: Any = FlexOlmoMoE
@@ -53,6 +67,7 @@ _ON: dict[str, Any] = {
     "layer": FlexOlmoMoE.masked_logits,
     "begin": Ledger.begin,
     "settle": Ledger.settle,
+    "empty": getattr(_Emptying, _EMPTY),
 }
 
 
@@ -67,9 +82,10 @@ def cpu_s() -> float:
     return float(sum(time.user + time.system for time in times))
 
 
-def measure(llm: LLM, experts: ExpertSet, counting: bool) -> dict[str, float]:
+def measure(llm: LLM, experts: ExpertSet, what: str, on: bool) -> dict[str, float]:
     """Output tokens of one run of all requests, by second and by CPU second."""
-    llm.collective_rpc("switch_counting", args=(counting,))
+    llm.collective_rpc(f"switch_{what}", args=(on,))
+    counting = on or what != "counting"
     core = llm.llm_engine
     vocabulary = llm.model_config.get_vocab_size()
     total = 0
@@ -100,6 +116,7 @@ def main() -> None:
     parser = command_line(__doc__)
     default = Path(__file__).parent.parent / "expertgate" / "demo" / "model"
     parser.add_argument("--model", default=str(default), help="checkpoint folder")
+    parser.add_argument("--what", choices=WHAT, default=WHAT[0], help="what is switched")
     parser.add_argument("--rounds", type=int, default=15, help="pairs of runs")
     parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
     options = parser.parse_args()
@@ -118,7 +135,7 @@ def main() -> None:
     with cpu_process.openmp(EngineArgs(**arguments).create_engine_config()):
         llm = LLM(**arguments)
     setting = about() | {
-        "command": f"python -m benchmarks.usage --rounds {options.rounds}",
+        "command": f"python -m benchmarks.usage --what {options.what} --rounds {options.rounds}",
         "model": "the demo model" if options.model == str(default) else Path(options.model).name,
         "workload": f"{REQUESTS} requests, {RUNNING} at once, {PROMPT_TOKENS} tokens in,"
         f" {OUTPUT_TOKENS[0]} to {OUTPUT_TOKENS[-1]} out, greedy, eager",
@@ -130,20 +147,20 @@ def main() -> None:
         "all experts": ExpertSet.first(count),
         "public + one": ExpertSet.first(2),
     }.items():
-        measure(llm, experts, counting=True)
+        measure(llm, experts, options.what, on=True)
         pairs = []
         for turn in range(options.rounds):
             # Which comes first changes too.
             order = (False, True) if turn % 2 else (True, False)
-            rates = {counting: measure(llm, experts, counting) for counting in order}
+            rates = {on: measure(llm, experts, options.what, on) for on in order}
             pairs.append((rates[True], rates[False]))
         figures[name] = {}
         for unit in pairs[0][0]:
             ratios = [on[unit] / off[unit] for on, off in pairs]
             low, middle, high = statistics.quantiles(ratios, n=4)
             figures[name][unit] = {
-                "counting": [on[unit] for on, _ in pairs],
-                "not_counting": [off[unit] for _, off in pairs],
+                options.what: [on[unit] for on, _ in pairs],
+                f"not_{options.what}": [off[unit] for _, off in pairs],
                 "ratio_quartiles": [low, middle, high],
             }
             print(f"{name}, {unit}: {middle:.3f} of that without ({low:.3f} to {high:.3f})")
