@@ -968,6 +968,29 @@ def test_a_suspension_holds_though_policies_that_were_read_before_it_come_after(
     asyncio.run(story())
 
 
+def test_a_grant_given_while_policies_are_read_is_judged_by_them(site, monkeypatch):
+    real, given = PolicySet.decide, []
+
+    async def story():
+        loop = asyncio.get_running_loop()
+        early = await site.ask("alice")
+
+        def decide(policies, principal, context):
+            found = real(policies, principal, context)
+            if threading.current_thread() is not threading.main_thread() and not given:
+                # Of the grants that there were; this one comes behind them, by the old policies.
+                asking = asyncio.run_coroutine_threadsafe(site.ask("alice"), loop)
+                given.append(asking.result(60))
+            return found
+
+        monkeypatch.setattr(PolicySet, "decide", decide)
+        site.write(PUBLIC + ALICE + RESEARCH + NEWS)
+        await site.look()
+        assert [grant.withdrawn for grant in (early, *given)] == [True, True]
+
+    asyncio.run(story())
+
+
 def test_a_grant_that_cannot_be_judged_is_withdrawn_and_the_others_are_judged(
     site, monkeypatch, caplog
 ):
