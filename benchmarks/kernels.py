@@ -175,16 +175,30 @@ def grouped_mm(layer: Layer) -> Callable[[], torch.Tensor]:
 
 
 def vllm(layer: Layer) -> Callable[[], torch.Tensor]:
-    """Those of vLLM, which know no empty slot: it gets the best expert again, at weight 0."""
-    experts = torch.where(
-        layer.plan.experts == NO_EXPERT, layer.plan.experts[:, :1], layer.plan.experts
-    )
+    """Those of vLLM. On a GPU an empty slot is to them one of another rank's expert, so skipped.
+
+    There the server saves what `fused_experts` does besides: it clears the skipped slots' outputs.
+    On a CPU they know no empty slot, which gets the best expert again, at weight 0.
+    """
     if layer.x.is_cuda:
         from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
 
+        E = len(layer.w_down)
+        places = torch.arange(E + 1, dtype=torch.int32, device=layer.x.device)
+        places[-1] = NO_EXPERT
+        skipping = bool((layer.plan.experts == NO_EXPERT).any())
         return lambda: fused_experts(
-            layer.x, layer.w_gate_up, layer.w_down, layer.plan.weights, experts
+            layer.x,
+            layer.w_gate_up,
+            layer.w_down,
+            layer.plan.weights,
+            layer.plan.experts.remainder(E + 1),  # of NO_EXPERT, -1: the last
+            global_num_experts=E + 1 if skipping else E,
+            expert_map=places if skipping else None,
         )
+    experts = torch.where(
+        layer.plan.experts == NO_EXPERT, layer.plan.experts[:, :1], layer.plan.experts
+    )
     from vllm._custom_ops import cpu_fused_moe
 
     w_gate_up, w_down = pack(layer.w_gate_up), pack(layer.w_down)

@@ -64,17 +64,23 @@ class MaskedRoutedExperts(RoutedExperts):
     masks: TokenMasks | None = None
     """Of the model, which know how many rows of a step are tokens."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Where vLLM finds each expert, and one more that it takes for another rank's.
+        places = torch.arange(self.local_num_experts + 1, dtype=torch.int32)
+        places[-1] = NO_EXPERT
+        self.register_buffer("_places", places, persistent=False)
+
     def _get_quant_method(self, *args: Any) -> FusedMoEMethodBase:
         """A hook of vLLM's: what holds the weights, and whose kernels read them."""
         method = super()._get_quant_method(*args)
         ours = wanted(get_current_vllm_config().additional_config) == "expertgate"
         if not isinstance(method, UnquantizedFusedMoEMethod):
-            return method  # quantised weights are for vLLM's kernels
+            raise ValueError(f"{type(method).__name__}: masks aren't shown to hold in its kernels")
         if not ours and method.unquantized_backend == UnquantizedMoeBackend.CPU:
             return method
-        # Of vLLM's, those in Triton: FlashInfer's, which it prefers on Blackwell, want each expert
-        # once a token, and sum what was never written for a slot that names one again, as filled
-        # slots do. It may be another's output, and infinity or NaN by weight 0 is NaN.
+        # Of vLLM's, those in Triton, even where it prefers others (on Blackwell FlashInfer's, which
+        # sum what was never written for a slot they skip): they are told which slots are empty.
         triton = UnquantizedMoeBackend.TRITON
         kernel = MaskedExperts if ours else backend_to_kernel_cls(triton)[0]
         supported, reason = kernel.is_supported_config(
@@ -106,11 +112,20 @@ class MaskedRoutedExperts(RoutedExperts):
             return super().forward_modular(x, topk_weights, topk_ids)
         if current_platform.is_cpu():
             return torch.ops.vllm.expertgate_used_slots(x, topk_weights, topk_ids, self.layer_name)
-        # vLLM's GPU kernels have no notion of an empty slot. It is given the token's best expert
-        # once more, at weight 0: that expert is allowed and its weights are read anyway.
-        filled = torch.where(topk_ids == NO_EXPERT, topk_ids[:, :1], topk_ids)
-        # A token that may consult nobody (padding never is one: it has `public`) gives zeros.
-        return super().forward_modular(x, topk_weights, filled.clamp(min=0))
+        # An empty slot names the place behind the experts, and costs what other ranks' slots cost:
+        # nothing. A token without any (padding never is one: it has `public`) gives zeros.
+        places = len(self._places)
+        return self.quant_method.moe_kernel.apply(
+            hidden_states=x,
+            w1=self.w13_weight,
+            w2=self.w2_weight,
+            topk_weights=topk_weights,
+            topk_ids=topk_ids.remainder(places),  # of NO_EXPERT, -1: the last
+            activation=self.activation,
+            global_num_experts=places,
+            expert_map=self._places,
+            apply_router_weight_on_input=False,
+        )
 
     @functools.cached_property
     def plain_on_cpu(self) -> str | None:

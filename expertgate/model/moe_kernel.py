@@ -7,7 +7,7 @@ OPTION = "expertgate_moe_kernel"
 """The key in vLLM's `additional_config`."""
 
 KERNELS = ("expertgate", "vllm")
-"""Ours skip the slots in which a token may consult nobody; vLLM's compute them, at weight 0."""
+"""Ours, or vLLM's in Triton. Either skips the slots in which a token may consult nobody."""
 
 DEFAULT = "vllm"
 """vLLM's, until ours have been measured beside them on a GPU."""

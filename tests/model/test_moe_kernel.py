@@ -10,15 +10,16 @@ import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
-from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as unquantized
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
-from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.v1.worker.workspace import init_workspace_manager, reset_workspace_manager
 
 from expertgate.kernels import reference, routing
 from expertgate.kernels.routing import NO_EXPERT
 from expertgate.model import masked_experts, moe_kernel
 from expertgate.model.experts import MaskedRoutedExperts, MaskedRouter
 from expertgate.model.masked_experts import MaskedExperts
+from tests.support import vllms_moe
 
 T, E, H, I, TOP_K = 5, 4, 32, 48, 3
 interpreted = pytest.mark.skipif(
@@ -28,9 +29,8 @@ interpreted = pytest.mark.skipif(
 
 @pytest.fixture
 def a_gpu(monkeypatch):
-    """vLLM believes that our kernels can run here."""
-    for kernel in (MaskedExperts, TritonExperts):
-        monkeypatch.setattr(kernel, "_supports_current_device", staticmethod(lambda: True))
+    """vLLM believes that it has one."""
+    vllms_moe.a_gpu(monkeypatch)
 
 
 def build(options, *, inner=I, num_experts=E):
@@ -69,15 +69,8 @@ def batch():
     return x, routing.route(logits, allowed, top_k=TOP_K)
 
 
-def test_vllms_kernels_are_the_default(a_gpu):
-    experts, *_ = build({})
-    assert type(experts.kernel).__module__.startswith("vllm.")
-
-
-def test_of_vllms_kernels_those_that_take_an_expert_twice(a_gpu, monkeypatch):
-    """FlashInfer's, which vLLM prefers on Blackwell, sum what was never written for the second."""
-    preferred = UnquantizedMoeBackend.FLASHINFER_CUTLASS, object
-    monkeypatch.setattr(unquantized, "select_unquantized_moe_backend", lambda **_: preferred)
+def test_of_vllms_kernels_those_in_triton_are_the_default(a_gpu):
+    """FlashInfer's, which vLLM prefers on Blackwell, sum what was never written for empty slots."""
     experts, w13, w2 = build({})
     assert type(experts.kernel) is TritonExperts
     assert torch.equal(experts.w13_weight, w13)
@@ -111,6 +104,13 @@ def test_they_are_not_for_cpus():
 def test_a_misspelt_kernel_is_an_error():
     with pytest.raises(ValueError, match="may be expertgate or vllm"):
         build({moe_kernel.OPTION: "expertgates"})
+
+
+def test_quantised_weights_are_an_error(monkeypatch):
+    """Their kernels may route by themselves; the server refuses them by name, before this."""
+    monkeypatch.setattr(RoutedExperts, "_get_quant_method", lambda *_: object())
+    with pytest.raises(ValueError, match="masks aren't shown to hold"):
+        build({})
 
 
 def test_they_get_the_empty_slots_as_such(a_gpu, batch, monkeypatch):
@@ -156,14 +156,23 @@ def test_vllms_kernel_on_a_cpu_gets_the_pairs_that_name_an_expert(batch):
 
 
 @interpreted
-def test_the_layer_equals_the_twin(a_gpu, batch):
+@pytest.mark.parametrize("kernel", moe_kernel.KERNELS)
+def test_the_layer_equals_the_twin(kernel, a_gpu, batch, monkeypatch):
+    """Beside what another batch left in its scratch, and with no work for empty slots."""
+    worked = vllms_moe.runs(monkeypatch)
+    reset_workspace_manager()
+    init_workspace_manager(torch.device("cpu"))
     x, plan = batch
-    layer, w13, w2 = build({moe_kernel.OPTION: "expertgate"})
+    layer, w13, w2 = build({moe_kernel.OPTION: kernel})
+    every = routing.route(torch.randn(T, E), torch.full((T,), 0b1111), top_k=TOP_K)
+    layer.forward_modular(torch.full_like(x, torch.nan), every.weights, every.experts)
     out = layer.forward_modular(x, plan.weights, plan.experts)
     # float32 sums of at most 48 terms in another order.
     torch.testing.assert_close(
         out, reference.experts(x, plan, w13, w2), rtol=2e-5, atol=2e-6, equal_nan=False
     )
+    if kernel == "vllm":
+        assert worked == [T * TOP_K, int((plan.experts != NO_EXPERT).sum())]
     layer.w13_weight.data[2].fill_(torch.nan)
     layer.w2_weight.data[2].fill_(torch.nan)
     dirty = layer.forward_modular(x, plan.weights, plan.experts)

@@ -6,25 +6,16 @@ events and pinned memory for it. No registry has such a Triton, so the interpret
 Attention is that of CPUs.
 """
 
-import torch
-from vllm import _custom_ops as ops
-from vllm.model_executor.layers.fused_moe import modular_kernel
-from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as unquantized
-from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
-from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
-from vllm.model_executor.layers.fused_moe.runner import moe_runner
-from vllm.platforms import current_platform
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.workspace import init_workspace_manager, reset_workspace_manager
 
 from expertgate.kernels import dispatch
 from expertgate.kernels.gpu import routing
-from expertgate.model import experts
 from expertgate.model.ledger import ReportsUsage
-from expertgate.model.masked_experts import MaskedExperts
 from expertgate.model.proof import ProvesMasks
 from tests.kernels import interpreter
+from tests.support import vllms_moe
 
 
 class Worker(ProvesMasks, ReportsUsage, CPUWorker):
@@ -39,29 +30,13 @@ class Worker(ProvesMasks, ReportsUsage, CPUWorker):
 WORKER = f"{__name__}.Worker"
 
 
-class _NoCPU:
-    """The platform, but for what it is called."""
-
-    def __getattr__(self, name):
-        return (lambda: False) if name == "is_cpu" else getattr(current_platform, name)
-
-
 def pretend(monkeypatch):
     """From here on, kernels are chosen and steps are scheduled as on an NVIDIA GPU."""
     interpreter.mend(monkeypatch)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # another process would know nothing
     monkeypatch.setattr(dispatch, "routing", routing)
-    for module in (experts, modular_kernel, moe_runner):
-        monkeypatch.setattr(module, "current_platform", _NoCPU())
-    for kernel in (MaskedExperts, TritonExperts):
-        monkeypatch.setattr(kernel, "_supports_current_device", staticmethod(lambda: True))
-    monkeypatch.setattr(
-        unquantized,
-        "select_unquantized_moe_backend",
-        lambda **_: (UnquantizedMoeBackend.FLASHINFER_CUTLASS, object),  # as on Blackwell
-    )
-    monkeypatch.setattr(ops, "moe_align_block_size", _align)
-    monkeypatch.setattr(ops, "moe_sum", lambda x, out, *_: torch.sum(x, dim=1, out=out))
+    vllms_moe.a_gpu(monkeypatch)
+    vllms_moe.runs(monkeypatch)
     _schedule_ahead(monkeypatch)
 
 
@@ -75,19 +50,3 @@ def _schedule_ahead(monkeypatch):
         config.scheduler_config.async_scheduling = wanted
 
     monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(keep))
-
-
-def _align(experts_of, num_experts, block, pairs, owners, num_pairs, *_):
-    """vLLM's own is in CUDA: pairs by expert, and each expert's filled up to whole blocks."""
-    flat = experts_of.flatten()
-    assert ((flat >= 0) & (flat < num_experts)).all(), "an empty slot, of which it knows nothing"
-    filled, named = [], []
-    for expert in range(num_experts):
-        [mine] = torch.nonzero(flat == expert, as_tuple=True)
-        blocks = -(-len(mine) // block)
-        filled += [mine, mine.new_full((blocks * block - len(mine),), len(flat))]
-        named += [expert] * blocks
-    whole = torch.cat(filled)
-    pairs.fill_(len(flat))[: len(whole)] = whole
-    owners.fill_(-1)[: len(named)] = torch.tensor(named)
-    num_pairs.fill_(len(whole))
