@@ -157,6 +157,13 @@ def test_nan_inside_the_mask_still_names_allowed_experts():
     assert torch.equal(weights.isnan(), want.weights.isnan())
 
 
+def test_logits_masks_and_biases_may_lie_apart():
+    logits, masks, bias = torch.randn(5, 8).mT, words([31, 7, 29, 1] * 4), -torch.randn(8).abs()
+    weights, experts, want = both(logits, masks[::2], bias[::2], 3, False)
+    assert torch.equal(experts, want.experts)
+    torch.testing.assert_close(weights, want.weights)
+
+
 def test_ties_go_to_the_lower_index():
     _, experts, _ = both(torch.zeros(1, 64), words([1 << 63 | 0b1101010]), None, 4, False)
     assert experts.tolist() == [[1, 3, 5, 6]]

@@ -134,7 +134,7 @@ def mask_logits(
         _mask_kernel[(triton.cdiv(T, _BLOCK_T),)](
             router_logits.contiguous(),
             allowed.contiguous(),
-            router_bias,
+            _contiguous(router_bias),
             out,
             T,
             E,
@@ -161,8 +161,8 @@ def route(
     if T:
         _route_kernel[(triton.cdiv(T, _BLOCK_T),)](
             router_logits.contiguous(),
-            None if allowed is None else allowed.contiguous(),
-            router_bias,
+            _contiguous(allowed),
+            _contiguous(router_bias),
             weights,
             experts,
             T,
@@ -177,6 +177,10 @@ def route(
             EMPTY=NO_EXPERT,
         )
     return RoutingPlan(weights, experts)
+
+
+def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _padded(E: int) -> int:
