@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
 from benchmarks.command_line import command_line
 from benchmarks.machine import about
+from expertgate.kernels import mask_logits
 from expertgate.model import cpu_process
 from expertgate.model.flex_olmo import FlexOlmoMoE
 from expertgate.model.ledger import ACCOUNT_ARG, Ledger
@@ -58,7 +60,7 @@ class SwitchableWorker(_MaskedWorker):
     def switch_counting(self, on: bool) -> None:
         layer: Any = FlexOlmoMoE
         ledger: Any = Ledger
-        layer.masked_logits = _ON["layer"] if on else layer.uncounted_logits
+        layer.masked_logits = _ON["layer"] if on else _uncounted_logits
         ledger.begin = _ON["begin"] if on else _nothing
         ledger.settle = _ON["settle"] if on else _nothing
 
@@ -69,6 +71,10 @@ _ON: dict[str, Any] = {
     "settle": Ledger.settle,
     "empty": getattr(_Emptying, _EMPTY),
 }
+
+
+def _uncounted_logits(self: Any, router_logits: torch.Tensor) -> torch.Tensor:
+    return mask_logits(router_logits, self.masks.words[: len(router_logits)], self.router_bias)
 
 
 def _nothing(self: Any, *_step: Any) -> None:

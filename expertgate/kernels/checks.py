@@ -42,6 +42,14 @@ def check_routing(
         _beside("router_bias", router_bias, router_logits)
 
 
+def check_copy(copy: torch.Tensor, router_logits: torch.Tensor) -> None:
+    """Raises InputError. `router_logits` must have been checked."""
+    good = copy.shape == router_logits.shape and copy.dtype is torch.float32
+    _must(good, "copy", copy, f"{list(router_logits.shape)} float32, as the logits are")
+    _must(copy.is_contiguous(), "copy", copy, "contiguous")
+    _beside("copy", copy, router_logits)
+
+
 def check_experts(
     x: torch.Tensor,
     router_logits: torch.Tensor,

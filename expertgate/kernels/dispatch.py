@@ -7,9 +7,9 @@ inner (multiples of 16).
 import torch
 
 from expertgate.kernels import cpu, routing
-from expertgate.kernels.checks import check_experts, check_routing
+from expertgate.kernels.checks import check_copy, check_experts, check_routing
 from expertgate.kernels.cpu import Packed
-from expertgate.kernels.routing import RoutingPlan
+from expertgate.kernels.routing import NO_EXPERT, RoutingPlan
 
 
 def masked_moe(
@@ -58,32 +58,45 @@ def route(
     top_k: int,
     router_bias: torch.Tensor | None = None,
     renormalize: bool = False,
+    empty: int = NO_EXPERT,
 ) -> RoutingPlan:
     """The K best of each token's allowed experts, with their weights; equal ones by lower index.
 
     `router_logits` [T, E]; `allowed` [T] int64 or, for logits from `mask_logits`, None: an excluded
     expert's is -inf then. The weights are the softmax over the allowed experts alone, as if the
-    other rows did not exist; `renormalize` makes those of the chosen sum to 1.
+    other rows did not exist; `renormalize` makes those of the chosen sum to 1. A slot that names no
+    expert names `empty`.
 
     Raises InputError for a shape, dtype or device that doesn't fit.
     """
     check_routing(router_logits, allowed, top_k, router_bias)
-    return _route(router_logits, allowed, top_k, router_bias, renormalize)
+    return _route(router_logits, allowed, top_k, router_bias, renormalize, empty)
 
 
 def mask_logits(
-    router_logits: torch.Tensor, allowed: torch.Tensor, router_bias: torch.Tensor | None = None
+    router_logits: torch.Tensor,
+    allowed: torch.Tensor,
+    router_bias: torch.Tensor | None = None,
+    *,
+    copy: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The first half of `route`: logits [T, E] float32, -inf where a token may not consult.
+
+    They are written to `copy` too, [T, E] float32 and contiguous: a GPU does both in one kernel.
 
     Raises InputError for a shape, dtype or device that doesn't fit.
     """
     check_routing(router_logits, allowed, 1, router_bias)
+    if copy is not None:
+        check_copy(copy, router_logits)
     if not router_logits.is_cuda:
-        return routing.mask_logits(router_logits, allowed, router_bias)
+        masked = routing.mask_logits(router_logits, allowed, router_bias)
+        if copy is not None:
+            copy.copy_(masked)
+        return masked
     from expertgate.kernels.gpu import routing as on_gpu
 
-    return on_gpu.mask_logits(router_logits, allowed, router_bias)
+    return on_gpu.mask_logits(router_logits, allowed, router_bias, copy)
 
 
 def _route(
@@ -92,13 +105,16 @@ def _route(
     top_k: int,
     router_bias: torch.Tensor | None,
     renormalize: bool,
+    empty: int = NO_EXPERT,
 ) -> RoutingPlan:
-    if not router_logits.is_cuda:
-        return routing.route(
-            router_logits, allowed, top_k=top_k, router_bias=router_bias, renormalize=renormalize
-        )
-    from expertgate.kernels.gpu import routing as on_gpu
-
-    return on_gpu.route(
-        router_logits, allowed, top_k=top_k, router_bias=router_bias, renormalize=renormalize
+    run = routing.route
+    if router_logits.is_cuda:
+        from expertgate.kernels.gpu.routing import route as run
+    return run(
+        router_logits,
+        allowed,
+        top_k=top_k,
+        router_bias=router_bias,
+        renormalize=renormalize,
+        empty=empty,
     )

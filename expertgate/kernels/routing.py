@@ -59,21 +59,24 @@ def expert_bits(num_experts: int, device: torch.device | None = None) -> torch.T
     return torch.ones_like(experts) << experts
 
 
-def select(masked_logits: torch.Tensor, *, top_k: int, renormalize: bool = False) -> RoutingPlan:
+def select(
+    masked_logits: torch.Tensor, *, top_k: int, renormalize: bool = False, empty: int = NO_EXPERT
+) -> RoutingPlan:
     """The K = min(top_k, E) best experts of each token among those whose logit is not -inf.
 
     `masked_logits` [T, E] float32, from `mask_logits`. The softmax runs over the allowed experts
-    only, as it would if the other rows did not exist; equal weights go to the lower index.
+    only, as it would if the other rows did not exist; equal weights go to the lower index. `empty`:
+    what a slot names that has no expert.
     """
     # By the logits, not by the weights: weights that underflow to 0 keep their order.
     order = torch.topk(rank_keys(masked_logits), min(top_k, masked_logits.shape[1]), dim=-1)[1]
-    empty = masked_logits.gather(1, order) == -torch.inf
+    left = masked_logits.gather(1, order) == -torch.inf
     weights = torch.softmax(masked_logits, dim=-1).gather(1, order)
     # A token with an empty mask has only -inf, whose softmax is NaN: filled here as well.
-    weights = weights.masked_fill(empty, 0.0)
+    weights = weights.masked_fill(left, 0.0)
     if renormalize:
         weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(_TINY)
-    return RoutingPlan(weights, order.to(torch.int32).masked_fill(empty, NO_EXPERT))
+    return RoutingPlan(weights, order.to(torch.int32).masked_fill(left, empty))
 
 
 def rank_keys(logits: torch.Tensor) -> torch.Tensor:
@@ -97,8 +100,9 @@ def route(
     top_k: int,
     router_bias: torch.Tensor | None = None,
     renormalize: bool = False,
+    empty: int = NO_EXPERT,
 ) -> RoutingPlan:
     """`mask_logits`, where there are masks, then `select`; the shapes are theirs."""
     if allowed is not None:
         router_logits = mask_logits(router_logits, allowed, router_bias)
-    return select(router_logits.float(), top_k=top_k, renormalize=renormalize)
+    return select(router_logits.float(), top_k=top_k, renormalize=renormalize, empty=empty)

@@ -40,6 +40,8 @@ class MaskedRouter(BaseRouter):
     def __init__(self, *, top_k: int, num_experts: int, renormalize: bool) -> None:
         super().__init__(top_k=top_k, global_num_experts=num_experts)
         self.renormalize = renormalize
+        self.empty = NO_EXPERT
+        """What a slot names that has no expert: as the experts' kernels want it."""
 
     @property
     def routing_method_type(self) -> RoutingMethodType:
@@ -54,7 +56,13 @@ class MaskedRouter(BaseRouter):
         *,
         input_ids: torch.Tensor | None = None,  # noqa: ARG002
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        plan = route(router_logits, None, top_k=self.top_k, renormalize=self.renormalize)
+        plan = route(
+            router_logits,
+            None,
+            top_k=self.top_k,
+            renormalize=self.renormalize,
+            empty=self.empty,
+        )
         return plan.weights, plan.experts.to(indices_type or torch.int32)
 
 
@@ -63,10 +71,12 @@ class MaskedRoutedExperts(RoutedExperts):
 
     masks: TokenMasks | None = None
     """Of the model, which know how many rows of a step are tokens."""
+    empty = NO_EXPERT
+    """What a slot without an expert names, as `MaskedRouter.empty` has it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Where vLLM finds each expert, and one more that it takes for another rank's.
+        # Where vLLM finds each expert; the last, behind them, it takes for another rank's.
         places = torch.arange(self.local_num_experts + 1, dtype=torch.int32)
         places[-1] = NO_EXPERT
         self.register_buffer("_places", places, persistent=False)
@@ -91,6 +101,8 @@ class MaskedRoutedExperts(RoutedExperts):
         # The weights stay in the order of vLLM's Triton kernels, which is the checkpoint's.
         method.unquantized_backend = triton
         method.experts_cls = kernel
+        if not ours:
+            self.empty = self.local_num_experts
         return method
 
     @property
@@ -106,23 +118,22 @@ class MaskedRoutedExperts(RoutedExperts):
         shared_experts: Any = None,
         shared_experts_input: torch.Tensor | None = None,  # noqa: ARG002
     ) -> Any:
-        """`x` [T, H]; `topk_weights` [T, K] float32; `topk_ids` [T, K], NO_EXPERT = no work."""
+        """`x` [T, H]; `topk_weights` [T, K] float32; `topk_ids` [T, K], `empty` = no work."""
         assert shared_experts is None, "FlexOlmo has no shared experts"
         if isinstance(self.kernel, MaskedExperts):
             return super().forward_modular(x, topk_weights, topk_ids)
         if current_platform.is_cpu():
             return torch.ops.vllm.expertgate_used_slots(x, topk_weights, topk_ids, self.layer_name)
-        # An empty slot names the place behind the experts, and costs what other ranks' slots cost:
-        # nothing. A token without any (padding never is one: it has `public`) gives zeros.
-        places = len(self._places)
+        # An empty slot costs what other ranks' slots cost: nothing. A token without any expert
+        # (padding never is one: it has `public`) gives zeros.
         return self.quant_method.moe_kernel.apply(
             hidden_states=x,
             w1=self.w13_weight,
             w2=self.w2_weight,
             topk_weights=topk_weights,
-            topk_ids=topk_ids.remainder(places),  # of NO_EXPERT, -1: the last
+            topk_ids=topk_ids,
             activation=self.activation,
-            global_num_experts=places,
+            global_num_experts=len(self._places),
             expert_map=self._places,
             apply_router_weight_on_input=False,
         )

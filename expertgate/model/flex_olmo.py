@@ -90,6 +90,11 @@ class FlexOlmoMoE(nn.Module):
         bias = torch.zeros(config.num_experts - 1, dtype=torch.float32)
         self.register_buffer("router_bias", bias, persistent=False)
         self.register_buffer("expert_bits", expert_bits(config.num_experts), persistent=False)
+        router = MaskedRouter(
+            top_k=config.num_experts_per_tok,
+            num_experts=config.num_experts,
+            renormalize=config.norm_topk_prob,
+        )
         self.experts = FusedMoEFactory(
             num_experts=config.num_experts,
             top_k=config.num_experts_per_tok,
@@ -97,25 +102,22 @@ class FlexOlmoMoE(nn.Module):
             intermediate_size=config.intermediate_size,
             renormalize=config.norm_topk_prob,
             quant_config=vllm_config.quant_config,
-            router=MaskedRouter(
-                top_k=config.num_experts_per_tok,
-                num_experts=config.num_experts,
-                renormalize=config.norm_topk_prob,
-            ),
+            router=router,
             routed_experts_cls=MaskedRoutedExperts,
             prefix=f"{prefix}.experts",
         )
+        router.empty = self.experts.routed_experts.empty
         self.experts.routed_experts.masks = masks
 
     def masked_logits(self, router_logits: torch.Tensor) -> torch.Tensor:
-        """`uncounted_logits`, left in the ledger too: usage is counted once the step has run."""
-        masked = self.uncounted_logits(router_logits)
-        self.ledger_part[: len(masked)] = masked
-        return masked
+        """`router_logits` [T, E] → float32, -inf where a token may not consult the expert.
 
-    def uncounted_logits(self, router_logits: torch.Tensor) -> torch.Tensor:
-        """`router_logits` [T, E] → float32, -inf where a token may not consult the expert."""
-        return mask_logits(router_logits, self.masks.words[: len(router_logits)], self.router_bias)
+        They are left in the ledger too: usage is counted once the step has run.
+        """
+        T = len(router_logits)
+        return mask_logits(
+            router_logits, self.masks.words[:T], self.router_bias, copy=self.ledger_part[:T]
+        )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[T, H] → [T, H]; the layer looks at the masks by itself."""

@@ -59,7 +59,8 @@ def compile_layer(monkeypatch, architecture, T, dtype):
     device = Device("unknown", divmod(architecture, 10), 132)
     shape = choose(device, T=T, E=E, H=H, I=I, dtype=dtype)
     masks = tensor(T, dtype=torch.int64)
-    logits = routing.mask_logits(tensor(T, E), masks, tensor(E - 1))
+    copy = tensor(T, E, dtype=torch.float32)
+    logits = routing.mask_logits(tensor(T, E), masks, tensor(E - 1), copy)
     plan = routing.route(logits, masks, top_k=TOP_K)
     layer.experts(tensor(T, H), plan, tensor(E, 2 * I, H), tensor(E, H, I), shape=shape)
 

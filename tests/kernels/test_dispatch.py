@@ -151,6 +151,37 @@ def test_masked_logits_route_as_their_masks_do():
     assert torch.equal(got.weights, want.weights)
 
 
+def test_empty_slots_name_what_is_asked_for():
+    case = layer(T=3, E=7, masks=[0, 1, 127])
+    plan = route(case.router_logits, case.allowed, top_k=2, empty=7)
+    assert plan.experts[:2].tolist() == [[7, 7], [0, 7]]
+    assert plan.experts[2].max() < 7
+
+
+def test_masked_logits_are_copied_where_that_is_asked_for():
+    case = layer(T=9, E=7, masks=[0, 1, 2, 3, 64, 127, 100, 9, 90])
+    ledger = torch.full((12, 7), torch.nan)
+    masked = mask_logits(case.router_logits, case.allowed, copy=ledger[:9])
+    assert torch.equal(ledger[:9], masked)
+    assert torch.equal(masked, mask_logits(case.router_logits, case.allowed))
+    assert ledger[9:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("copy", "said"),
+    [
+        (torch.zeros(8, 7), r"copy is \[8, 7\] float32; it must be \[9, 7\] float32"),
+        (torch.zeros(9, 7).half(), "copy is .* float16; it must be .* float32"),
+        (torch.zeros(7, 9).mT, "copy is .* contiguous"),
+        (torch.zeros(9, 7, device="meta"), "copy is on meta; the rest is on"),
+    ],
+)
+def test_a_copy_that_does_not_fit_is_refused(copy, said):
+    case = layer(T=9, E=7, masks=[127] * 9)
+    with pytest.raises(InputError, match=said):
+        mask_logits(case.router_logits, case.allowed, copy=copy)
+
+
 def change(**arguments):
     """A good call with some arguments changed."""
     case = layer(T=3, E=4, H=32, I=48)

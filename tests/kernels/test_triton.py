@@ -125,13 +125,17 @@ def test_routing_equals_its_twin(case):
 def test_masking_equals_its_twin(case):
     logits, masks, bias, top_k, renormalize = case
     on = [None if t is None else t.to(DEVICE) for t in (logits, masks, bias)]
-    masked = gpu_routing.mask_logits(*on)
+    copy = torch.full(logits.shape, torch.nan, device=DEVICE)
+    masked = gpu_routing.mask_logits(*on, copy)
     assert torch.equal(masked.cpu(), routing.mask_logits(logits, masks, bias))
+    assert torch.equal(copy, masked)
     direct = gpu_routing.route(
         on[0], on[1], top_k=top_k, router_bias=on[2], renormalize=renormalize
     )
-    again = gpu_routing.route(masked, None, top_k=top_k, renormalize=renormalize)
-    assert torch.equal(again.experts, direct.experts)
+    again = gpu_routing.route(masked, None, top_k=top_k, renormalize=renormalize, empty=64)
+    assert torch.equal(
+        again.experts, direct.experts.masked_fill(direct.experts == routing.NO_EXPERT, 64)
+    )
     assert torch.equal(again.weights, direct.weights)
 
 

@@ -166,7 +166,8 @@ def test_the_layer_equals_the_twin(kernel, a_gpu, batch, monkeypatch):
     layer, w13, w2 = build({moe_kernel.OPTION: kernel})
     every = routing.route(torch.randn(T, E), torch.full((T,), 0b1111), top_k=TOP_K)
     layer.forward_modular(torch.full_like(x, torch.nan), every.weights, every.experts)
-    out = layer.forward_modular(x, plan.weights, plan.experts)
+    named = plan.experts.masked_fill(plan.experts == NO_EXPERT, layer.empty)
+    out = layer.forward_modular(x, plan.weights, named)
     # float32 sums of at most 48 terms in another order.
     torch.testing.assert_close(
         out, reference.experts(x, plan, w13, w2), rtol=2e-5, atol=2e-6, equal_nan=False
@@ -175,7 +176,7 @@ def test_the_layer_equals_the_twin(kernel, a_gpu, batch, monkeypatch):
         assert worked == [T * TOP_K, int((plan.experts != NO_EXPERT).sum())]
     layer.w13_weight.data[2].fill_(torch.nan)
     layer.w2_weight.data[2].fill_(torch.nan)
-    dirty = layer.forward_modular(x, plan.weights, plan.experts)
+    dirty = layer.forward_modular(x, plan.weights, named)
     untouched = ~(plan.experts == 2).any(dim=1)
     assert torch.equal(dirty[untouched], out[untouched])
     assert dirty[~untouched].isnan().all()

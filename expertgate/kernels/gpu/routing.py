@@ -49,17 +49,22 @@ def _mask_kernel(
     allowed_ptr,
     bias_ptr,
     out_ptr,
+    copy_ptr,
     T,
     E,
     E_PAD: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BIASED: tl.constexpr,
+    COPIED: tl.constexpr,
 ):
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     expert = tl.arange(0, E_PAD)
     logits = _masked_logits(logits_ptr, allowed_ptr, bias_ptr, token, expert, T, E, True, BIASED)
     inside = (token < T)[:, None] & (expert < E)[None, :]
-    tl.store(out_ptr + token.to(tl.int64)[:, None] * E + expert[None, :], logits, mask=inside)
+    offset = token.to(tl.int64)[:, None] * E + expert[None, :]
+    tl.store(out_ptr + offset, logits, mask=inside)
+    if COPIED:
+        tl.store(copy_ptr + offset, logits, mask=inside)
 
 
 @triton.jit
@@ -125,9 +130,12 @@ def _route_kernel(
 
 
 def mask_logits(
-    router_logits: torch.Tensor, allowed: torch.Tensor, router_bias: torch.Tensor | None = None
+    router_logits: torch.Tensor,
+    allowed: torch.Tensor,
+    router_bias: torch.Tensor | None = None,
+    copy: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`expertgate.kernels.routing.mask_logits` in one kernel."""
+    """`expertgate.kernels.mask_logits` in one kernel."""
     T, E = router_logits.shape
     out = torch.empty((T, E), dtype=torch.float32, device=router_logits.device)
     if T:
@@ -136,11 +144,13 @@ def mask_logits(
             allowed.contiguous(),
             _contiguous(router_bias),
             out,
+            copy,
             T,
             E,
             E_PAD=_padded(E),
             BLOCK_T=_BLOCK_T,
             BIASED=router_bias is not None,
+            COPIED=copy is not None,
         )
     return out
 
@@ -152,6 +162,7 @@ def route(
     top_k: int,
     router_bias: torch.Tensor | None = None,
     renormalize: bool = False,
+    empty: int = NO_EXPERT,
 ) -> RoutingPlan:
     """`expertgate.kernels.route` in one kernel."""
     T, E = router_logits.shape
@@ -174,7 +185,7 @@ def route(
             BIASED=router_bias is not None,
             RENORMALIZE=renormalize,
             TINY=torch.finfo(torch.float32).tiny,
-            EMPTY=NO_EXPERT,
+            EMPTY=empty,
         )
     return RoutingPlan(weights, experts)
 
