@@ -45,7 +45,7 @@ litellm: build/litellm/installed  ## LiteLLM's proxy, in an environment of its o
 
 build/litellm/installed: requirements/litellm.txt
 	"$(PYTHON)" -m venv build/litellm
-	build/litellm/bin/pip --disable-pip-version-check install --quiet --no-deps -r $<
+	build/litellm/bin/pip --disable-pip-version-check install --quiet --no-deps --require-hashes -r $<
 	@touch $@
 
 demo-model: install  ## trains the demo model anew, as its card tells; under 30 minutes, into build/demo

@@ -14,15 +14,14 @@ cd "$(dirname "$0")/.."
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 
 # --no-deps: the locks are complete, and resolving would bring in what they leave out (lock.py).
-locks=(--no-deps -r "requirements/$variant.txt")
+locks=(--no-deps --require-hashes -r "requirements/$variant.txt")
 [ "$what" = runtime ] || locks+=(-r requirements/dev.txt)
 echo "Installing the $variant build of the engine into $venv ..."
 if [ "$variant" = cpu ]; then
   # PyPI has no CPU build of torch: first from wherever pip is set up to look, then from PyTorch's.
-  torch=$(grep '^torch==' requirements/cpu.txt)
-  "${pip[@]}" install --quiet --no-deps "$torch" 2>/dev/null ||
-    "${pip[@]}" install --quiet --no-deps "$torch" \
-      --index-url https://download.pytorch.org/whl/cpu
+  torch=(--no-deps -r requirements/torch-cpu.txt)
+  "${pip[@]}" install --quiet "${torch[@]}" 2>/dev/null ||
+    "${pip[@]}" install --quiet "${torch[@]}" --index-url https://download.pytorch.org/whl/cpu
 fi
 "${pip[@]}" install --quiet "${locks[@]}"
 [ "$what" = runtime ] ||

@@ -1,7 +1,8 @@
 """Writes the pinned locks of this folder: `python requirements/lock.py`.
 
 pip resolves every lock without installing anything; the whole closure is then pinned, less the
-packages in LEFT_OUT. Installing takes `--no-deps`, so that nothing is resolved a second time.
+packages in LEFT_OUT, with the SHA-256 of each file that a Linux machine may take for it. Installing
+takes `--no-deps`, so that nothing is resolved a second time.
 """
 
 import json
@@ -9,7 +10,20 @@ import os
 import subprocess
 import sys
 import tempfile
+import urllib.request
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
+
+from packaging.tags import Tag
+from packaging.utils import (
+    InvalidSdistFilename,
+    InvalidWheelFilename,
+    canonicalize_name,
+    parse_sdist_filename,
+    parse_wheel_filename,
+)
+from packaging.version import Version
 
 HERE = Path(__file__).parent
 
@@ -83,20 +97,66 @@ def resolve(requirements: list[str], *, plain_index: bool = False) -> dict[str, 
     return {name: version for name, version in found.items() if name not in LEFT_OUT}
 
 
+def files(package: str) -> list[dict[str, Any]]:
+    """All that PyPI has of a package, as its Simple API (PEP 691) tells."""
+    request = urllib.request.Request(
+        f"https://pypi.org/simple/{canonicalize_name(package)}/",
+        headers={"Accept": "application/vnd.pypi.simple.v1+json"},
+    )
+    with urllib.request.urlopen(request) as answer:  # noqa: S310
+        found: list[dict[str, Any]] = json.load(answer)["files"]
+    return found
+
+
+def hashes(found: Iterable[dict[str, Any]], version: str) -> Iterator[str]:
+    """SHA-256 of the version's files, less wheels for other systems or for Python before 3.11."""
+    for file in found:
+        try:
+            if file["filename"].endswith(".whl"):
+                _, of, _, tags = parse_wheel_filename(file["filename"])
+                fits = any(map(_fits, tags))
+            else:
+                _, of = parse_sdist_filename(file["filename"])
+                fits = True
+        except (InvalidWheelFilename, InvalidSdistFilename):
+            continue  # an egg, an installer
+        if fits and of == Version(version):
+            yield file["hashes"]["sha256"]
+
+
+def _fits(tag: Tag) -> bool:
+    minor = tag.interpreter.removeprefix("cp3")
+    python = not minor.isdigit() or int(minor) >= 11 or tag.abi == "abi3"
+    return python and (tag.platform == "any" or "linux" in tag.platform)
+
+
 def write(name: str, pins: dict[str, str]) -> None:
-    lines = ["# Made by `python requirements/lock.py`; install with `pip install --no-deps -r`."]
-    lines += [f"{package}=={version}" for package, version in sorted(pins.items())]
+    lines = [
+        "# Made by `python requirements/lock.py`; install with",
+        "# `pip install --no-deps --require-hashes -r`.",
+    ]
+    for package, version in sorted(pins.items()):
+        known = sorted(hashes(files(package), version))
+        if not known:
+            raise SystemExit(f"PyPI has no file of {package} {version} for Linux")
+        lines.append(
+            " \\\n    ".join([f"{package}=={version}", *(f"--hash=sha256:{h}" for h in known)])
+        )
     (HERE / name).write_text("\n".join(lines) + "\n")
 
 
 def main() -> None:
     for variant, engine in VARIANTS.items():
         pins = resolve([*engine, *SHARED], plain_index=variant == "cuda")
-        write(f"{variant}.txt", pins)
+        locked = dict(pins)
         if variant == "cpu":
-            shared = [f"{package}=={version}" for package, version in pins.items()]
-            tools = resolve([*TOOLS, *shared])
+            # Not on PyPI, so without a hash and in a file of its own: pip wants all or none.
+            (HERE / "torch-cpu.txt").write_text(f"torch=={locked.pop('torch')}\n")
+            tools = resolve(
+                [*TOOLS, *(f"{package}=={version}" for package, version in pins.items())]
+            )
             write("dev.txt", {k: v for k, v in tools.items() if k not in pins})
+        write(f"{variant}.txt", locked)
     write("litellm.txt", resolve(GATEWAY))
 
 
