@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import secrets
-import shutil
 import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +31,12 @@ from expertgate.server.cache_salts import CacheSalts
 from expertgate.server.failures import EngineError
 from expertgate.server.grants import Grants
 from expertgate.server.guard import GuardedLLM
+from expertgate.server.machine import (
+    check_c_compiler,
+    check_cpp_compiler,
+    check_kernels,
+    check_memory,
+)
 from expertgate.server.newcomers import first_tokens_first
 from expertgate.server.refusals import SettingError, refuse_arguments, refuse_config
 from expertgate.server.room import bound
@@ -103,11 +108,12 @@ def configure(model: Path, name: str, arguments: Mapping[str, object]) -> VllmCo
     _check_tokenizer(config.model_config)
     headers = Path(sysconfig.get_path("include"))
     if worker == CPU_WORKER:
-        _check_memory(model, psutil.virtual_memory().available)
+        check_kernels()
+        check_memory(model, psutil.virtual_memory().available)
         _check_batch(config)
-        _check_compiler(os.environ, headers)
+        check_cpp_compiler(os.environ, headers)
         return config
-    _check_c_compiler(os.environ, headers)
+    check_c_compiler(os.environ, headers)
     if not config.use_v2_model_runner:
         raise SettingError(
             "vLLM would not run Model Runner V2, which holds the masks, but its older one: it "
@@ -174,16 +180,6 @@ def _check_tokenizer(config: ModelConfig) -> None:
         ) from None
 
 
-def _check_memory(model: Path, available: int) -> None:
-    """The weights alone must fit, or the kernel ends a process without a word of why."""
-    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    if weights > available:
-        raise SettingError(
-            f"the weights in {model} are {weights / 1e9:.1f} GB, and {available / 1e9:.1f} GB of "
-            "memory are free: end what takes it, or serve on a larger machine"
-        )
-
-
 def _check_batch(config: VllmConfig) -> None:
     """The worker fills up every step to so many tokens, which the engine's buffers must hold."""
     most = config.scheduler_config.max_num_batched_tokens
@@ -191,48 +187,6 @@ def _check_batch(config: VllmConfig) -> None:
         raise SettingError(
             f"engine argument max_num_batched_tokens={most}: on this processor at least "
             f"{least_rows()}"
-        )
-
-
-def _check_compiler(environ: Mapping[str, str], headers: Path) -> None:
-    """VLLM compiles for CPUs when it is first needed, even some of what `enforce_eager` leaves.
-
-    `headers`: the folder of Python's own.
-    """
-    if environ.get("TORCH_COMPILE_DISABLE") == "1":
-        return
-    or_not = (
-        "or have nothing compiled by TORCH_COMPILE_DISABLE=1 and `enforce_eager: true` under "
-        "`engine:`"
-    )
-    wanted = environ.get("CXX", "g++")
-    if shutil.which(wanted) is None:
-        raise SettingError(
-            f"no C++ compiler: there is no {wanted!r}, and vLLM compiles for CPUs: install g++, "
-            f"name another by CXX, {or_not}"
-        )
-    if not (headers / "Python.h").exists():
-        raise SettingError(
-            f"no headers of Python: there is no {headers / 'Python.h'}, and vLLM compiles for "
-            f"CPUs: install them (on Debian, python3-dev), {or_not}"
-        )
-
-
-def _check_c_compiler(environ: Mapping[str, str], headers: Path) -> None:
-    """Triton, on GPUs, compiles its part of the driver, and asks when the first kernel runs.
-
-    `headers`: the folder of Python's own.
-    """
-    wanted = [environ["CC"]] if "CC" in environ else ["gcc", "clang"]
-    if not any(map(shutil.which, wanted)):
-        raise SettingError(
-            f"no C compiler: there is no {' or '.join(map(repr, wanted))}, and Triton compiles for "
-            "GPUs: install gcc, or name another by CC"
-        )
-    if not (headers / "Python.h").exists():
-        raise SettingError(
-            f"no headers of Python: there is no {headers / 'Python.h'}, and Triton compiles for "
-            "GPUs: install them (on Debian, python3-dev)"
         )
 
 

@@ -1,0 +1,62 @@
+"""What a machine lacks is one line before the engine starts."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from expertgate.server import machine
+from expertgate.server.refusals import SettingError
+
+
+def test_weights_that_do_not_fit_are_a_line(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 3000)
+    machine.check_memory(tmp_path, 3000)
+    with pytest.raises(SettingError, match="larger machine"):
+        machine.check_memory(tmp_path, 2999)
+
+
+def test_a_gpu_without_a_c_compiler_is_a_line(tmp_path, monkeypatch):
+    """Triton asks for one when the first kernel runs, with the weights loaded."""
+    (tmp_path / "Python.h").touch()
+    machine.check_c_compiler({"CC": sys.executable}, tmp_path)
+    with pytest.raises(SettingError, match=r"'no-such'.*install gcc, or name another by CC"):
+        machine.check_c_compiler({"CC": "no-such"}, tmp_path)
+    with pytest.raises(SettingError, match=r"none/Python\.h.*Triton.*install them"):
+        machine.check_c_compiler({"CC": sys.executable}, tmp_path / "none")
+    found = []
+    monkeypatch.setattr(machine.shutil, "which", lambda name: name if name in found else None)
+    with pytest.raises(SettingError, match="there is no 'gcc' or 'clang'"):
+        machine.check_c_compiler({}, tmp_path)
+    found.append("clang")
+    machine.check_c_compiler({}, tmp_path)
+
+
+def test_a_machine_without_a_compiler_is_a_line(tmp_path):
+    (tmp_path / "Python.h").touch()
+    machine.check_cpp_compiler({"CXX": sys.executable}, tmp_path)
+    machine.check_cpp_compiler({"CXX": "no-such", "TORCH_COMPILE_DISABLE": "1"}, tmp_path / "none")
+    with pytest.raises(SettingError, match=r"'no-such'.*install g\+\+"):
+        machine.check_cpp_compiler({"CXX": "no-such"}, tmp_path)
+    with pytest.raises(SettingError, match=r"none/Python\.h.*install them"):
+        machine.check_cpp_compiler({"CXX": sys.executable}, tmp_path / "none")
+
+
+@pytest.fixture
+def nothing_loaded(monkeypatch, tmp_path):
+    """The folder where vLLM's libraries lie, none of which was loaded."""
+    monkeypatch.setattr(machine.torch, "ops", SimpleNamespace(_C=SimpleNamespace()))
+    monkeypatch.setattr(machine.vllm, "__file__", str(tmp_path / "__init__.py"))
+    return tmp_path
+
+
+def test_kernels_that_cannot_be_loaded_are_a_line_with_the_reason(nothing_loaded):
+    """On a machine without libnuma.so.1 vLLM's worker missed `init_cpu_memory_env`."""
+    (nothing_loaded / "_C.abi3.so").write_bytes(b"no library")
+    with pytest.raises(SettingError, match=r"_C\.abi3\.so: .*: install what is missing"):
+        machine.check_kernels()
+
+
+def test_so_are_those_that_are_not_there(nothing_loaded):
+    with pytest.raises(SettingError, match="make clean install"):
+        machine.check_kernels()
