@@ -11,15 +11,17 @@ spec = importlib.util.spec_from_file_location("lock", REQUIREMENTS / "lock.py")
 lock = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(lock)
 
-PIN = re.compile(r"\S+==\S+( \\\n    --hash=sha256:[0-9a-f]{64})+\n")
+PIN = re.compile(r"([\w.-]+)==[\w.+!]+( \\\n    --hash=sha256:[0-9a-f]{64})+\n")
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda", "dev", "litellm"])
-def test_every_package_has_its_hashes(name):
+def test_every_package_has_one_version_and_its_hashes(name):
     text = (REQUIREMENTS / f"{name}.txt").read_text()
+    names = [pin[1] for pin in PIN.finditer(text)]
+    assert names
+    assert names == sorted(set(names))
     rest = PIN.sub("", text)
     assert all(line.startswith("#") for line in rest.splitlines()), rest
-    assert "==" in text
 
 
 def test_torchs_cpu_build_alone_has_none():

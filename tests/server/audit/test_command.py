@@ -189,7 +189,7 @@ _HEAD = b'{"key":"x","kind":"head","prev":"","seq":1,"signature":"","time":"","v
         _HEAD % b"9999999999999999",
         _HEAD % b"NaN",
         _HEAD % b'"\\ud800"',
-        _HEAD % (b"[" * 900 + b"]" * 900),
+        _HEAD % (b"[" * 200_000 + b"]" * 200_000),
     ],
 )
 def test_a_head_that_is_none(call, folder, tmp_path, content):
