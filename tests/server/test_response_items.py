@@ -77,7 +77,7 @@ def test_what_an_answer_has_beside_its_text_comes_back_unread(name, junk):
         (with_part(USER, {"logprobs": None}), "content[0].logprobs"),
         (with_part(OWN, {"annotations": {}}), "content[0].annotations"),
         (with_part(OWN, {"logprobs": "a"}), "content[0].logprobs"),
-        ({**CALL, "arguments": "[" * 5000}, "arguments"),
+        ({**CALL, "arguments": "[" * 200_000}, "arguments"),
     ],
     ids=str,
 )
