@@ -2,6 +2,7 @@
 
 import asyncio
 import datetime
+import inspect
 import ssl
 import threading
 import time
@@ -27,6 +28,7 @@ from expertgate.server.run import Listener, _config
 
 DAY = datetime.timedelta(days=1)
 NOW = datetime.datetime.now(datetime.UTC)
+USES = list(inspect.signature(x509.KeyUsage).parameters)
 
 
 class Authority:
@@ -54,6 +56,10 @@ class Authority:
 
     def _sign(self, name, key, *, ca):
         address = x509.DNSName("localhost")
+        # With what RFC 5280 wants, and Python from 3.13 on asks for.
+        of = x509.SubjectKeyIdentifier.from_public_key
+        by = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier
+        uses = dict.fromkeys(USES, False) | {"digital_signature": True, "key_cert_sign": ca}
         made = (
             x509.CertificateBuilder()
             .subject_name(name)
@@ -64,6 +70,9 @@ class Authority:
             .not_valid_after(NOW + DAY)
             .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
             .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+            .add_extension(x509.KeyUsage(**uses), critical=True)
+            .add_extension(of(key.public_key()), critical=False)
+            .add_extension(by(of(self.key.public_key())), critical=False)
             .sign(self.key, hashes.SHA256())
         )
         return made.public_bytes(serialization.Encoding.PEM)
