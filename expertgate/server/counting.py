@@ -1,7 +1,7 @@
 """Bodies of the routes that count: text to tokens, and back."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from pydantic import ConfigDict
 from vllm.entrypoints.serve.tokenize.protocol import (
@@ -15,7 +15,7 @@ from vllm.entrypoints.serve.tokenize.protocol import (
 )
 
 from expertgate.server.errors import bad_request
-from expertgate.server.schemas import MESSAGES, TOOLS, check_parts
+from expertgate.server.schemas import MESSAGES, TOOLS, check_messages, with_read
 
 
 class TokenizeText(_TokenizeCompletionRequest):
@@ -56,7 +56,11 @@ class TokenizeChat(_TokenizeChatRequest):
 
     @classmethod
     def check(cls, body: Mapping[str, Any]) -> None:
-        check_parts(body)
+        check_messages(body)
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        return super().model_validate(with_read(obj), **options)
 
 
 class DetokenizeRequest(_DetokenizeRequest):

@@ -26,6 +26,8 @@ _OTHERS: Mapping[str, tuple[str, ...]] = {
     "reasoning": ("content", "encrypted_content", "summary"),
 }
 """What else each may have, besides those that all may."""
+NULLS = ("async", "caller", "created_by", "namespace", "phase")
+"""What OpenAI's items may say besides; ours have it as null, and may come back so."""
 _TEXTS_OR_NULL = ("id", "status", "encrypted_content")
 ROLES = ("user", "assistant", "system", "developer")
 STATUSES = ("completed", "in_progress", "incomplete")
@@ -61,7 +63,9 @@ def _readable(item: Item) -> Iterator[tuple[str, Any]]:
 def _check_item(item: Item, place: str) -> None:
     kind = item.get("type", "message")
     if not isinstance(kind, str) or kind not in _TEXTS:
-        raise bad_request(f"{place}.type must be {', '.join(_TEXTS)}", f"{place}.type")
+        hint = "; nothing is stored here: send the item itself" if kind == "item_reference" else ""
+        words = f"{place}.type must be one of {', '.join(_TEXTS)}{hint}"
+        raise bad_request(words, f"{place}.type")
     known = (*_TEXTS[kind], *_OTHERS[kind], "id", "status", "type")
     for name, value in item.items():
         if name not in known and value is not None:

@@ -17,7 +17,7 @@ from vllm.exceptions import GenerationError
 from expertgate.server import answers
 from expertgate.server.circumstances import Purpose
 from expertgate.server.errors import ApiError, bad_request
-from expertgate.server.response_items import check_items, readable
+from expertgate.server.response_items import NULLS, check_items, readable
 from expertgate.server.schemas import Experts, Receipt, check_tools
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,8 @@ class ResponsesRequest(_ResponsesRequest):
     )
     required: ClassVar[str | None] = "input"
     nested: ClassVar[Mapping[str, frozenset[str]]] = {
-        "input[]": frozenset(
+        "input[]": frozenset(NULLS)
+        | frozenset(
             {
                 "arguments",
                 "call_id",

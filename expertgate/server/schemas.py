@@ -129,9 +129,15 @@ NESTED: Mapping[str, frozenset[str]] = {
     "response_format": frozenset({"type", "json_schema"}),
     "response_format.json_schema": frozenset({"name", "description", "schema", "strict"}),
 }
+NULLS = ("annotations", "audio", "function_call")
+"""What an answer's message has besides, null in all of ours. It may come back with it."""
+PARSED = ("parsed", "parsed_arguments")
+"""What OpenAI's client makes of an answer and of a call in it, and sends back with them."""
 MESSAGES: Mapping[str, frozenset[str]] = {
     "messages[]": frozenset(
         {
+            *NULLS,
+            "parsed",
             "role",
             "content",
             "name",
@@ -144,7 +150,7 @@ MESSAGES: Mapping[str, frozenset[str]] = {
     ),
     "messages[].content[]": frozenset({"type", "text"}),
     "messages[].tool_calls[]": frozenset({"id", "type", "function", "index"}),
-    "messages[].tool_calls[].function": frozenset({"name", "arguments"}),
+    "messages[].tool_calls[].function": frozenset({"name", "arguments", "parsed_arguments"}),
 }
 TOOLS: Mapping[str, frozenset[str]] = {
     "tool_choice": frozenset({"type", "function"}),
@@ -207,9 +213,13 @@ class ChatRequest(ChatCompletionRequest):
 
     @classmethod
     def check(cls, body: Mapping[str, Any]) -> None:
-        check_parts(body)
+        check_messages(body)
         check_tools(body)
         _check_functions(body)
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        return super().model_validate(with_read(obj), **options)
 
 
 class TextRequest(CompletionRequest):
@@ -328,13 +338,41 @@ def _check_fields(kind: type[Body], body: Mapping[str, Any]) -> None:
         raise bad_request(f"{kind.required} is missing", kind.required)
 
 
-def check_parts(body: Mapping[str, Any]) -> None:
+def check_messages(body: Mapping[str, Any]) -> None:
     """Messages are of text alone: anything else would be fetched. Raises ApiError 400."""
+    for place, message in _at(body, "messages[]"):
+        for name in NULLS:
+            # A list without an entry is how OpenAI says that there are none.
+            if message.get(name) is not None and (name, message[name]) != ("annotations", []):
+                where = f"{place}.{name}"
+                hint = ": calls stand in tool_calls" if name == "function_call" else ""
+                raise bad_request(f"{where} must be null{hint}", where)
     for place, part in _at(body, "messages[].content[]"):
         if part.get("type") != "text":
             raise bad_request(f"{place}: only parts of type 'text' can be read", place)
         if not isinstance(part.get("text"), str):
             raise bad_request(f"{place}.text must be text", f"{place}.text")
+
+
+def with_read(body: Mapping[str, Any]) -> dict[str, Any]:
+    """A chat's body that has been checked, without what nobody reads of its messages.
+
+    Nor with nulls: to vLLM's models `name` may be missing, but not null, and `refusal`, which only
+    OpenAI knows, may not stand beside `reasoning`, which only vLLM does.
+    """
+    return {**body, "messages": [_read(message) for message in body["messages"]]}
+
+
+def _read(value: Any, name: str = "") -> Any:
+    if name in ("", "function") and isinstance(value, dict):
+        return {
+            inner: _read(found, inner)
+            for inner, found in value.items()
+            if inner not in (*NULLS, *PARSED) and (found is not None or inner == "content")
+        }
+    if name == "tool_calls" and isinstance(value, list):
+        return [_read(call) for call in value]
+    return value
 
 
 def check_tools(body: Mapping[str, Any]) -> None:

@@ -149,6 +149,19 @@ def test_chat_goes_on_behind_a_tools_answer(server):
     assert effective(found) == STEM
 
 
+def test_an_answer_goes_back_as_it_came(server):
+    api = client(server)
+    text = {"extra_body": {"logit_bias": bias(server, "Q")}}
+    asked = {"model": "toy", "messages": MESSAGES, "max_tokens": 4, "stop": ["QQ"]}
+    said = [api.chat.completions.create(**asked, **text).choices[0].message]
+    with api.chat.completions.stream(**asked, **text) as stream:
+        said.append(stream.get_final_completion().choices[0].message)
+    for message in (*said, *(each.model_dump() for each in said)):
+        again = [*MESSAGES, message, {"role": "user", "content": "go on"}]
+        found = api.chat.completions.create(model="toy", messages=again, max_tokens=4)
+        assert effective(found) == STEM
+
+
 # --- responses ----------------------------------------------------------------------------------
 
 
@@ -205,11 +218,10 @@ def test_a_conversation_is_sent_whole(server):
     text = {"logit_bias": bias(server, "Q")}
     first = api.responses.create(model="toy", input="hi", max_output_tokens=4, extra_body=text)
     history = [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}]
-    history += [item.model_dump(exclude_none=True) for item in first.output]
-    again = api.responses.create(
-        model="toy", input=[*history, {"role": "user", "content": "go on"}], max_output_tokens=4
-    )
-    assert again.usage.input_tokens > first.usage.input_tokens
+    for output in (first.output, [item.model_dump() for item in first.output]):
+        asked = [*history, *output, {"role": "user", "content": "go on"}]
+        again = api.responses.create(model="toy", input=asked, max_output_tokens=4)
+        assert again.usage.input_tokens > first.usage.input_tokens
 
 
 def test_a_response_of_a_schema(server):

@@ -133,6 +133,20 @@ def test_null_is_as_if_it_were_not_there():
     assert respond(untyped).input[0].content[0].text == "a"
 
 
+@pytest.mark.parametrize("name", ["async", "caller", "created_by", "namespace", "phase"])
+def test_what_openai_may_say_of_an_item_is_null_or_refused(name):
+    assert respond(*[{**item, name: None} for item in ITEMS])
+    with pytest.raises(ApiError) as error:
+        respond({**OWN, name: "a"})
+    assert error.value.param == f"input[0].{name}"
+
+
+def test_an_item_by_its_id_is_told_that_nothing_is_stored(refused):
+    error = refused(USER, {"type": "item_reference", "id": "msg_1"})
+    assert error.param == "input[1].type"
+    assert "nothing is stored here" in error.message
+
+
 def test_long_lists_beside_the_input_are_refused_before_a_model_reads_them(refused):
     assert refused(USER, include=[1] * 100_000).param == "include"
     assert refused(USER, metadata={str(n): "a" for n in range(17)}).param == "metadata"

@@ -1,7 +1,10 @@
+import json
+
 import pytest
 
 from expertgate.server import schemas
-from expertgate.server.schemas import Exclude, TextRequest, read
+from expertgate.server.counting import TokenizeChat
+from expertgate.server.schemas import ChatRequest, Exclude, TextRequest, read
 from tests.server.bodies import chat, refused, response, text
 
 
@@ -210,6 +213,46 @@ def test_so_are_the_tools_of_a_chat(wrong):
     call = {"role": "assistant", "content": "a", "tool_calls": wrong}
     if not isinstance(wrong, list):
         assert refused(chat, messages=[call]).param == "messages[0].tool_calls"
+
+
+ANSWERED = {
+    "role": "assistant",
+    "content": "a",
+    "refusal": None,
+    "annotations": None,
+    "audio": None,
+    "function_call": None,
+    "reasoning": None,
+    "name": None,
+    "tool_calls": None,
+}
+
+
+@pytest.mark.parametrize("annotations", [None, []])
+def test_an_answers_message_comes_back_as_it_was(annotations):
+    asked = [{"role": "user", "content": "a"}, {**ANSWERED, "annotations": annotations}]
+    for kind in (ChatRequest, TokenizeChat):
+        found = read(kind, json.dumps({"messages": asked}).encode()).messages[1]
+        assert found == {"role": "assistant", "content": "a"}
+
+
+@pytest.mark.parametrize("value", [None, {"a": 1}, [1], "a", 5], ids=str)
+def test_what_openais_client_made_of_an_answer_comes_back_unread(value):
+    function = {"name": "f", "arguments": "{}"}
+    call = {"id": "c", "type": "function", "function": function}
+    parsed = {**call, "function": {**function, "parsed_arguments": value}}
+    message = {"role": "assistant", "content": None, "tool_calls": [parsed], "parsed": value}
+    found = chat(messages=[message]).messages[0]
+    assert found == {"role": "assistant", "content": None, "tool_calls": [call]}
+    assert refused(chat, messages=[{**message, "tool_calls": [{**call, "parsed": 1}]}])
+
+
+@pytest.mark.parametrize("value", [{}, [{}], "a", 0, False, {"name": "f", "arguments": "{}"}])
+@pytest.mark.parametrize("name", ["annotations", "audio", "function_call"])
+def test_what_nobody_would_read_of_it_is_refused(name, value):
+    error = refused(chat, messages=[{**ANSWERED, name: value}])
+    assert error.param == f"messages[0].{name}"
+    assert "must be null" in error.message
 
 
 @pytest.mark.parametrize(

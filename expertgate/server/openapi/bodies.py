@@ -10,7 +10,7 @@ from typing import Any
 from expertgate.policies.expert_set import MAX_EXPERTS
 from expertgate.server import limits
 from expertgate.server.openapi.references import REFERENCE, Schema, reference
-from expertgate.server.response_items import ROLES, STATUSES
+from expertgate.server.response_items import NULLS, ROLES, STATUSES
 from expertgate.server.responses import MAX_METADATA, ResponsesRequest
 from expertgate.server.schemas import Body
 
@@ -59,6 +59,9 @@ _UNREAD = {
     **_or_null(_list_of({})),
     "description": "Of an assistant's part alone, as the answer had it; nobody reads it.",
 }
+_PARSED: Schema = {"description": "What OpenAI's client made of an answer; nobody reads it."}
+_NULL: Schema = {"type": "null"}
+_CALL_NULLS = {name: _NULL for name in NULLS if name != "phase"}
 _STATUS = _or_null(_one_of(*STATUSES))
 _CALLED = {"name": _TEXT, "arguments": {**_TEXT, "description": "JSON, as the model wrote it."}}
 
@@ -74,7 +77,7 @@ COMPONENTS: Mapping[str, Schema] = {
         id=_TEXT,
         type=_one_of("function"),
         index={"type": "integer"},
-        function=_object(("name", "arguments"), **_CALLED),
+        function=_object(("name", "arguments"), **_CALLED, parsed_arguments=_PARSED),
     ),
     "Message": {
         **_object(
@@ -82,6 +85,10 @@ COMPONENTS: Mapping[str, Schema] = {
             role={**_TEXT, "description": "`system`, `user`, `assistant`, `tool`, ..."},
             content=_or_null({"anyOf": [_TEXT, _list_of(reference("TextPart"))]}),
             name=_or_null(_TEXT),
+            annotations=_or_null(_list_of({}, 0)),
+            audio=_NULL,
+            function_call=_NULL,
+            parsed=_PARSED,
             refusal=_or_null(_TEXT),
             reasoning=_or_null(_TEXT),
             reasoning_content=_or_null(_TEXT),
@@ -152,6 +159,7 @@ COMPONENTS: Mapping[str, Schema] = {
                 },
                 id=_or_null(_TEXT),
                 status=_STATUS,
+                phase=_NULL,
             ),
             _object(
                 ("type", "call_id", "name", "arguments"),
@@ -159,6 +167,7 @@ COMPONENTS: Mapping[str, Schema] = {
                 call_id=_TEXT,
                 id=_or_null(_TEXT),
                 status=_STATUS,
+                **_CALL_NULLS,
                 **_CALLED,
             ),
             _object(
