@@ -102,25 +102,32 @@ _SHARED_FIELDS = frozenset(
 
 # Fields that vLLM or OpenAI knows and a body here doesn't, where the name doesn't say why.
 _REFUSED = {
+    "audio": "answers are text alone",
     "best_of": "use n",
     "chat_template": "the template is the server's",
     "chat_template_kwargs": "the template is the server's",
+    "conversation": "nothing is stored here",
     "ec_transfer_params": "only the server speaks to the engine's transfers",
     "function_call": "use tool_choice",
     "functions": "use tools",
     "kv_transfer_params": "only the server speaks to the engine's transfers",
     "logprob_token_ids": "others in the batch would be told of your tokens, not of theirs",
     "metadata": "nothing is stored here",
+    "modalities": "answers are text alone",
     "priority": "requests are served in order",
     "prompt_embeds": "a prompt must be text or tokens",
+    "prompt_cache_key": "cached prefixes are found without one",
+    "reasoning_effort": "the model's template knows no levels of reasoning",
     "repetition_detection": "its cost grows with everyone's step",
     "request_id": "ids are the server's",
+    "safety_identifier": "who asks is told by the credential",
     "session_id": "ids are the server's",
     "service_tier": "all are served alike",
     "store": "nothing is stored here",
     "structured_outputs": "use response_format",
     "use_beam_search": "beams would run outside the grant of the request",
     "vllm_xargs": "only the server speaks to the engine's extensions",
+    "web_search_options": "no tool runs here",
 }
 
 # Nested objects: the path of keys to one, with [] for the items of a list → the keys it may have.

@@ -61,6 +61,9 @@ def test_a_misspelt_field_gets_a_hint():
     [
         ("best_of", "use n"),
         ("functions", "use tools"),
+        ("prompt_cache_key", "found without one"),
+        ("reasoning_effort", "no levels"),
+        ("web_search_options", "no tool runs here"),
         ("function_call", "use tool_choice"),
         ("metadata", "nothing is stored"),
         ("service_tier", "all are served alike"),
