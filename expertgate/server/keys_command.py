@@ -55,6 +55,13 @@ def _expiry(_: click.Context, __: click.Parameter, value: str | None) -> datetim
     return time
 
 
+def _groups(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
+    for group in given:
+        if "," in group:  # a group of that name would be in no policy, and no header could name it
+            raise click.BadParameter(f"{group!r} has a comma; repeat --group for each")
+    return given
+
+
 def _configured(_: click.Context, option: click.Parameter, given: Path | None) -> Path:
     """That of the server whose configuration is here: another would change nothing for it."""
     if given is not None or not Path(CONFIG_FILE).exists():
@@ -89,7 +96,13 @@ def keys() -> None:
 
 @keys.command()
 @click.option("--id", required=True, help="Whom the key is for; policies know it as User.")
-@click.option("--group", "groups", multiple=True, help="A group of theirs; may be repeated.")
+@click.option(
+    "--group",
+    "groups",
+    multiple=True,
+    callback=_groups,
+    help="A group of theirs; may be repeated.",
+)
 @click.option("--expires", callback=_expiry, metavar="30d|TIME", help="When it ends, if ever.")
 @click.option(
     "--may-assert",

@@ -83,6 +83,13 @@ def test_an_expiry_that_cannot_be_meant_makes_no_key(run, tmp_path, expires, wor
     assert not (tmp_path / "keys.yaml").exists()
 
 
+def test_groups_by_commas_make_no_key(run, tmp_path):
+    result = run("--id", "a", "--group", "research,staff")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "'research,staff' has a comma; repeat --group for each" in result.stderr
+    assert not (tmp_path / "keys.yaml").exists()
+
+
 def test_a_taken_id_keeps_its_key(run, tmp_path):
     secret = run("--id", "a").stdout.strip()
     result = run("--id", "a")
