@@ -101,6 +101,8 @@ def _check_events(text: str, path: Path) -> None:
 
 def _problem(error: yaml.MarkedYAMLError, text: str) -> str:
     """The parser's words, but where they don't say which character they are about."""
+    if error.problem == "did not find expected alphabetic or numeric character":
+        return "text that begins with * or & must be quoted"
     if error.problem != "found character that cannot start any token" or not error.problem_mark:
         return str(error.problem or error.context)
     # The parser doesn't count the mark that some editors begin a file with.

@@ -45,6 +45,8 @@ def test_values_and_their_lines():
         (b"a:\n  - b\n\t- c\n", "a.yaml:3: found a tab character that violates indentation"),
         ("\ufeffa: %b\n".encode(), "a.yaml:1: '%' can't stand here"),
         (b"a: @b\n", "a.yaml:1: '@' can't stand here; quote the text that it begins"),
+        (b"a:\n  *: b\n", "a.yaml:2: text that begins with * or & must be quoted"),
+        (b"a: &\n", "a.yaml:1: text that begins with * or & must be quoted"),
         (b"a: \xff\n", "a.yaml: is not UTF-8"),
         (b"a: \x00\n", "a.yaml: "),
         (b"a: " + b"9" * 5_000, "a.yaml:1: "),
