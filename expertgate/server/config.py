@@ -202,7 +202,7 @@ class Config(BaseModel):
     claims: dict[ClaimName, ClaimKind] = Field(default_factory=dict)
     suspended: Path = Path("suspended.yaml")
     audit: AuditConfig = AuditConfig()
-    host: str = "127.0.0.1"
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Field(strict=True, ge=0, le=_LAST_PORT)] = 8000
     limits: dict[str, Limits] = Field(default_factory=dict)
     tls: TlsConfig | None = None

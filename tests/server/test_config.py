@@ -94,6 +94,8 @@ def test_engine_arguments_pass_through_as_they_are(load):
         (LEAST + "logs: xml\n", ["3: logs: must be 'text' or 'json'"]),
         (LEAST + "model: 7\n", ["3: model: must be text; quote what looks like a number"]),
         (LEAST + "engine: [1]\n", ["3: engine: must be a mapping, as {key: value}"]),
+        # As a template leaves it whose variable isn't set: it would listen everywhere.
+        (LEAST + "host: ''\n", ["3: host: must have at least 1 character"]),
         (LEAST + "port: 1\nport: 2\n", ["4: port: is given twice"]),
         (LEAST + "a: [\n", ["4: "]),
     ],
