@@ -45,7 +45,10 @@ def _fits_header(text: str) -> bool:
 )
 @click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(1))
 def chat(url: str, key: str, experts: str | None, max_tokens: int) -> None:
-    """Talk to the model of a running server."""
+    """Talk to the model of a running server.
+
+    Exit status 1 where nothing that was said got an answer.
+    """
     api = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
     try:
         model = api.models.list().data[0].id
@@ -55,6 +58,7 @@ def chat(url: str, key: str, experts: str | None, max_tokens: int) -> None:
         raise click.ClickException(_words(error)) from None
     click.echo(f"{model} at {url}. {_TURNS}")
     messages: list[Any] = []
+    failed = False
     while said := _ask():
         if said.startswith("/"):
             command, _, names = said.partition(" ")
@@ -68,13 +72,17 @@ def chat(url: str, key: str, experts: str | None, max_tokens: int) -> None:
         try:
             answer = _answer(api, model, messages, experts, max_tokens)
         except openai.APIError as error:
-            click.echo(_words(error), err=True)
-            messages.pop()
+            words = _words(error)
         except httpx.HTTPError as error:
-            click.echo(f"the connection broke: {error}", err=True)
-            messages.pop()
+            words = f"the connection broke: {error}"
         else:
             messages.append({"role": "assistant", "content": answer})
+            continue
+        click.echo(words, err=True)
+        messages.pop()
+        failed = True
+    if failed and not messages:
+        sys.exit(1)
 
 
 def _ask() -> str:

@@ -39,6 +39,11 @@ def test_a_wrong_key_or_no_server_is_one_line(server):
     assert "is the server running?" in done.stderr
 
 
+def test_a_conversation_without_an_answer_ends_with_status_1(server):
+    done = talk(server, "hi\nhi\n", "--experts", "news")
+    assert (done.returncode, done.stderr) == (1, 'not granted to you: "news"\n' * 2)
+
+
 def test_a_slip_is_one_line_and_no_message(server):
     done = talk(server, "/expert public\n/experts caf\u00e9\n\n", "--url", f"{server.url}/v1/")
     assert done.returncode == 0, done.stderr
