@@ -5,10 +5,12 @@ No line of ours holds a prompt, an answer or a credential.
 
 import logging
 import sys
+import time
 from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any, Literal
 
+from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
 Form = Literal["text", "json"]
@@ -51,8 +53,16 @@ def _within(value: object) -> str:
     return str(value).replace("\\", r"\\").replace(" ", r"\x20")
 
 
+class _Json(JsonFormatter):
+    # In UTC, as RFC 3339: who collects lines from several machines must know the zone.
+    converter = staticmethod(time.gmtime)
+    default_time_format = "%Y-%m-%dT%H:%M:%S"
+    default_msec_format = "%s.%03dZ"
+
+
 _TEXT = _Text("%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s")
-_JSON = JsonFormatter(
+_JSON = _Json(
     "%(asctime)s %(levelname)s %(name)s %(message)s",
     rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
+    reserved_attrs=[*RESERVED_ATTRS, "vllm_process_name"],  # which is the same in all
 )

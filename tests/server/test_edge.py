@@ -111,7 +111,8 @@ def test_nor_does_a_name():
 def test_lines_as_text_and_as_json():
     record = logging.makeLogRecord(
         {"name": "n", "levelname": "INFO", "levelno": 20, "msg": "hi", "request_id": "r1",
-         "facts": {"status": 200}}
+         "facts": {"status": 200}, "created": 1795809710.0256, "msecs": 25.6,
+         "vllm_process_name": "p"}
     )  # fmt: skip
     assert _TEXT.format(record).endswith("INFO n [r1] hi status=200")
     found = json.loads(_JSON.format(record))
@@ -119,3 +120,5 @@ def test_lines_as_text_and_as_json():
     assert found["facts"] == {"status": 200}
     assert found["message"] == "hi"
     assert found["level"] == "INFO"
+    assert found["time"] == "2026-11-27T20:01:50.025Z"
+    assert found.keys() == {"time", "level", "logger", "message", "request_id", "facts"}
