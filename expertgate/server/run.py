@@ -127,8 +127,13 @@ async def _run(
     stop_requested = asyncio.Event()
 
     def stop() -> None:
+        again = stop_requested.is_set()
+        if again:
+            log.warning("told again to stop: what runs is cut off")
+        else:
+            log.info("stopping: nothing new is taken, and what runs may take %d s", drain_s)
         for server in servers:
-            server.force_exit = stop_requested.is_set()  # asked twice: streams are cut off
+            server.force_exit = again
         stop_requested.set()
 
     loop = asyncio.get_running_loop()
@@ -168,6 +173,7 @@ async def _run(
             server.should_exit = True
         await asyncio.wait([serving], timeout=drain_s)
         if not serving.done() and engine is not None:
+            log.warning("what has not ended by now is cut off")
             await engine.cut()
         await serving
         for watch in watching:

@@ -113,6 +113,21 @@ def test_watches_that_end_with_the_server_are_no_fault(serve, caplog):
     assert not [r for r in caplog.records if r.levelno == logging.CRITICAL]
 
 
+def test_the_log_says_that_it_was_told_to_stop(serve, caplog):
+    caplog.set_level(logging.INFO, "expertgate")
+
+    async def scenario(*_):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(0.05)
+
+    serve(scenario)
+    assert [r.getMessage() for r in caplog.records if r.name == run.__name__] == [
+        "stopping: nothing new is taken, and what runs may take 1 s",
+        "told again to stop: what runs is cut off",
+    ]
+
+
 def test_a_catalogue_that_changes_while_weights_are_hashed_is_read_again(tmp_path, monkeypatch):
     """Which takes minutes; whose an expert is would else stay as it was, until the next change."""
     prepare(tmp_path)
