@@ -38,7 +38,7 @@ def add_up(folder: Path, by: By, since: datetime | None, until: datetime | None)
     The chain is not checked: that is what `verify` is for.
     """
     rows: dict[str, Row] = {}
-    owners: Mapping[str, str] = {}
+    catalogues: dict[str, Mapping[str, str]] = {}  # by digest, the owner of each expert
     # Whose experts they were when the request was permitted, as its receipt says.
     permitted: dict[str, tuple[str, Mapping[str, str]]] = {}
     for place, record in _records(folder):
@@ -46,10 +46,12 @@ def add_up(folder: Path, by: By, since: datetime | None, until: datetime | None)
             match record["kind"]:
                 case "start" | "catalogue":
                     owners = {one["name"]: one["owner"] for one in record["experts"]}
+                    catalogues[record["catalogue"]] = owners
                 case "request":
-                    permitted[record["request"]] = record["principal"], owners
+                    known = catalogues.get(record["catalogue"], {})
+                    permitted[record["request"]] = record["principal"], known
                 case "result":
-                    principal, whose = permitted.pop(record["request"], ("", owners))
+                    principal, whose = permitted.pop(record["request"], ("", {}))
                     time = datetime.fromisoformat(record["time"])
                     if (since is None or since <= time) and (until is None or time < until):
                         _add(rows, record, by, whose, principal)

@@ -33,9 +33,9 @@ def folder(tmp_path, monkeypatch):
 
     monkeypatch.setattr(writer, "_stamped", at)
     log = open_log(tmp_path, rotate_bytes=1000)
-    log.record("start", experts=EXPERTS)
+    log.record("start", catalogue="c1", experts=EXPERTS)
     for day, principal, computed, parts in REQUESTS:
-        log.record("request", request=f"r{day}", principal=principal)
+        log.record("request", request=f"r{day}", principal=principal, catalogue="c1")
         used = computed and {
             "computed_tokens": computed,
             "experts": {n: {"tokens": t, "share": s} for n, (t, s) in parts.items()},
@@ -85,16 +85,21 @@ def test_every_sum_in_every_form(call, folder, by, expected, form):
 
 
 def test_a_request_counts_for_who_owned_its_experts_when_it_was_permitted(call, tmp_path):
-    """As its receipt says; the expert has another owner by the time that it ends."""
+    """By the catalogue that its record names, as its receipt says, wherever that record stands."""
     log = open_log(tmp_path)
-    log.record("start", experts=EXPERTS)
-    log.record("request", request="r", principal="alice")
-    log.record("catalogue", experts=[{**EXPERTS[1], "owner": "heirs"}])
+    log.record("start", catalogue="c1", experts=EXPERTS)
+    log.record("request", request="before", principal="alice", catalogue="c1")
+    log.record("catalogue", catalogue="c2", experts=[{**EXPERTS[1], "owner": "heirs"}])
+    log.record("request", request="late", principal="alice", catalogue="c1")
+    log.record("request", request="after", principal="alice", catalogue="c2")
+    log.record("request", request="unknown", principal="alice", catalogue="c0")
     used = {"computed_tokens": 4, "experts": {"math": {"tokens": 4, "share": 1.0}}}
-    log.record("result", request="r", effective=["math"], usage=used)
+    for name in ("before", "late", "after", "unknown", "removed"):
+        log.record("result", request=name, effective=["math"], usage=used)
     log.close()
     _, out, _ = call(tmp_path / "audit", "--by", "owner", "--format", "json")
-    assert [row["owner"] for row in json.loads(out)] == ["acme"]
+    found = {row["owner"]: row["requests"] for row in json.loads(out)}
+    assert found == {"acme": 2, "heirs": 1, "": 2}
 
 
 def test_a_part_of_the_time(call, folder):
@@ -111,8 +116,8 @@ def test_the_shares_of_all_experts_are_what_was_computed(call, folder):
 
 def test_a_name_stays_within_its_row(call, tmp_path):
     log = open_log(tmp_path)
-    log.record("start", experts=EXPERTS)
-    log.record("request", request="r", principal="ada\x1b[2K\nbob  9  0  9.0  9.0")
+    log.record("start", catalogue="c1", experts=EXPERTS)
+    log.record("request", request="r", catalogue="c1", principal="ada\x1b[2K\nbob  9  0  9.0  9.0")
     log.record("result", request="r", effective=["math"], usage=None)
     log.close()
     _, out, _ = call(tmp_path / "audit", "--by", "principal")
