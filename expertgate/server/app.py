@@ -29,17 +29,20 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(
         title="expertgate",
         version=expertgate.__version__,
-        # Pages of scripts from elsewhere; the document itself, /openapi.json, is enough.
-        docs_url=None,
-        redoc_url=None,
+        # Its pages are of scripts from elsewhere, and it would serialise the document at each GET.
+        openapi_url=None,
         redirect_slashes=False,
     )
     app.state.service = service
     for route in ROUTES:
         methods = [route.method]
         app.add_api_route(route.pattern, route.endpoint, methods=methods, response_model=None)
-    whole = document()
-    app.openapi = lambda: whole  # type: ignore[method-assign]  # FastAPI's own way to replace it
+    described = JSONResponse(document()).body
+
+    async def openapi(_: Request) -> Response:
+        return Response(described, media_type="application/json")
+
+    app.add_route("/openapi.json", openapi)
     show_errors(app)
     return app
 
