@@ -42,8 +42,8 @@ def check_tool_parser(name: str | None) -> None:
     known = ToolParserManager.list_registered()
     if name is None or name in known:
         return
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else f", only {', '.join(known)}"
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    hint = f"; did you mean {near[0]}?" if near else f", only {', '.join(known)}; null is for none"
     raise SettingError(f"tool_parser {name}: vLLM has no such parser{hint}")
 
 

@@ -17,6 +17,8 @@ def test_names_that_vllm_knows_pass(name):
         ("olmo4", r"tool_parser olmo4: vLLM has no such parser; did you mean olmo3\?$"),
         ("", r"tool_parser : vLLM has no such parser, only .*hermes.*, olmo3, "),
         ("zzz", r"tool_parser zzz: vLLM has no such parser, only .*hermes.*, olmo3, "),
+        ("nope", r"vLLM has no such parser, only apertus, .*"),
+        ("none", r"vLLM has no such parser, only apertus, .*; null is for none$"),
     ],
 )
 def test_another_is_told_which_is_near(name, words):
