@@ -210,6 +210,9 @@ class _Parser(FlexibleArgumentParser):
     """Raises where argparse would print its usage, of some three hundred lines, and exit."""
 
     def error(self, message: str) -> NoReturn:
+        flag, _, _ = message.rpartition("unrecognized arguments: ")[2].partition(" ")
+        if flag.startswith("--"):
+            refuse_arguments({flag[2:].partition("=")[0].replace("-", "_"): None})
         raise SettingError(f"engine arguments: {message}")
 
 

@@ -190,8 +190,11 @@ _VETTED: dict[str, tuple[Callable[[object], bool], str]] = {
     "tokenizer_mode": (_one_of("auto", "hf"), "auto or hf"),
 }
 
+_OWN = "it is the server's own: name it before the `--`, or beside `engine:`"
 # Why some of the others are not on the list; the rest have no test that shows the masks hold.
 _WHY: dict[str, str] = {
+    "host": _OWN,
+    "port": _OWN,
     "data_parallel_size": "no test shows yet that masks hold across data-parallel ranks",
     "enable_dbo": "micro-batches slice only the inputs they know, and masks are not among them",
     "enable_elastic_ep": "it moves expert weights between ranks, and ids don't follow",

@@ -196,6 +196,22 @@ def test_a_misspelt_argument_gets_a_hint():
         refuse_arguments({"max_model_length": 1})
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--max-modle-len", "5"], "argument max_modle_len: .* did you mean max_model_len"),
+        (["--enforce-eager", "--gpu-memory-utilisation=0.5"], "mean gpu_memory_utilization"),
+        (["--moe-kernal", "vllm"], "did you mean moe_kernel"),
+        (["--port", "5"], "argument port: refused, because it is the server's own"),
+        (["stray", "--enforce-eager"], "engine arguments: unrecognized arguments: stray"),
+    ],
+    ids=str,
+)
+def test_so_does_a_misspelt_flag(flags, words):
+    with pytest.raises(SettingError, match=words):
+        parse_flags(flags)
+
+
 def test_vetted_arguments_pass():
     refuse_arguments(
         {
