@@ -530,6 +530,17 @@ def test_every_pod_has_the_environment_that_is_given(name):
         assert len(names) == len(set(names)), "the last of two would win"
 
 
+def test_labels_and_annotations_arrive():
+    for name in NAMES:
+        for pod in pods(render(values(name) | {"podLabels": {"example/cost-centre": "42"}})):
+            assert pod["metadata"]["labels"]["example/cost-centre"] == "42"
+    given = values("production")
+    objects = render(given)
+    assert services(objects)[0]["metadata"]["annotations"] == given["service"]["annotations"]
+    [account] = kind(objects, "ServiceAccount")
+    assert account["metadata"]["annotations"] == given["serviceAccount"]["annotations"]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -566,6 +577,7 @@ def test_every_pod_has_the_environment_that_is_given(name):
         {"extraVolumeMounts": [{"name": "a", "mountPath": "/"}]},
         {"extraVolumeMounts": [{"name": "a", "mountPath": "/a", "readOnly": False}]},
         {"prometheusRule": {"enabled": True}},
+        {"podLabels": {"app.kubernetes.io/component": "worker"}},
         # A pod that comes by itself, or comes back without a volume, would suspend nobody.
         {
             "suspended": None,

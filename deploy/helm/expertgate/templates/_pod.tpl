@@ -11,6 +11,9 @@ metadata:
   labels:
     {{- include "expertgate.selector" $root | nindent 4 }}
     app.kubernetes.io/component: {{ $worker | ternary "worker" "server" }}
+    {{- with $root.Values.podLabels }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
   annotations:
     # It alone is read at the start only.
     checksum/config: {{ include "expertgate.config" $root | sha256sum }}
