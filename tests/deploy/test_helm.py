@@ -549,6 +549,9 @@ def test_labels_and_annotations_arrive():
         {"gpus": "two"},
         {"config": {"port": 80}},
         {"config": {"identity": {"api_keys": "elsewhere"}}},
+        {"config": {"audit": {"path": "/elsewhere"}}},
+        {"config": {"audit": {"signing_key": "elsewhere.pem"}}},
+        {"model": {"name": "/models/flex"}},  # without the claim that is mounted there
         {"engine": {"tensor_parallel_size": 4}},
         {"policies": {"files": {"notes.txt": "x"}}},
         {"image": {"digest": "sha256:abc"}},
@@ -595,6 +598,16 @@ def test_labels_and_annotations_arrive():
 def test_values_that_make_no_sense_are_refused(wrong):
     with pytest.raises(helm.HelmError):
         render(wrong)
+
+
+@pytest.mark.parametrize("name", yaml.safe_load((CHART / "values.yaml").read_text()))
+def test_a_value_that_is_left_empty_is_none_or_named(name):
+    """As `engine:` with nothing behind it, which takes the chart's own value out."""
+    if name in json.loads((CHART / "values.schema.json").read_text())["required"]:
+        with pytest.raises(helm.HelmError, match=f"missing property '{name}'"):
+            render({name: None})
+    else:
+        assert config(render({name: None}))["host"] == "0.0.0.0"
 
 
 def test_several_nodes_may_do_without_a_log_that_is_off():

@@ -59,13 +59,13 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if .Values.admin.existingSecret -}}
 {{- $_ := set $own "admin" (dict "listen" "0.0.0.0:9100" "token" "/etc/expertgate/admin/token") -}}
 {{- end -}}
-{{- $_ := set $own "engine" (mergeOverwrite $engine (deepCopy .Values.engine)) -}}
-{{- toYaml (mergeOverwrite (deepCopy .Values.config) $own) -}}
+{{- $_ := set $own "engine" (mergeOverwrite $engine (deepCopy (.Values.engine | default dict))) -}}
+{{- toYaml (mergeOverwrite (deepCopy (.Values.config | default dict)) $own) -}}
 {{- end -}}
 
 {{- /* What the public listener speaks. */ -}}
 {{- define "expertgate.scheme" -}}
-{{- dig "tls" nil .Values.config | empty | ternary "http" "https" -}}
+{{- dig "tls" nil (.Values.config | default dict) | empty | ternary "http" "https" -}}
 {{- end -}}
 
 {{- /* What clients ask for. The rest of the public listener is for probes inside the cluster. */ -}}

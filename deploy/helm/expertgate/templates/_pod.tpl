@@ -32,7 +32,7 @@ spec:
     {{- end }}
   {{- end }}
   # The hook, then what the server takes: 30 s for streams to end, 20 for the engine, and a margin.
-  terminationGracePeriodSeconds: {{ add .preStopSeconds (dig "drain_s" 30 .config) 25 }}
+  terminationGracePeriodSeconds: {{ add .preStopSeconds (dig "drain_s" 30 (.config | default dict)) 25 }}
   securityContext:
     runAsNonRoot: true
     runAsUser: 10001
