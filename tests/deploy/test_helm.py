@@ -370,6 +370,10 @@ def check_paths(prefixes):
     assert {path for path in public if is_led_to(path)} == public - INSIDE
 
 
+DOWNLOAD_S = 67e9 * 8 / 0.5e9
+"""Of the chart's own model, at half a gigabit a second; nothing listens before it is there."""
+
+
 def test_probes_ask_what_each_is_for(objects):
     for pod in servers(objects):
         paths = {
@@ -381,6 +385,8 @@ def test_probes_ask_what_each_is_for(objects):
             "livenessProbe": "/health",
             "readinessProbe": "/ready",
         }
+        startup = container(pod)["startupProbe"]
+        assert startup["periodSeconds"] * startup["failureThreshold"] >= DOWNLOAD_S
         scheme = "HTTPS" if "tls" in config(objects) else "HTTP"
         assert {container(pod)[name]["httpGet"]["scheme"] for name in paths} == {scheme}
         [port] = services(objects)[0]["spec"]["ports"]
