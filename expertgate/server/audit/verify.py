@@ -220,13 +220,17 @@ class _Reader:
         self._every = every if isinstance(every, int) else None
         if self._keys is None:
             return
-        if record.get("key") not in self._keys:
-            signer = shown(record.get("key"))
-            report.faults.append(f"{place}: the head is signed by another key, {signer}")
-        elif not self._keys.signed_head(record):
-            report.faults.append(f"{place}: the signature of this head doesn't hold")
+        if (wrong := _unsigned(record, self._keys)) is not None:
+            report.faults.append(f"{place}: {wrong}")
         else:
             report.heads += 1
+
+
+def _unsigned(head: Mapping[str, Any], keys: PublicKeys) -> str | None:
+    """What is wrong with the signature of a head."""
+    if head.get("key") not in keys:
+        return f"the head is signed by another key, {shown(head.get('key'))}"
+    return None if keys.signed_head(head) else "the signature of this head doesn't hold"
 
 
 def _near(kept: _Kept, report: Report) -> bool:
@@ -238,8 +242,8 @@ def _check_kept(
     kept: _Kept, report: Report, found: Mapping[int, str], keys: PublicKeys | None
 ) -> None:
     seq = kept.head["seq"]
-    if keys is not None and not keys.signed_head(kept.head):
-        report.faults.append(f"{kept.path}: the signature of this head doesn't hold")
+    if keys is not None and (wrong := _unsigned(kept.head, keys)) is not None:
+        report.faults.append(f"{kept.path}: {wrong}")
     elif seq > report.last:
         report.faults.append(
             f"{kept.path}: record {seq} was signed, but the log ends at record {report.last}: "

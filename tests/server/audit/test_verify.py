@@ -289,7 +289,22 @@ def test_another_servers_key_is_told(folder, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     SigningKey.create(other / "key.pem")
-    assert "signed by another key" in verify(folder / "audit", public_keys(other)).faults[0]
+    faults = verify(folder / "audit", public_keys(other)).faults
+    assert all("the head is signed by another key" in fault for fault in faults)
+    assert HEAD_FILE in faults[-1]
+
+
+def test_a_copy_of_the_head_that_another_key_signed_is_found_with_a_key_or_without(
+    folder, tmp_path
+):
+    other = tmp_path / "other"
+    other.mkdir()
+    head = json.loads((folder / "audit" / HEAD_FILE).read_bytes())
+    del head["signature"]
+    forged = signing_key(other).sign_head({**head, "key": signing_key(other).id})
+    (folder / "audit" / HEAD_FILE).write_bytes(line_of(forged))
+    assert "another key" in check(folder).faults[-1]
+    assert "another record" in verify(folder / "audit", None).faults[-1]
 
 
 def test_without_a_key_the_chain_alone_is_checked(folder):
