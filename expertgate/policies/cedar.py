@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -38,6 +38,7 @@ _ABOVE = {"principal": ("Group",), "resource": ()}
 """What they may be, and be in."""
 _MISTAKE = "\nwhen { 1 < true };"
 _CACHED_DECISIONS = 1024
+_MAX_FAULTS = 20
 _OPTIONAL = re.compile(r"access to optional attribute `([\w.]+)` in context")
 _FAILURE = re.compile(r"error while evaluating policy `(policy\d+)`: (.*)", re.DOTALL)
 
@@ -51,19 +52,15 @@ class PolicySet:
         resources: Sequence[Resource],
         claims: Mapping[str, ClaimKind] = MappingProxyType({}),
     ) -> None:
-        """Raises PolicyError for the first policy that doesn't hold; see `load`."""
-        for policy in policies:
-            policy.check()
-        _check_experts(policies, resources)
-        _check_kinds(policies)
-        _check_attributes(policies, claims)
+        """Raises PolicyError with a fault of each policy that doesn't hold; see `load`."""
+        _refuse(_faults(policies, resources, claims))
         self._ids = _ids(policies)
         self._resources = tuple(resources)
         self._claims = dict(claims)
         # One text for validator and evaluator, so that both number its policies alike.
         text = "\n".join(policy.text for policy in policies)
         _validate(text, policies, schema(claims))
-        _check_reach(policies, schema(claims))
+        _refuse(_unreached(policies, schema(claims)))
         self._policies = cedarpy.PolicySet.from_str(text)
         # What no policy speaks of is left out of the context, and so out of the cache's key. Were
         # it spoken of after all, the policy would fail, and deny.
@@ -193,47 +190,65 @@ def policy_paths(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.cedar") if not path.name.startswith("."))
 
 
-def _check_experts(policies: Iterable[Statement], resources: Iterable[Resource]) -> None:
+def _refuse(faults: Iterable[str]) -> None:
+    """Raises PolicyError where there are any, a line each."""
+    found = list(faults)
+    if len(found) > _MAX_FAULTS:
+        found[_MAX_FAULTS:] = [f"there are {len(found) - _MAX_FAULTS} more faults"]
+    if found:
+        raise PolicyError("\n".join(found))
+
+
+def _faults(
+    policies: Iterable[Statement], resources: Sequence[Resource], claims: Mapping[str, ClaimKind]
+) -> Iterator[str]:
+    """The first fault of each policy by itself."""
+    for policy in policies:
+        try:
+            policy.check()
+            _check_experts(policy, resources)
+            _check_kinds(policy)
+            _check_attributes(policy, claims)
+        except PolicyError as error:
+            yield str(error)
+
+
+def _check_experts(policy: Statement, resources: Iterable[Resource]) -> None:
     # Cedar takes any id for granted, and a `forbid` on a misspelt expert forbids nothing.
     known = [resource.name for resource in resources]
-    for policy in policies:
-        for place, name in policy.experts():
-            if name not in known:
-                raise PolicyError(
-                    f'{place}: there is no Expert::"{name}"; the experts are {", ".join(known)}'
-                )
+    for place, name in policy.experts():
+        if name not in known:
+            raise PolicyError(
+                f'{place}: there is no Expert::"{name}"; the experts are {", ".join(known)}'
+            )
 
 
-def _check_kinds(policies: Iterable[Statement]) -> None:
+def _check_kinds(policy: Statement) -> None:
     # Cedar takes a comparison with what a variable can never be for one that doesn't hold just now;
     # and `unless { principal == Group::"x" }` leaves out nobody.
-    for policy in policies:
-        for place, variable, sign, kind in policy.compared():
-            wanted = _KINDS[variable] if sign != "in" else (*_KINDS[variable], *_ABOVE[variable])
-            if kind not in wanted:
-                hint = '; a group is asked for by `principal in Group::"name"`'
-                raise PolicyError(
-                    f"{place}: {variable} {sign} {kind}: no {variable} is such a thing"
-                    + (hint if kind == "Group" else "")
-                )
+    for place, variable, sign, kind in policy.compared():
+        wanted = _KINDS[variable] if sign != "in" else (*_KINDS[variable], *_ABOVE[variable])
+        if kind not in wanted:
+            hint = '; a group is asked for by `principal in Group::"name"`'
+            raise PolicyError(
+                f"{place}: {variable} {sign} {kind}: no {variable} is such a thing"
+                + (hint if kind == "Group" else "")
+            )
 
 
-def _check_attributes(policies: Iterable[Statement], claims: Mapping[str, ClaimKind]) -> None:
+def _check_attributes(policy: Statement, claims: Mapping[str, ClaimKind]) -> None:
     # Cedar takes `has` with any name for a question whose answer may be no, and a `forbid` that
     # asks for a misspelt attribute forbids nothing.
     known = {**_ATTRIBUTES, ("context", "claims"): tuple(claims)}
     anywhere = [name for names in known.values() for name in names]
-    for policy in policies:
-        for place, way, name in policy.asked_for():
-            names = known.get(way, anywhere)
-            if name in names or "\\" in name:  # an escape may stand for any letter
-                continue
-            hint = _hint(name, names)
-            if way == ("context", "claims"):
-                raise PolicyError(f"{place}: the claim {name!r} is not declared{hint}")
-            raise PolicyError(
-                f"{place}: {'.'.join((*way, name))}: there is no such attribute{hint}"
-            )
+    for place, way, name in policy.asked_for():
+        names = known.get(way, anywhere)
+        if name in names or "\\" in name:  # an escape may stand for any letter
+            continue
+        hint = _hint(name, names)
+        if way == ("context", "claims"):
+            raise PolicyError(f"{place}: the claim {name!r} is not declared{hint}")
+        raise PolicyError(f"{place}: {'.'.join((*way, name))}: there is no such attribute{hint}")
 
 
 def _hint(name: str, names: Sequence[str]) -> str:
@@ -278,19 +293,20 @@ def _ids(policies: Sequence[Statement]) -> list[str]:
 
 def _validate(text: str, policies: Sequence[Statement], schema_text: str) -> None:
     """`text` is that of the `policies`, in their order. Raises PolicyError."""
-    result = cedarpy.validate_policies(text, schema_text)
-    for error in result.errors:
-        policy = policies[int(error.policy_id.removeprefix("policy"))]
+    faults: dict[int, str] = {}  # the first of each policy, as others may follow from it
+    for error in cedarpy.validate_policies(text, schema_text).errors:
+        index = int(error.policy_id.removeprefix("policy"))
         words = error.error.removeprefix(f"for policy `{error.policy_id}`, ")
         hint = ""
         if optional := _OPTIONAL.search(words):
             way, _, name = f"context.{optional[1]}".rpartition(".")
             hint = f"; ask for it first: `{way} has {name} && ...`"
-        raise PolicyError(f"{policy.place}: {' '.join(words.split())}{hint}")
+        faults.setdefault(index, f"{policies[index].place}: {' '.join(words.split())}{hint}")
+    _refuse(fault for _, fault in sorted(faults.items()))
 
 
-def _check_reach(policies: Sequence[Statement], schema_text: str) -> None:
-    """Raises PolicyError for a policy of which nothing could come, whoever asks for what."""
+def _unreached(policies: Sequence[Statement], schema_text: str) -> Iterator[str]:
+    """A fault for each policy of which nothing could come, whoever asks for what."""
     # Cedar takes a `forbid` whose condition can only be false, and it would forbid nothing. But it
     # doesn't look at what stands behind such a condition: a policy that has one hides a mistake
     # which is put at its end.
@@ -299,4 +315,4 @@ def _check_reach(policies: Sequence[Statement], schema_text: str) -> None:
     reached = {int(error.policy_id.removeprefix("policy")) for error in found}
     for index, policy in enumerate(policies):
         if index not in reached:
-            raise PolicyError(f"{policy.place}: no request can meet the policy's conditions")
+            yield f"{policy.place}: no request can meet the policy's conditions"

@@ -26,7 +26,7 @@ _SIGNS = ("==", "!=", "in", "is")
 
 
 class PolicyError(ValueError):
-    """Policies that can't be put in force: file, line and the words of the fault, in one line."""
+    """Policies that can't be put in force: each fault in one line, with its file and line."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -372,6 +372,34 @@ def test_what_is_not_valid_is_refused_with_its_place(text, words):
 
 
 @pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        (
+            ["permit(principal;", when("resource.owner =="), when('Expert::"maths" == resource')],
+            [
+                "1: unexpected token `;`",
+                "2: unexpected token `}`",
+                '3: there is no Expert::"maths"',
+            ],
+        ),
+        (
+            [when("resource.ownr == 1"), EVERYBODY, when("context.zone == 1")],
+            ["1: attribute `ownr`", "3: attribute `zone`"],
+        ),
+        ([when("false"), EVERYBODY, when("!true")], ["1: no request can meet", "3: no request "]),
+        ([when("1 +")] * 25, [*["unexpected "] * 20, "there are 5 more faults"]),
+    ],
+    ids=["by themselves", "by the schema", "out of reach", "many"],
+)
+def test_every_policy_that_does_not_hold_is_told_at_once(texts, words):
+    with pytest.raises(PolicyError) as error:
+        policies("\n".join(texts))
+    faults = str(error.value).splitlines()
+    assert len(faults) == len(words)
+    assert all(word in fault for word, fault in zip(words, faults, strict=True)), faults
+
+
+@pytest.mark.parametrize(
     "condition",
     [
         "true",
