@@ -69,13 +69,23 @@ def test_an_alert_asks_for_what_the_server_exports(query, samples, exported):
         assert f'expertgate_denials_total{{code="{code}"}}' in exported
 
 
+def test_every_metric_of_ours_is_shown(samples):
+    shown = {name for query in QUERIES for name in METRIC.findall(query.values[0])}
+    ours = {
+        name
+        for name in samples
+        if re.fullmatch(r"expertgate_\w+_(total|success|held|waiting)", name)
+    }
+    assert ours - shown == set()
+
+
 def test_a_query_of_nothing_would_be_found(samples):
     assert "vllm:no_such_metric" not in samples
     assert METRIC.findall("rate(vllm:no_such_metric[5m])") == ["vllm:no_such_metric"]
 
 
 def test_the_job_can_be_chosen(samples):
-    [variable] = DASHBOARD["templating"]["list"]
+    [_, variable] = DASHBOARD["templating"]["list"]
     assert METRIC.findall(variable["query"])[0] in samples
     assert all('{job=~"$job"}' in query.values[0] for query in QUERIES)
 
@@ -100,7 +110,11 @@ def test_grafana_finds_dashboard_and_source():
     [source] = yaml.safe_load((folder / "datasources" / "prometheus.yaml").read_text())[
         "datasources"
     ]
-    assert {panel["datasource"]["uid"] for panel in PANELS} == {source["uid"]}
+    # Any that Grafana has: another one's has another id.
+    [variable, job] = DASHBOARD["templating"]["list"]
+    assert (variable["type"], variable["query"]) == ("datasource", source["type"])
+    asked = {each["datasource"]["uid"] for each in [job, *PANELS]}
+    assert asked == {f"${{{variable['name']}}}"}
     [provider] = yaml.safe_load((folder / "dashboards" / "expertgate.yaml").read_text())[
         "providers"
     ]
