@@ -138,13 +138,14 @@ NESTED: Mapping[str, frozenset[str]] = {
 }
 NULLS = ("annotations", "audio", "function_call")
 """What an answer's message has besides, null in all of ours. It may come back with it."""
-PARSED = ("parsed", "parsed_arguments")
-"""What OpenAI's client makes of an answer and of a call in it, and sends back with them."""
+UNREAD = ("parsed", "parsed_arguments", "provider_specific_fields")
+"""What clients add to an answer or a call in it, OpenAI's two and LiteLLM's one, and send back."""
 MESSAGES: Mapping[str, frozenset[str]] = {
     "messages[]": frozenset(
         {
             *NULLS,
             "parsed",
+            "provider_specific_fields",
             "role",
             "content",
             "name",
@@ -375,7 +376,7 @@ def _read(value: Any, name: str = "") -> Any:
         return {
             inner: _read(found, inner)
             for inner, found in value.items()
-            if inner not in (*NULLS, *PARSED) and (found is not None or inner == "content")
+            if inner not in (*NULLS, *UNREAD) and (found is not None or inner == "content")
         }
     if name == "tool_calls" and isinstance(value, list):
         return [_read(call) for call in value]

@@ -240,11 +240,12 @@ def test_an_answers_message_comes_back_as_it_was(annotations):
 
 
 @pytest.mark.parametrize("value", [None, {"a": 1}, [1], "a", 5], ids=str)
-def test_what_openais_client_made_of_an_answer_comes_back_unread(value):
+def test_what_clients_add_to_an_answer_comes_back_unread(value):
     function = {"name": "f", "arguments": "{}"}
     call = {"id": "c", "type": "function", "function": function}
     parsed = {**call, "function": {**function, "parsed_arguments": value}}
     message = {"role": "assistant", "content": None, "tool_calls": [parsed], "parsed": value}
+    message["provider_specific_fields"] = value  # LiteLLM's, of what isn't OpenAI's
     found = chat(messages=[message]).messages[0]
     assert found == {"role": "assistant", "content": None, "tool_calls": [call]}
     assert refused(chat, messages=[{**message, "tool_calls": [{**call, "parsed": 1}]}])

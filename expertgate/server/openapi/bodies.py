@@ -59,7 +59,7 @@ _UNREAD = {
     **_or_null(_list_of({})),
     "description": "Of an assistant's part alone, as the answer had it; nobody reads it.",
 }
-_PARSED: Schema = {"description": "What OpenAI's client made of an answer; nobody reads it."}
+_ADDED: Schema = {"description": "What a client added to an answer; nobody reads it."}
 _NULL: Schema = {"type": "null"}
 _CALL_NULLS = {name: _NULL for name in NULLS if name != "phase"}
 _STATUS = _or_null(_one_of(*STATUSES))
@@ -77,7 +77,7 @@ COMPONENTS: Mapping[str, Schema] = {
         id=_TEXT,
         type=_one_of("function"),
         index={"type": "integer"},
-        function=_object(("name", "arguments"), **_CALLED, parsed_arguments=_PARSED),
+        function=_object(("name", "arguments"), **_CALLED, parsed_arguments=_ADDED),
     ),
     "Message": {
         **_object(
@@ -88,7 +88,8 @@ COMPONENTS: Mapping[str, Schema] = {
             annotations=_or_null(_list_of({}, 0)),
             audio=_NULL,
             function_call=_NULL,
-            parsed=_PARSED,
+            parsed=_ADDED,
+            provider_specific_fields=_ADDED,
             refusal=_or_null(_TEXT),
             reasoning=_or_null(_TEXT),
             reasoning_content=_or_null(_TEXT),
