@@ -62,6 +62,7 @@ def rotate_key(
 ) -> str:
     """Gives the key a new secret. The old one goes on for `grace`, but not beyond its own end.
 
+    Without any grace, those that were replaced before end as well.
     `expires` is the new secret's end; None keeps the one that the key has.
     """
     secret = _new_secret()
@@ -86,7 +87,7 @@ def rotate_key(
             fields["previous"] = [
                 {"sha256": each.sha256, "expires": _text(each.expires)}
                 for each in old
-                if each.expires > now
+                if grace and each.expires > now
             ]
         if expires is not None:
             fields["expires"] = _text(expires)

@@ -144,7 +144,7 @@ def list_(path: Path) -> None:
     default="24h",
     show_default=True,
     metavar="24h",
-    help="How long the old secret goes on.",
+    help="How long the old secret goes on; 0h ends all old ones now.",
 )
 @click.option(
     "--expires", callback=_expiry, metavar="30d|TIME", help="When the key ends; else as before."

@@ -386,6 +386,17 @@ def test_the_old_secret_ends_with_the_grace(path):
     assert {store.find(secret).key.id for secret in (newer, newest)} == {"alice"}
 
 
+def test_without_a_grace_no_old_secret_goes_on(path):
+    """As where one of them has leaked, whichever."""
+    olds = [create_key(path, "alice", [], None), rotate_key(path, "alice", timedelta(days=7), None)]
+    new = rotate_key(path, "alice", timedelta(), None)
+    store = KeyStore(path)
+    assert store.find(new).key.id == "alice"
+    for old in olds:
+        with pytest.raises(BadCredential):
+            store.find(old)
+
+
 def test_a_grace_is_not_longer_than_the_key_had_anyway(path):
     soon = datetime.now(UTC).replace(microsecond=0) + timedelta(hours=1)
     old = create_key(path, "alice", [], soon)
