@@ -34,6 +34,7 @@ from expertgate.server.guard import GuardedLLM
 from expertgate.server.machine import (
     check_c_compiler,
     check_cpp_compiler,
+    check_free,
     check_kernels,
     check_memory,
 )
@@ -128,6 +129,9 @@ def start(model: Path, name: str, arguments: Mapping[str, object], grants: Grant
     Raises SettingError as `configure` does, or EngineError.
     """
     config = configure(model, name, arguments)
+    if current_platform.is_cpu():
+        # Not in `configure`, because a server that runs beside a check may have taken it.
+        check_free(config.cache_config)
     turns = bound(config)
     try:
         with cpu_process.openmp(config):

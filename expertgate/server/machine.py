@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 import vllm
+from vllm.config import CacheConfig
 from vllm.platforms import current_platform
+from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
 
 from expertgate.server.refusals import SettingError
 
@@ -38,6 +40,20 @@ def check_memory(model: Path, available: int) -> None:
         raise SettingError(
             f"the weights in {model} are {weights / 1e9:.1f} GB, and {available / 1e9:.1f} GB of "
             "memory are free: end what takes it, or serve on a larger machine"
+        )
+
+
+def check_free(cache: CacheConfig) -> None:
+    """What vLLM takes of the memory must be free, or its worker fails, with a traceback."""
+    nodes = get_visible_memory_node()
+    if cache.kv_cache_memory_bytes is not None or len(nodes) > 1:  # of several, which isn't known
+        return
+    memory, part = get_memory_node_info(nodes[0]), cache.gpu_memory_utilization
+    if memory.total_memory * part > memory.available_memory:
+        raise SettingError(
+            f"the engine would take {part} of {memory.total_memory / 1e9:.1f} GB of memory, and "
+            f"{memory.available_memory / 1e9:.1f} GB are free: say by kv_cache_memory_bytes how "
+            "much its cache may have, or by gpu_memory_utilization a smaller part, under `engine:`"
         )
 
 

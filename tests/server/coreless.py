@@ -153,6 +153,7 @@ class Coreless:
             Admission(),
         )
         arguments = {"max_model_len": 2048, "enforce_eager": True, "disable_log_stats": True}
+        arguments["kv_cache_memory_bytes"] = 1 << 26  # which nobody takes
         if max_num_seqs is not None:
             arguments["max_num_seqs"] = max_num_seqs
         with mock.patch.object(EngineCoreClient, "make_async_mp_client", Core):

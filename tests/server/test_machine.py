@@ -16,6 +16,26 @@ def test_weights_that_do_not_fit_are_a_line(tmp_path):
         machine.check_memory(tmp_path, 2999)
 
 
+def test_memory_that_is_not_free_is_a_line(monkeypatch):
+    """VLLM takes a part of all where nobody says less, and tells so behind two tracebacks."""
+
+    def check(free, nodes=(0,), **cache):
+        memory = SimpleNamespace(total_memory=100e9, available_memory=free)
+        monkeypatch.setattr(machine, "get_visible_memory_node", lambda: list(nodes))
+        monkeypatch.setattr(machine, "get_memory_node_info", lambda _: memory)
+        said = {"kv_cache_memory_bytes": None, "gpu_memory_utilization": 0.92, **cache}
+        machine.check_free(SimpleNamespace(**said))
+
+    check(92e9)
+    check(10e9, gpu_memory_utilization=0.1)
+    check(10e9, kv_cache_memory_bytes=1 << 30)
+    check(10e9, nodes=(0, 1))
+    with pytest.raises(
+        SettingError, match=r"would take 0\.92 of 100\.0 GB.*91\.0 GB are free: say"
+    ):
+        check(91e9)
+
+
 def test_a_gpu_without_a_c_compiler_is_a_line(tmp_path, monkeypatch):
     """Triton asks for one when the first kernel runs, with the weights loaded."""
     (tmp_path / "Python.h").touch()
