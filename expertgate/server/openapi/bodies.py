@@ -319,7 +319,10 @@ DESCRIPTIONS: Mapping[str, str] = {
         "The model's name, or an alias that names experts: `NAME:public+math`, `NAME:-news`. "
         "Absent, the one that there is."
     ),
-    "n": "How many choices for each prompt; with the prompts, at most 64 in all.",
+    "n": (
+        "How many choices for each prompt; with the prompts, at most 64 in all, and with "
+        "`temperature` 0 one."
+    ),
     "parallel_tool_calls": "Whether one answer may call several tools.",
     "presence_penalty": "Makes tokens less likely that are there already.",
     "previous_response_id": "Nothing is stored here: send the whole conversation as `input`.",
