@@ -36,7 +36,7 @@ _ATTRIBUTES: Mapping[tuple[str, ...], Sequence[str]] = {
 _KINDS = {"principal": ("User",), "resource": ("Expert",)}
 _ABOVE = {"principal": ("Group",), "resource": ()}
 """What they may be, and be in."""
-_MISTAKE = "\nwhen { 1 < true };"
+_MISTAKE = "1 < true"
 _CACHED_DECISIONS = 1024
 _MAX_FAULTS = 20
 _OPTIONAL = re.compile(r"access to optional attribute `([\w.]+)` in context")
@@ -306,13 +306,23 @@ def _validate(text: str, policies: Sequence[Statement], schema_text: str) -> Non
 
 
 def _unreached(policies: Sequence[Statement], schema_text: str) -> Iterator[str]:
-    """A fault for each policy of which nothing could come, whoever asks for what."""
-    # Cedar takes a `forbid` whose condition can only be false, and it would forbid nothing. But it
-    # doesn't look at what stands behind such a condition: a policy that has one hides a mistake
-    # which is put at its end.
-    text = "\n".join(policy.text.removesuffix(";") + _MISTAKE for policy in policies)
-    found = cedarpy.validate_policies(text, schema_text).errors
+    """A fault for each policy with conditions that nothing could meet, whoever asks for what."""
+    # Cedar takes a `forbid` whose condition can only be false, and it would forbid nothing; and an
+    # `unless` like that, which would leave out nobody. But it doesn't look at what stands behind
+    # such a condition: one that can only be false hides a mistake which is put at its end.
+    tried = []
+    for policy in policies:
+        text = policy.text
+        words = f"{policy.place}: no request can meet the policy's conditions"
+        tried.append((policy, words, f"{text.removesuffix(';')}\nwhen {{ {_MISTAKE} }};"))
+        for place, start, end in policy.exceptions():
+            words = f"{place}: no request can meet the condition of this `unless`"
+            condition = f"({text[start:end]}\n) && {_MISTAKE}"
+            tried.append((policy, words, f"{text[:start]}{condition}{text[end:]}"))
+    found = cedarpy.validate_policies("\n".join(text for *_, text in tried), schema_text).errors
     reached = {int(error.policy_id.removeprefix("policy")) for error in found}
-    for index, policy in enumerate(policies):
-        if index not in reached:
-            yield f"{policy.place}: no request can meet the policy's conditions"
+    told = None
+    for index, (policy, words, _) in enumerate(tried):
+        if index not in reached and policy is not told:  # nothing in it can be met then
+            told = policy
+            yield words

@@ -89,8 +89,22 @@ class Statement:
                 if sign in _SIGNS and kind[:1].isupper():
                     yield place, words[start], sign, kind
             kind, dots, _, sign, variable = words[start : start + 5]
-            if dots == "::" and sign in ("==", "!=") and variable in _ENTITIES:
-                yield place, variable, sign, kind
+            if dots == "::" and sign in ("==", "!=", "in") and variable in _ENTITIES:
+                # Nothing is in a user or an expert but itself.
+                yield place, variable, sign.replace("in", "=="), kind
+
+    def exceptions(self) -> Iterator[tuple[str, int, int]]:
+        """Every `unless`: its place, and where its condition begins and ends in the text."""
+        words = [token.text for token in self.tokens]
+        for start, word in enumerate(words):
+            if word == "unless" and words[start + 1] == "{":
+                depth = 0
+                for token in self.tokens[start + 1 :]:
+                    depth += (token.text == "{") - (token.text == "}")
+                    if not depth:
+                        place = f"{self.file}:{self.tokens[start].line}"
+                        yield place, self.tokens[start + 1].end, token.end - 1
+                        break
 
     def asked_for(self) -> Iterator[tuple[str, tuple[str, ...], str]]:
         """Every attribute that a `has` asks for: its place, the way to what may have it, its name.

@@ -355,6 +355,22 @@ def test_what_decisions_depend_on(condition, read):
             "rules.cedar:1: resource is User: no resource is such a thing",
         ),
         (
+            when('context has purpose || Group::"a" in principal'),
+            "rules.cedar:1: principal == Group: no principal is such a thing; a group is asked ",
+        ),
+        *(
+            (
+                f"permit(principal, action, resource)\nunless {{ {condition} // }}\n}};",
+                "rules.cedar:2: no request can meet the condition of this `unless`",
+            )
+            for condition in (
+                "principal in resource",
+                "principal.hasTag(resource.owner)",
+                'principal is User in Expert::"math"',
+                '(principal) in Expert::"math" && context has purpose',
+            )
+        ),
+        (
             f'@id("a") {EVERYBODY}\n@id("a") {EVERYBODY}',
             "rules.cedar:2: the @id 'a' is that of the policy at rules.cedar:1",
         ),
@@ -408,7 +424,7 @@ def test_every_policy_that_does_not_hold_is_told_at_once(texts, words):
         'principal in Group::"x" && !(principal in User::"y")',
         'principal is User in Group::"x" || principal in [Group::"y", Group::"z"]',
         'User::"a" == principal || resource != Expert::"math" || resource is Expert',
-        'true } unless { false } when { principal == User::"a"',
+        'true } unless { context has purpose } unless { {"}": true}["}"] == (1 == 2) } when { true',
         "true // };\n",
     ],
 )
