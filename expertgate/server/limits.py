@@ -29,8 +29,8 @@ _MAX_TOOL_CALLS = 512
 """Of all messages together."""
 _MAX_TOKEN_IDS = 1024
 """vLLM's GPU sampler takes so many ids of `allowed_token_ids` or `logit_bias`, and dies of more."""
-_MAX_STOP_TOKEN_IDS = 128
-"""Likewise, where `min_tokens` is set."""
+_MAX_STOP_TOKEN_IDS = 120
+"""Likewise of 128, where `min_tokens` is set; those with which the model ends are among them."""
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_BYTES = 500
 """Tokenised with and without a leading space, these stay within that sampler's 1,024 tokens."""

@@ -2,6 +2,8 @@ import json
 import typing
 
 import pytest
+from vllm import SamplingParams
+from vllm.v1.worker.gpu.sample.logit_bias import MAX_NUM_STOP_TOKEN_IDS
 
 from expertgate.server import limits, schemas
 from expertgate.server.counting import TokenizeChat, TokenizeText
@@ -18,6 +20,15 @@ def schema_of(schema):
 
 def tools_of(schema):
     return [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+
+
+def test_stop_tokens_leave_room_for_those_with_which_the_model_ends():
+    """Threat d1: vLLM's GPU sampler counts both, and dies of too many."""
+    most = limits.TOKEN_IDS["stop_token_ids"]
+    params = SamplingParams(stop_token_ids=list(range(most)), min_tokens=1)
+    # As the engine does with the tokenizer's and with those of generation_config.json.
+    params.update_from_generation_config({"eos_token_id": [1001, 1002]}, eos_token_id=1000)
+    assert most < len(params.all_stop_token_ids) <= MAX_NUM_STOP_TOKEN_IDS
 
 
 # --- numbers --------------------------------------------------------------------------------------

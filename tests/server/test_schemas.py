@@ -315,7 +315,7 @@ def test_bytes_that_are_no_request(raw):
         (chat, {"seed": 1 << 63}),
         (chat, {"allowed_token_ids": [1] * 1025}),
         (chat, {"logit_bias": {str(i): 1 for i in range(1025)}}),
-        (chat, {"stop_token_ids": [1] * 129, "min_tokens": 1}),
+        (chat, {"stop_token_ids": [1] * 121, "min_tokens": 1}),
         (chat, {"bad_words": ["word"] * 101}),
         (chat, {"bad_words": ["w" * 501]}),
         (chat, {"stop": ["a"] * 5}),

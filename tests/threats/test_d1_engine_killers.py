@@ -9,7 +9,7 @@ import pytest
         {"n": 2, "temperature": 1, "seed": (1 << 63) - 1},
         {"allowed_token_ids": [1] * 1025},
         {"logit_bias": {str(i): 1 for i in range(1025)}},
-        {"stop_token_ids": [1] * 129, "min_tokens": 1},
+        {"stop_token_ids": [1] * 121, "min_tokens": 1},
         {"bad_words": ["abc"] * 400},
         {"stop_token_ids": [320], "min_tokens": 1},
         {"allowed_token_ids": [320]},
