@@ -8,6 +8,7 @@ of each.
 
 import json
 import math
+import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -228,7 +229,10 @@ def _check_words(body: Mapping[str, Any]) -> None:
         _check_length("bad_words", words, MAX_BAD_WORDS)
         if not all(isinstance(word, str) for word in words):
             raise bad_request("bad_words must be a list of text", "bad_words")
-        size = sum(len(word.encode()) + 1 for word in words)
+        whole = "".join(f" {word}" for word in words)
+        # As a tokenizer may read them that takes letters apart; no more than could pass.
+        apart = unicodedata.normalize("NFKD", whole[:MAX_BAD_WORD_BYTES])
+        size = max(len(whole.encode()), len(apart.encode()))
         if size > MAX_BAD_WORD_BYTES:
             raise bad_request(
                 f"bad_words is {size} bytes; at most {MAX_BAD_WORD_BYTES}", "bad_words"

@@ -2,7 +2,9 @@ import json
 import typing
 
 import pytest
-from vllm import SamplingParams
+from tokenizers import normalizers
+from vllm import SamplingParams, envs
+from vllm.tokenizers.hf import get_cached_tokenizer
 from vllm.v1.worker.gpu.sample.logit_bias import MAX_NUM_STOP_TOKEN_IDS
 
 from expertgate.server import limits, schemas
@@ -10,6 +12,7 @@ from expertgate.server.counting import TokenizeChat, TokenizeText
 from expertgate.server.responses import ResponsesRequest
 from expertgate.server.schemas import ChatRequest, TextRequest, read
 from tests.server.bodies import CHAT, chat, refused, text
+from tests.support.checkpoints import tokenizer
 
 HUGE = 10**300
 
@@ -29,6 +32,25 @@ def test_stop_tokens_leave_room_for_those_with_which_the_model_ends():
     # As the engine does with the tokenizer's and with those of generation_config.json.
     params.update_from_generation_config({"eos_token_id": [1001, 1002]}, eos_token_id=1000)
     assert most < len(params.all_stop_token_ids) <= MAX_NUM_STOP_TOKEN_IDS
+
+
+@pytest.mark.parametrize("normalizer", [normalizers.NFC(), normalizers.NFKC()])
+@pytest.mark.parametrize("letter", ["\U0001d160", "\ufdfa"], ids=ascii)
+def test_bad_words_are_measured_as_a_tokenizer_may_read_them(letter, normalizer):
+    """Threat d1: vLLM's GPU sampler dies of too many tokens, and a letter may be read as eighteen."""
+    words = tokenizer()
+    words.backend_tokenizer.normalizer = normalizer
+    most = 1
+    while True:
+        try:
+            chat(bad_words=[letter * (most + 1)])
+        except schemas.ApiError:
+            break
+        most += 1
+    params = SamplingParams(bad_words=[letter * most])
+    params.update_from_tokenizer(get_cached_tokenizer(words))
+    total = sum(map(len, params.bad_words_token_ids))
+    assert 0 < total <= envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS
 
 
 # --- numbers --------------------------------------------------------------------------------------
