@@ -37,7 +37,7 @@ def test_stop_tokens_leave_room_for_those_with_which_the_model_ends():
 @pytest.mark.parametrize("normalizer", [normalizers.NFC(), normalizers.NFKC()])
 @pytest.mark.parametrize("letter", ["\U0001d160", "\ufdfa"], ids=ascii)
 def test_bad_words_are_measured_as_a_tokenizer_may_read_them(letter, normalizer):
-    """Threat d1: vLLM's GPU sampler dies of too many tokens, and a letter may be read as eighteen."""
+    """Threat d1: vLLM's GPU sampler dies of too many tokens, and a letter may be 33 of them."""
     words = tokenizer()
     words.backend_tokenizer.normalizer = normalizer
     most = 1

@@ -287,7 +287,9 @@ DESCRIPTIONS: Mapping[str, str] = {
     "add_special_tokens": "Whether the tokenizer adds its own tokens, such as one for the start.",
     "allowed_token_ids": "Only these tokens may be generated.",
     "background": "Nothing is stored here, so nothing can be come back for.",
-    "bad_words": f"Text that may not be generated; {limits.MAX_BAD_WORD_BYTES} bytes in all, as NFKD.",
+    "bad_words": (
+        f"Text that may not be generated; {limits.MAX_BAD_WORD_BYTES} bytes in all, as NFKD."
+    ),
     "cache_salt": (
         "Parts the prefix cache further. It is never shared between principals or sets of experts; "
         "with this, only requests of the same salt share it. 1 to 128 characters without "
