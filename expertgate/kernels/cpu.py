@@ -169,6 +169,7 @@ def run_packed(
     experts: torch.Tensor,
 ) -> torch.Tensor:
     """The kernel of vLLM, on weights that are `Packed`; as `Kernel` has the rest."""
+    x = x.contiguous()
     out = torch.empty_like(x)
     torch.ops._C.cpu_fused_moe(
         out,

@@ -1,5 +1,7 @@
 """The public operation on a CPU, by vLLM's kernel and by the loop, against the loop in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -69,6 +71,19 @@ def test_an_empty_mask_gives_zeros(run):
     out = run(case)
     assert torch.equal(out[[0, 2]], torch.zeros(2, out.shape[1]))
     case.check(out)
+
+
+def test_rows_may_lie_anywhere(run):
+    """By its column, as one of two halves, or as every second row: the same bits."""
+    case = layer(T=5, E=7, H=32, I=32, masks=[127] * 5)
+    wanted = run(case)
+    for views in (
+        [x.mT.contiguous().mT for x in (case.x, case.router_logits)],
+        [torch.cat([x, x], 1)[:, x.shape[1] :] for x in (case.x, case.router_logits)],
+        [x.repeat_interleave(2, 0)[::2] for x in (case.x, case.router_logits)],
+    ):
+        x, router_logits = views
+        assert torch.equal(run(replace(case, x=x, router_logits=router_logits)), wanted)
 
 
 def test_more_pairs_than_one_call_takes(run, monkeypatch):
