@@ -48,7 +48,9 @@ def pack(w: torch.Tensor) -> torch.Tensor | Packed:
         return w
     # As vLLM chooses them.
     amx = platform.machine() == "x86_64" and torch.cpu._is_amx_tile_supported()
-    instructions = "amx" if amx and w.dtype is torch.bfloat16 else "vec"
+    # Linux gives AMX to a process that asks for it, and ends one that doesn't.
+    amx = amx and w.dtype is torch.bfloat16 and torch.cpu._init_amx()
+    instructions = "amx" if amx else "vec"
     values = torch.empty_like(w)
     torch.ops._C.prepack_moe_weight(w, values, instructions)
     return Packed(values, instructions)

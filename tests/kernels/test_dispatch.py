@@ -1,5 +1,7 @@
 """The public operation on a CPU, by vLLM's kernel and by the loop, against the loop in float64."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -150,6 +152,20 @@ def test_vllms_kernel_takes_what_is_packed():
         pytest.skip("this vLLM has no CPU kernels")
     assert isinstance(pack(torch.zeros(2, 32, 64)), Packed)
     assert not isinstance(pack(torch.zeros(2, 32, 48)), Packed)
+
+
+def test_vllms_kernel_may_be_the_first_in_a_process():
+    """Linux ends a process that uses AMX without having asked for it, as PyTorch's own may have."""
+    pytest.importorskip("vllm._custom_ops")
+    code = """
+import torch, vllm._custom_ops
+from expertgate.kernels import masked_moe, pack
+w_gate_up, w_down = (pack(torch.ones(2, *shape).bfloat16()) for shape in ((64, 32), (32, 32)))
+x = torch.ones(1, 32, dtype=torch.bfloat16)
+masked_moe(x, torch.zeros(1, 2), w_gate_up, w_down, torch.tensor([3]), top_k=2)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_half_packed_weights_are_refused():
