@@ -91,6 +91,8 @@ def configure(model: Path, name: str, arguments: Mapping[str, object]) -> VllmCo
         **arguments,
         # The first request would choose it for all, and others compile what a client sends.
         "structured_outputs_config": {"backend": "xgrammar"},
+        # With "auto", weights of another format would be taken before those that were checked.
+        "load_format": "safetensors",
         "model": str(model),
         "worker_cls": worker,
         "additional_config": {OPTION: kernel},

@@ -1,16 +1,20 @@
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.platforms.interface import UnspecifiedPlatform
 from vllm.usage.usage_lib import UsageContext
 
 from expertgate.model import cpu_process
+from expertgate.model.checkpoint import Checkpoint
 from expertgate.model.moe_kernel import OPTION
 from expertgate.server import engine
 from expertgate.server.demo import DEMO
 from expertgate.server.grants import Grants
 from expertgate.server.refusals import SettingError, refuse_arguments
+from tests.support.checkpoints import random_checkpoint
 
 
 @pytest.fixture
@@ -127,6 +131,16 @@ def test_what_vllm_refuses_has_its_name(arguments, words):
     with pytest.raises(SettingError, match=words) as refused:
         engine.start(DEMO / "model", "name", arguments, Grants())
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"load_format": "auto"}])
+def test_vllm_loads_the_files_that_were_checked(tmp_path, arguments):
+    """Left to itself it loads those of another format, where they lie beside the index's own."""
+    folder = random_checkpoint(tmp_path / "toy", num_experts=2, shards=2)
+    shutil.copy(next(folder.glob("model-*")), folder / "consolidated.safetensors")
+    loader = DefaultModelLoader(engine.configure(folder, "toy", arguments).load_config)
+    _, loaded, *_ = loader._prepare_weights(str(folder), None, None, True, None)
+    assert sorted(map(Path, loaded)) == Checkpoint(folder)._files()
 
 
 def test_cudas_build_without_a_gpu_says_what_to_do(monkeypatch):
