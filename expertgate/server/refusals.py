@@ -70,6 +70,10 @@ _ENVIRONMENT: dict[str, tuple[Callable[[str], bool], str]] = {
         lambda value: _is_off(value.strip()),
         "may not be set: it runs tools, and the engine again, within one request",
     ),
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": (
+        lambda value: _is_off(value.strip()),
+        "may not be set: behind a model's last position it reads what else lies in memory",
+    ),
     "VLLM_SKIP_MODEL_NAME_VALIDATION": (
         _is_off,
         "may not be set: a misspelt alias would be served as if it were right",

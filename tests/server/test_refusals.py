@@ -237,6 +237,9 @@ def test_vetted_arguments_pass():
         {"VLLM_MODEL_REDIRECT_PATH": "redirect.json"},
         {"VLLM_USE_MODELSCOPE": "True"},
         {"VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": "1"},
+        {"VLLM_ENABLE_RESPONSES_API_STORE": "1"},
+        {"VLLM_USE_EXPERIMENTAL_PARSER_CONTEXT": "1"},
+        {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": " True"},
     ],
 )
 def test_an_environment_that_opens_a_door_is_refused(environment):
