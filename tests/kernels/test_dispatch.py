@@ -75,6 +75,12 @@ def test_an_empty_mask_gives_zeros(run):
     case.check(out)
 
 
+def test_an_empty_slot_is_not_filled_by_the_public_expert(run):
+    """It may be excluded as others are; here both tokens go to the kernel in one call."""
+    case = layer(T=2, E=3, H=32, I=32, masks=[0b010, 0b110])
+    assert torch.equal(run(case.without([0])), run(case))
+
+
 def test_rows_may_lie_anywhere(run):
     """By its column, as one of two halves, or as every second row: the same bits."""
     case = layer(T=5, E=7, H=32, I=32, masks=[127] * 5)

@@ -129,6 +129,9 @@ def test_more_accounts_than_rows():
     held = len(ledger._free)
     ledger.begin([Scheduled("again", "again", 0, 1)])
     assert len(ledger._free) == held - 1, "rows are used again"
+    route(ledger, ["a"], 0)
+    (again,) = ledger.close(["again"])
+    assert (again.computed, sum(again.slots)) == (1, LAYERS * TOP_K)
 
 
 def test_accounts_that_nobody_closes_are_bounded(monkeypatch, caplog):

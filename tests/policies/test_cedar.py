@@ -69,6 +69,17 @@ def test_grants(text, expected):
     assert granted(text, "alice", "staff") == expected
 
 
+@pytest.mark.parametrize("groups", ["a", "b", "ab", "abc"])
+def test_each_group_of_a_principal_counts(groups):
+    text = f'{EVERYBODY} forbid(principal in Group::"a", action, resource == Expert::"math");'
+    text += 'forbid(principal in Group::"b", action, resource == Expert::"news");'
+    assert granted(text, "alice", *groups) == [
+        name
+        for name, group in (("public", ""), ("math", "a"), ("news", "b"))
+        if not group or group not in groups
+    ]
+
+
 def test_purpose_may_be_asked_for_and_may_be_missing():
     text = (
         "permit(principal, action, resource) "
