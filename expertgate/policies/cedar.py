@@ -234,6 +234,11 @@ def _check_kinds(policy: Statement) -> None:
                 f"{place}: {variable} {sign} {kind}: no {variable} is such a thing"
                 + (hint if kind == "Group" else "")
             )
+    for place, network in policy.equals_networks():
+        raise PolicyError(
+            f"{place}: no address is equal to the network {network}; "
+            f'ask for `address.isInRange(ip("{network}"))`'
+        )
 
 
 def _check_attributes(policy: Statement, claims: Mapping[str, ClaimKind]) -> None:

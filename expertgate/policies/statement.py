@@ -93,6 +93,17 @@ class Statement:
                 # Nothing is in a user or an expert but itself.
                 yield place, variable, sign.replace("in", "=="), kind
 
+    def equals_networks(self) -> Iterator[tuple[str, str]]:
+        """Place and text of every network, `ip("10.0.0.0/8")`, that something is to be equal to."""
+        words = [token.text for token in self.tokens] + [""] * 4
+        for start, token in enumerate(self.tokens):
+            name, bracket, text = words[start : start + 3]
+            network, slash, length = text.strip('"').partition("/")
+            whole = not slash or length == ("128" if ":" in network else "32")
+            beside = {words[start - 1], words[start + 4]}
+            if (name, bracket) == ("ip", "(") and not whole and beside & {"==", "!="}:
+                yield f"{self.file}:{token.line}", f"{network}/{length}"
+
     def exceptions(self) -> Iterator[tuple[str, int, int]]:
         """Every `unless`: its place, and where its condition begins and ends in the text."""
         words = [token.text for token in self.tokens]

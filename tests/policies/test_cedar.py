@@ -371,6 +371,17 @@ def test_what_decisions_depend_on(condition, read):
         ),
         *(
             (
+                when(f"context has address && {condition}").replace("permit", "forbid"),
+                "rules.cedar:1: no address is equal to the network 10.0.0.0/8; ask for `address.",
+            )
+            for condition in (
+                'context.address == ip("10.0.0.0/8")',
+                'ip("10.0.0.0/8") != context.address',
+                'ip("10.0.0.5/32") == context.address && context.address ==ip ( "10.0.0.0/8" )',
+            )
+        ),
+        *(
+            (
                 f"permit(principal, action, resource)\nunless {{ {condition} // }}\n}};",
                 "rules.cedar:2: no request can meet the condition of this `unless`",
             )
@@ -437,6 +448,8 @@ def test_every_policy_that_does_not_hold_is_told_at_once(texts, words):
         'User::"a" == principal || resource != Expert::"math" || resource is Expert',
         'true } unless { context has purpose } unless { {"}": true}["}"] == (1 == 2) } when { true',
         "true // };\n",
+        'context has address && context.address.isInRange(ip("10.0.0.0/8")) == true',
+        'context has address && context.address == ip("::1/128")',
     ],
 )
 def test_what_can_be_met_is_taken(condition):
