@@ -405,8 +405,10 @@ def _check_functions(body: Mapping[str, Any]) -> None:
 def _check_nested(body: Mapping[str, Any], nested: Mapping[str, frozenset[str]]) -> None:
     for path, allowed in nested.items():
         for place, found in _at(body, path):
-            for name in found:
-                if name not in allowed:
+            # What is null in a message or an item that comes back says nothing.
+            back = path.startswith(("messages[]", "input[]"))
+            for name, value in found.items():
+                if name not in allowed and not (back and value is None):
                     raise _unknown(name, f"{place}.{name}", allowed)
     if not isinstance(body.get("stream_options"), dict | None):
         raise bad_request("stream_options must be an object", "stream_options")

@@ -162,6 +162,21 @@ def test_an_answer_goes_back_as_it_came(server):
         assert effective(found) == STEM
 
 
+@pytest.mark.parametrize("calls", [{}, {"tools": [CHAT_TOOL], "tool_choice": "required"}], ids=str)
+def test_chat_goes_on_behind_an_answer_as_it_came(server, calls):
+    """As examples have it: `messages.append(answer.choices[0].message)`, with all that is null."""
+    api = client(server)
+    steered = {"seed": 0, "logit_bias": bias(server, "]")}
+    first = api.chat.completions.create(
+        model="toy", messages=MESSAGES, max_tokens=200, **calls, **steered
+    )
+    answer = first.choices[0].message
+    made = [{"role": "tool", "tool_call_id": c.id, "content": "a"} for c in answer.tool_calls or []]
+    messages = [*MESSAGES, answer, *made]
+    again = api.chat.completions.create(model="toy", messages=messages, max_tokens=4)
+    assert again.usage.prompt_tokens > first.usage.prompt_tokens
+
+
 # --- responses ----------------------------------------------------------------------------------
 
 
@@ -247,8 +262,7 @@ def test_a_response_that_calls_a_tool_and_goes_on(server, choice):
     assert call.name == "weather"
     first, _ = json.JSONDecoder().raw_decode(call.arguments)
     assert first["city"] in ("Rome", "Oslo")
-    called = {k: v for k, v in call.model_dump().items() if v is not None}
-    called["arguments"] = json.dumps(first)
+    called = {**call.model_dump(), "arguments": json.dumps(first)}
     answer = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
     again = api.responses.create(
         model="toy",

@@ -185,6 +185,7 @@ def unread(monkeypatch):
         ),
         (chat, {"messages": [{"role": "user", "content": {}}]}),
         (chat, {"messages": [{"role": "user", "content": 5}]}),
+        (chat, {"messages": [{"role": None, "content": "a"}]}),
         (chat, {"messages": [{"role": 5, "content": "a"}]}),
         (chat, {"messages": [{"role": "user", "content": "a", "name": [{}] * 10_000}]}),
         (chat, {"messages": [{"role": "assistant", "tool_calls": [[]] * 100_000}]}),

@@ -323,6 +323,7 @@ def test_bytes_that_are_no_request(raw):
         (chat, {"top_k": 1 << 31}),
         (chat, {"min_tokens": 1 << 40}),
         (chat, {"stream_options": {"include_usage": True}}),
+        (chat, {"messages": [{"role": "user", "content": None}]}),
     ],
 )
 def test_limits(read_one, fields):
