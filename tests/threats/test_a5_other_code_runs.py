@@ -4,9 +4,12 @@ The settings that would bring one are in test_refused_settings.py.
 """
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 
+from expertgate.model.flex_olmo import FlexOlmoForCausalLM
+from expertgate.model.proof import ProvesMasks
 from expertgate.server.cache_salts import CacheSalts
 from expertgate.server.failures import ProofError
 from expertgate.server.grants import Grants
@@ -49,6 +52,19 @@ def test_a_kernel_that_routes_by_itself_is_not_served():
     part = "model.layers.0.mlp experts"
     with pytest.raises(ProofError, match="monolithic"):
         check_facts(0, {**OURS, part: f"monolithic {OURS[part]}"})
+
+
+@pytest.mark.parametrize("monolithic", [False, True])
+def test_a_worker_tells_of_a_kernel_that_routes_by_itself(monkeypatch, monolithic):
+    experts = SimpleNamespace(
+        is_monolithic=monolithic, router=None, routed_experts=SimpleNamespace(kernel=None)
+    )
+    layers = [SimpleNamespace(prefix="mlp", experts=experts)]
+    monkeypatch.setattr(FlexOlmoForCausalLM, "moe_layers", layers)
+    model = FlexOlmoForCausalLM.__new__(FlexOlmoForCausalLM)
+    worker = ProvesMasks()
+    worker.model_runner = SimpleNamespace(get_model=lambda: model)
+    assert worker.expertgate_facts()["mlp experts"].startswith("monolithic ") is monolithic
 
 
 class Deaf(FakeEngine):
