@@ -74,6 +74,14 @@ _ENVIRONMENT: dict[str, tuple[Callable[[str], bool], str]] = {
         lambda value: _is_off(value.strip()),
         "may not be set: behind a model's last position it reads what else lies in memory",
     ),
+    "VLLM_RAISE_ON_LOGIT_NANS": (
+        lambda value: value.strip() == "0",
+        "may not be set: one request whose numbers are broken would end the engine for all",
+    ),
+    "VLLM_MAX_BAD_WORDS_TOTAL_TOKENS": (
+        lambda value: value.strip().isdecimal() and int(value) >= 1024,
+        "may not be less than 1024: a request's bad words may be as long, and would end the engine",
+    ),
     "VLLM_SKIP_MODEL_NAME_VALIDATION": (
         _is_off,
         "may not be set: a misspelt alias would be served as if it were right",

@@ -240,6 +240,8 @@ def test_vetted_arguments_pass():
         {"VLLM_ENABLE_RESPONSES_API_STORE": "1"},
         {"VLLM_USE_EXPERIMENTAL_PARSER_CONTEXT": "1"},
         {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": " True"},
+        {"VLLM_RAISE_ON_LOGIT_NANS": "1"},
+        {"VLLM_MAX_BAD_WORDS_TOTAL_TOKENS": "1023"},
     ],
 )
 def test_an_environment_that_opens_a_door_is_refused(environment):
@@ -250,6 +252,7 @@ def test_an_environment_that_opens_a_door_is_refused(environment):
 
 def test_a_plain_environment_passes():
     refuse_process({"VLLM_PLUGINS": "expertgate", "VLLM_USE_V2_MODEL_RUNNER": "1", "HOME": "/"})
+    refuse_process({"VLLM_RAISE_ON_LOGIT_NANS": "0", "VLLM_MAX_BAD_WORDS_TOTAL_TOKENS": "2048"})
 
 
 @pytest.mark.parametrize(
