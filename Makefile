@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # CUDA's build of the engine where there is an NVIDIA GPU, else the CPU's. `make VARIANT=cpu` decides.
 VARIANT ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
-LOCKS := requirements/$(VARIANT).txt requirements/dev.txt
+LOCKS := requirements/$(VARIANT).txt requirements/dev.txt $(wildcard requirements/torch-$(VARIANT).txt)
 STAMP := $(VENV)/installed-$(VARIANT)
 ARGS ?=
 # Podman builds and runs the image as well.
