@@ -14,6 +14,8 @@ from expertgate.policies.expert_set import MAX_EXPERTS
 
 ARCHITECTURE = "FlexOlmoForCausalLM"
 
+# What the model would pass over, and so speak otherwise than Transformers; absent is the first.
+_SERVED = {"hidden_act": ("silu", "swish"), "attention_bias": (False, None)}
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _CHUNK_BYTES = 1 << 24
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -74,10 +76,22 @@ class Checkpoint:
                 f"{path}: architectures is {self.config.get('architectures')}, "
                 f"but this server serves {ARCHITECTURE}"
             )
+        for name in ("num_experts", "num_hidden_layers"):
+            value = self.config.get(name, 1)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise CheckpointError(
+                    f"{path}: {name} is {json.dumps(value)}, which is no whole number"
+                )
         if not 1 <= self.num_experts <= MAX_EXPERTS:
             raise CheckpointError(
                 f"{path}: num_experts is {self.num_experts}; 1 to {MAX_EXPERTS} can be served"
             )
+        for name, served in _SERVED.items():
+            if self.config.get(name, served[0]) not in served:
+                raise CheckpointError(
+                    f"{path}: {name} is {json.dumps(self.config[name])}, "
+                    f"but this server serves {json.dumps(served[0])}"
+                )
 
     @property
     def num_experts(self) -> int:

@@ -46,11 +46,17 @@ def test_one_changed_bit_changes_its_experts_digest_and_no_other(folder, name, r
     [
         ({"architectures": ["LlamaForCausalLM"]}, "serves FlexOlmoForCausalLM"),
         ({"architectures": None}, "serves FlexOlmoForCausalLM"),
-        ({"architectures": ["FlexOlmoForCausalLM"], "num_experts": 65}, "1 to 64"),
-        ({"architectures": ["FlexOlmoForCausalLM"], "num_experts": 0}, "1 to 64"),
+        ({"num_experts": 65}, "1 to 64"),
+        ({"num_experts": 0}, "1 to 64"),
+        ({"num_experts": "many"}, 'num_experts is "many", which is no whole number'),
+        ({"num_experts": True}, "num_experts is true, which is no whole number"),
+        ({"num_hidden_layers": None}, "num_hidden_layers is null, which is no whole number"),
+        ({"hidden_act": "gelu"}, 'hidden_act is "gelu", but this server serves "silu"'),
+        ({"attention_bias": True}, "attention_bias is true, but this server serves false"),
     ],
 )
 def test_another_model_is_refused(tmp_path, config, said):
+    config = {"architectures": ["FlexOlmoForCausalLM"]} | config
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=said):
         Checkpoint(tmp_path)
