@@ -13,6 +13,7 @@ import click
 
 from expertgate.server.audit.chain import shown
 from expertgate.server.audit.usage import By, add_up
+from expertgate.server.config import CONFIG_FILE, AuditConfig, Config, ConfigError
 
 _COLUMNS = ("requests", "unknown", "tokens", "share")
 _DIGITS = 3
@@ -28,8 +29,18 @@ def _time(_: click.Context, __: click.Parameter, value: str | None) -> datetime 
     return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
+def _configured(_: click.Context, __: click.Parameter, given: Path | None) -> Path:
+    """That of the server whose configuration is here, if none is given."""
+    if given is not None or not Path(CONFIG_FILE).exists():
+        return given or AuditConfig().path
+    try:
+        return Config.load(Path(CONFIG_FILE)).audit.path
+    except ConfigError as error:
+        raise ConfigError(f"{error}\nor name the log's folder") from None
+
+
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path), default="audit")
+@click.argument("path", type=click.Path(path_type=Path), required=False, callback=_configured)
 @click.option(
     "--by",
     type=click.Choice(["expert", "owner", "principal"]),
@@ -56,7 +67,7 @@ def _time(_: click.Context, __: click.Parameter, value: str | None) -> datetime 
 def usage(path: Path, by: By, since: datetime | None, until: datetime | None, form: str) -> None:
     """Add up the usage in the audit log.
 
-    PATH is the log's folder (default: audit).
+    PATH is the log's folder. Default: `audit.path` of expertgate.yaml, or audit without one.
     """
     if since is not None and until is not None and until <= since:
         raise click.BadParameter("--to must be later than --from; it is not included")

@@ -135,6 +135,21 @@ def test_bad_times_and_folders(call, folder, tmp_path):
         assert len(err.splitlines()) == 1
 
 
+def test_without_a_folder_it_is_the_servers(call, folder, tmp_path, monkeypatch):
+    expected = call(folder, "--by", "expert")
+    monkeypatch.chdir(tmp_path)
+    assert call("--by", "expert") == expected  # `audit`, where no configuration says otherwise
+    folder.rename(tmp_path / "kept")
+    config = tmp_path / "expertgate.yaml"
+    config.write_text("model: m\nidentity: {api_keys: k}\npolicies: p\naudit: {path: kept}\n")
+    assert call("--by", "expert") == expected
+    config.write_text("audit: {path: 7}\n")
+    status, out, err = call("--by", "expert")
+    assert (status, out) == (2, "")
+    assert err.splitlines()[-1] == "expertgate: or name the log's folder"
+    assert call("kept", "--by", "expert") == expected
+
+
 _RESULT = (
     b'{"effective":%s,"kind":"result","prev":"","request":"r","seq":1,'
     b'"time":"2026-11-01T00:00:00Z","v":1,'
