@@ -21,6 +21,9 @@ def listen(host: str, port: int) -> socket.socket:
         try:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind(address)
+            # Two may be bound to an address, until one listens. uvloop, the second to try, would
+            # serve nobody and say nothing of it.
+            bound.listen()
         except OSError:
             bound.close()
             raise
@@ -52,6 +55,7 @@ def _listen_unix(path: Path) -> socket.socket:
         before = os.umask(0o177)
         try:
             bound.bind(str(path))
+            bound.listen()
         finally:
             os.umask(before)
     except OSError as error:

@@ -150,7 +150,6 @@ def test_a_socket_is_this_users_alone(tmp_path):
     bound = listen_at(f"unix:{path}")
     try:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        bound.listen()
         with pytest.raises(ListenError, match="in use"):
             listen_at(f"unix:{path}")
     finally:
@@ -168,7 +167,6 @@ def test_a_file_that_is_no_socket_is_left_alone(tmp_path):
 
 def test_addresses_and_ports_in_use():
     with listen_at("127.0.0.1:0") as bound:
-        bound.listen()
         with pytest.raises(ListenError, match="--port"):
             listen("127.0.0.1", bound.getsockname()[1])
     with listen_at("[::1]:0") as bound:
