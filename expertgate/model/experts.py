@@ -13,16 +13,20 @@ from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
-from vllm.model_executor.layers.fused_moe.oracle.unquantized import (
-    UnquantizedMoeBackend,
-    backend_to_kernel_cls,
-)
+from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
+)
+from vllm.model_executor.layers.quantization.online.fp8 import Fp8PerBlockOnlineMoEMethod
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    kFp8Dynamic128Sym,
+    kFp8Static128BlockSym,
 )
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
@@ -85,21 +89,27 @@ class MaskedRoutedExperts(RoutedExperts):
         """A hook of vLLM's: what holds the weights, and whose kernels read them."""
         method = super()._get_quant_method(*args)
         ours = wanted(get_current_vllm_config().additional_config) == "expertgate"
-        if not isinstance(method, UnquantizedFusedMoEMethod):
+        # Of vLLM's kernels those in Triton, which are told what slots are empty. On Blackwell it
+        # prefers FlashInfer's, which sum what was never written for a slot that they skip.
+        kernel = MaskedExperts if ours else TritonExperts
+        if isinstance(method, UnquantizedFusedMoEMethod):
+            if not ours and method.unquantized_backend == UnquantizedMoeBackend.CPU:
+                return method
+            # The weights stay in the order of vLLM's Triton kernels, which is the checkpoint's.
+            method.unquantized_backend = UnquantizedMoeBackend.TRITON
+            scheme = None, None
+        elif isinstance(method, Fp8PerBlockOnlineMoEMethod):
+            # Each row has scales of its own. With one for all rows, neighbours would show, and in
+            # the second product whatever lies in the rows of empty slots.
+            method.fp8_backend = Fp8MoeBackend.TRITON
+            scheme = kFp8Static128BlockSym, kFp8Dynamic128Sym
+        else:
             raise ValueError(f"{type(method).__name__}: masks aren't shown to hold in its kernels")
-        if not ours and method.unquantized_backend == UnquantizedMoeBackend.CPU:
-            return method
-        # Of vLLM's, those in Triton, even where it prefers others (on Blackwell FlashInfer's, which
-        # sum what was never written for a slot they skip): they are told which slots are empty.
-        triton = UnquantizedMoeBackend.TRITON
-        kernel = MaskedExperts if ours else backend_to_kernel_cls(triton)[0]
         supported, reason = kernel.is_supported_config(
-            kernel, method.moe, None, None, MaskedExperts.activation_format()
+            kernel, method.moe, *scheme, MaskedExperts.activation_format()
         )
         if not supported:
             raise ValueError(f"{'expertgate' if ours else 'vLLM'}'s own MoE kernels: {reason}")
-        # The weights stay in the order of vLLM's Triton kernels, which is the checkpoint's.
-        method.unquantized_backend = triton
         method.experts_cls = kernel
         if not ours:
             self.empty = self.local_num_experts

@@ -39,7 +39,12 @@ from expertgate.server.machine import (
     check_memory,
 )
 from expertgate.server.newcomers import first_tokens_first
-from expertgate.server.refusals import SettingError, refuse_arguments, refuse_config
+from expertgate.server.refusals import (
+    FP8_EXPERTS,
+    SettingError,
+    refuse_arguments,
+    refuse_config,
+)
 from expertgate.server.room import bound
 
 CPU_WORKER = "expertgate.model.cpu_worker.MaskedCPUWorker"
@@ -62,7 +67,7 @@ def parse_flags(flags: Sequence[str]) -> dict[str, object]:
     parser.add_argument("--moe-kernel")
     for action in parser._actions:
         action.default = argparse.SUPPRESS
-        if action.dest == "compilation_config":
+        if action.dest in ("compilation_config", "quantization_config"):
             # As in a configuration: what was given shows, which vLLM's object no longer tells.
             action.type = _json
     return dict(vars(parser.parse_args(list(flags))))
@@ -88,6 +93,7 @@ def configure(model: Path, name: str, arguments: Mapping[str, object]) -> VllmCo
         "served_model_name": name,
         "use_tqdm_on_load": False,
         **_seed(arguments),
+        **_quantization(arguments, kernel),
         **arguments,
         # The first request would choose it for all, and others compile what a client sends.
         "structured_outputs_config": {"backend": "xgrammar"},
@@ -172,6 +178,23 @@ def _seed(arguments: Mapping[str, object]) -> dict[str, int]:
     nodes must have the same one, and each is started with its own arguments.
     """
     return {} if arguments.get("nnodes", 1) != 1 else {"seed": secrets.randbelow(1 << 31)}
+
+
+def _quantization(arguments: Mapping[str, object], kernel: object) -> dict[str, str]:
+    """What makes vLLM look at `quantization_config`. Raises SettingError where that can't run."""
+    if arguments.keys().isdisjoint(("quantization", "quantization_config")):
+        return {}
+    if "quantization_config" not in arguments:
+        raise SettingError(f"engine argument quantization: also quantization_config={FP8_EXPERTS}")
+    if current_platform.is_cpu():
+        why = "only on GPUs; on CPUs vLLM adds few rows otherwise than many: neighbours would show"
+    elif not current_platform.supports_fp8():
+        why = "FP8 takes a GPU of compute capability 8.9 (Ada, Hopper) or later"
+    elif kernel == "expertgate":
+        why = "moe_kernel=expertgate multiplies no quantised weights; leave that out"
+    else:
+        return {"quantization": "online"}
+    raise SettingError(f"engine argument quantization_config: {why}")
 
 
 def _check_tokenizer(config: ModelConfig) -> None:

@@ -130,6 +130,24 @@ def _compilation(value: object) -> bool:
     return isinstance(value, Mapping) and set(value) <= _VETTED_COMPILATION
 
 
+FP8_EXPERTS = {"moe": "fp8_per_block"}
+"""The quantisation of which masks are shown to hold: by vLLM, of the experts, while it loads them.
+
+Each row has scales of its own there. One for a whole batch would let neighbours show.
+"""
+
+
+def _is_vetted_quantization(config: Any) -> bool:
+    """Whether what vLLM made of its arguments and the checkpoint is none, or FP8_EXPERTS."""
+    layers = config.quant_config
+    if config.model_config.quantization is None:
+        return layers is None
+    from vllm.config.quantization import resolve_quantization_config
+
+    vetted = resolve_quantization_config("online", FP8_EXPERTS)
+    return config.model_config.quantization == "online" and getattr(layers, "args", None) == vetted
+
+
 # Engine argument → which of its values were vetted, and how to say so.
 _VETTED: dict[str, tuple[Callable[[object], bool], str]] = {
     **dict.fromkeys(
@@ -193,6 +211,8 @@ _VETTED: dict[str, tuple[Callable[[object], bool], str]] = {
     "model_impl": (_one_of("auto", "vllm"), "auto or vllm"),
     "moe_kernel": (_one_of(*KERNELS), " or ".join(KERNELS)),  # ours, not vLLM's own argument
     "prefix_caching_hash_algo": (_one_of("sha256", "sha256_cbor"), "sha256 or sha256_cbor"),
+    "quantization": (_one_of("online"), f"online, with quantization_config={FP8_EXPERTS},"),
+    "quantization_config": (_one_of(FP8_EXPERTS), str(FP8_EXPERTS)),
     "runner": (_one_of("auto", "generate"), "generate"),
     "scheduling_policy": (_one_of("fcfs"), "fcfs"),
     "speculative_config": (
@@ -223,7 +243,7 @@ _WHY: dict[str, str] = {
     "logits_processors": "a stranger's code would see every request",
     "prefill_context_parallel_size": "it slices only the inputs it knows, and masks are not among "
     "them",
-    "quantization": "a quantised layer may route by itself, without the mask",
+    "quantization": "other kernels may take one scale for a whole batch, by which neighbours show",
     "scheduler_cls": "the scheduler must be vLLM's own",
     "trust_remote_code": "the checkpoint's own code would run in the engine",
     "ubatch_size": "micro-batches slice only the inputs they know, and masks are not among them",
@@ -325,7 +345,7 @@ def _unsafe(config: Any, worker_cls: str) -> dict[str, bool]:
         "runner": model.runner_type != "generate",
         "enable_prompt_embeds": model.enable_prompt_embeds,
         "trust_remote_code": model.trust_remote_code,
-        "quantization": model.quantization is not None or config.quant_config is not None,
+        "quantization": not _is_vetted_quantization(config),
         "enable_trace_replay": model.enable_trace_replay,
         "return_sampling_mask": model.return_sampling_mask,
         "enable_return_routed_experts": config.aux_output_config.enable_return_routed_experts,

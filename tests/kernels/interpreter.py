@@ -1,6 +1,6 @@
-"""Gives Triton's interpreter what a GPU has: bfloat16 products, and rows that stand alone.
+"""Gives Triton's interpreter what a GPU has: products of bfloat16 and FP8, rows that stand alone.
 
-Its `tl.dot` multiplies the bits of a bfloat16 as if they were an integer, and leaves the sum to a
+Its `tl.dot` multiplies the bits of either as if they were an integer, and leaves the sum to a
 BLAS, where a row's last bits depend on where in the tile it stands. Here each product is added to
 the accumulator by itself, one after the other, as a matrix unit does for one element.
 """
@@ -8,6 +8,7 @@ the accumulator by itself, one after the other, as a matrix unit does for one el
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -26,4 +27,6 @@ def _dot(self, a, b, d, *_):
 def _numbers(handle):
     if handle.dtype.scalar == tl.bfloat16:
         return (handle.data.astype(np.uint32) << 16).view(np.float32)
+    if handle.dtype.scalar == tl.float8e4nv:
+        return torch.from_numpy(handle.data).view(torch.float8_e4m3fn).float().numpy()
     return handle.data.astype(np.float32)

@@ -13,13 +13,14 @@ TESTS = Path(__file__).parents[1]
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they run compiled here")
 @pytest.mark.parametrize(
-    "tests", ["kernels/test_triton.py", "model/test_moe_kernel.py::test_the_layer_equals_the_twin"]
+    "tests",
+    [["kernels/test_triton.py"], ["model/test_moe_kernel.py", "-k", "equals_the_twin"]],
 )
 def test_in_tritons_interpreter(tests):
     # A process of its own: Triton must know before it is imported, and others import it compiled.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, str(TESTS / tests)],
+        [*command, str(TESTS / tests[0]), *tests[1:]],
         env=dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1"),
         cwd=TESTS.parent,
         capture_output=True,

@@ -8,6 +8,7 @@ import torch
 
 from expertgate.model.moe_kernel import KERNELS, OPTION
 from expertgate.policies.expert_set import ExpertSet
+from expertgate.server.refusals import FP8_EXPERTS
 from tests.model.test_non_interference import poison
 from tests.support.checkpoints import random_checkpoint
 from tests.support.engine import Ask, engine
@@ -31,10 +32,18 @@ def asks(count, seed):
     ]
 
 
-@pytest.fixture(scope="module", params=[(k, m) for k in KERNELS for m in ("eager", "graphs")])
+MODES = [*((kernel, mode) for kernel in KERNELS for mode in ("eager", "graphs")), ("vllm", "fp8")]
+
+
+@pytest.fixture(scope="module", params=MODES)
 def served(request, tmp_path_factory):
     """A checkpoint whose experts 2 and 5 are NaN: any token that reaches them shows."""
     kernel, mode = request.param
+    quantised = {}
+    if mode == "fp8":
+        if torch.cuda.get_device_capability() < (8, 9):
+            pytest.skip("this GPU multiplies no FP8")
+        quantised = {"quantization": "online", "quantization_config": FP8_EXPERTS}
     folder = random_checkpoint(tmp_path_factory.mktemp("poisoned"))
     poison(folder / "model.safetensors")
     with engine(
@@ -43,6 +52,7 @@ def served(request, tmp_path_factory):
         max_num_seqs=16,
         enforce_eager=mode == "eager",
         additional_config={OPTION: kernel},
+        **quantised,
     ) as running:
         running.kernel = kernel
         yield running

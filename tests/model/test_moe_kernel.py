@@ -9,9 +9,12 @@ import os
 import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config.quantization import QuantizationConfigArgs
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
-from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
+from vllm.model_executor.utils import replace_parameter
+from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.worker.workspace import init_workspace_manager, reset_workspace_manager
 
 from expertgate.kernels import reference, routing
@@ -19,6 +22,7 @@ from expertgate.kernels.routing import NO_EXPERT
 from expertgate.model import masked_experts, moe_kernel
 from expertgate.model.experts import MaskedRoutedExperts, MaskedRouter
 from expertgate.model.masked_experts import MaskedExperts
+from tests.kernels import interpreter
 from tests.support import vllms_moe
 
 T, E, H, I, TOP_K = 5, 4, 32, 48, 3
@@ -33,18 +37,20 @@ def a_gpu(monkeypatch):
     vllms_moe.a_gpu(monkeypatch)
 
 
-def build(options, *, inner=I, num_experts=E):
+def build(options, *, hidden=H, inner=I, num_experts=E, dtype=torch.float32, quantised=None):
     """vLLM's layer around ours, as `FlexOlmoMoE` makes it, and its weights."""
     config = VllmConfig(additional_config=options)
     config.compilation_config.static_forward_context = {}
-    with set_current_vllm_config(config):
+    online = quantised and OnlineQuantizationConfig(QuantizationConfigArgs(**quantised))
+    with set_current_vllm_config(config), set_default_torch_dtype(dtype):
         made = FusedMoEFactory(
             num_experts=num_experts,
             top_k=TOP_K,
-            hidden_size=H,
+            hidden_size=hidden,
             intermediate_size=inner,
-            params_dtype=torch.float32,
+            params_dtype=dtype,
             renormalize=False,
+            quant_config=online,
             router=MaskedRouter(top_k=TOP_K, num_experts=num_experts, renormalize=False),
             routed_experts_cls=MaskedRoutedExperts,
             prefix="experts",
@@ -54,8 +60,10 @@ def build(options, *, inner=I, num_experts=E):
         )
         experts = made.routed_experts
         chance = torch.Generator().manual_seed(0)
-        for weight in (experts.w13_weight, experts.w2_weight):
-            weight.data.copy_(torch.randn(weight.shape, generator=chance) / weight.shape[-1] ** 0.5)
+        for name in ("w13_weight", "w2_weight"):
+            size = getattr(experts, name).shape
+            values = torch.randn(size, generator=chance, dtype=torch.float32) / size[-1] ** 0.5
+            replace_parameter(experts, name, values.to(dtype))
         kept = experts.w13_weight.data.clone(), experts.w2_weight.data.clone()
         experts.quant_method.process_weights_after_loading(experts)
     return experts, *kept
@@ -106,11 +114,28 @@ def test_a_misspelt_kernel_is_an_error():
         build({moe_kernel.OPTION: "expertgates"})
 
 
-def test_quantised_weights_are_an_error(monkeypatch):
-    """Their kernels may route by themselves; the server refuses them by name, before this."""
-    monkeypatch.setattr(RoutedExperts, "_get_quant_method", lambda *_: object())
-    with pytest.raises(ValueError, match="masks aren't shown to hold"):
-        build({})
+FP8 = {"moe": "fp8_per_block"}
+
+
+def test_of_quantised_experts_those_whose_rows_stand_alone_are_taken(a_gpu):
+    experts, *_ = build({}, hidden=128, inner=128, dtype=torch.bfloat16, quantised=FP8)
+    assert type(experts.kernel) is TritonExperts
+    assert experts.kernel.block_shape == [128, 128]
+    assert experts.w13_weight.dtype == experts.w2_weight.dtype == torch.float8_e4m3fn
+
+
+def test_other_quantised_experts_are_an_error(a_gpu):
+    """One scale for all rows: neighbours would show. The server refuses it before this."""
+    with pytest.raises(ValueError, match="PerTensorOnlineMoEMethod: masks aren't shown to hold"):
+        build({}, dtype=torch.bfloat16, quantised={"moe": "fp8_per_tensor"})
+
+
+@pytest.mark.parametrize("options", [{}, {moe_kernel.OPTION: "expertgate"}])
+def test_quantised_experts_are_for_vllms_kernels_and_gpus(options, request):
+    if options:
+        request.getfixturevalue("a_gpu")
+    with pytest.raises(ValueError, match="own MoE kernels: kernel does not support"):
+        build(options, hidden=128, inner=128, dtype=torch.bfloat16, quantised=FP8)
 
 
 def test_they_get_the_empty_slots_as_such(a_gpu, batch, monkeypatch):
@@ -180,3 +205,51 @@ def test_the_layer_equals_the_twin(kernel, a_gpu, batch, monkeypatch):
     untouched = ~(plan.experts == 2).any(dim=1)
     assert torch.equal(dirty[untouched], out[untouched])
     assert dirty[~untouched].isnan().all()
+
+
+@interpreted
+def test_the_quantised_layer_equals_the_twin(a_gpu, batch, monkeypatch):
+    """Each row as it is alone, beside NaN of another batch and in experts that others may use."""
+    interpreter.mend(monkeypatch)
+    worked = vllms_moe.runs(monkeypatch)
+    reset_workspace_manager()
+    init_workspace_manager(torch.device("cpu"))
+    layer, *_ = build({}, hidden=256, inner=128, dtype=torch.bfloat16, quantised=FP8)
+    _, plan = batch
+    x = torch.randn(T, 256, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    every = routing.route(torch.randn(T, E), torch.full((T,), 0b1111), top_k=TOP_K)
+    layer.forward_modular(torch.full_like(x, torch.nan), every.weights, every.experts)
+    named = plan.experts.masked_fill(plan.experts == NO_EXPERT, layer.empty)
+    out = layer.forward_modular(x, plan.weights, named)
+    assert worked == [T * TOP_K, int((plan.experts != NO_EXPERT).sum())]
+    want = torch.zeros(T, 256)
+    for row in range(T):
+        for weight, expert in zip(plan.weights[row], plan.experts[row].tolist(), strict=True):
+            if expert != NO_EXPERT:
+                want[row] += weight * quantised_expert(layer, expert, x[row])
+    # bfloat16 between the two products and behind them.
+    torch.testing.assert_close(out.float(), want, rtol=2**-6, atol=2**-6)
+    for row in range(T):
+        rows = slice(row, row + 1)
+        alone = layer.forward_modular(x[rows], plan.weights[rows], named[rows])
+        assert torch.equal(alone[0], out[row])
+    for name in ("w13_weight", "w2_weight", "w13_weight_scale_inv", "w2_weight_scale_inv"):
+        getattr(layer, name).data[2].fill_(torch.nan)
+    dirty = layer.forward_modular(x, plan.weights, named)
+    untouched = ~(plan.experts == 2).any(dim=1)
+    assert torch.equal(dirty[untouched], out[untouched])
+    assert dirty[~untouched].isnan().all()
+
+
+def quantised_expert(layer, expert, x):
+    """`x` [H] → what the expert gives [H], of its FP8 weights, both products' rows in FP8 too."""
+
+    def product(row, weight, scales):
+        whole = weight.float() * scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        values, own = vllms_moe.quantise(row[None])
+        return whole @ (values.float() * own.repeat_interleave(128, 1))[0]
+
+    inner = product(x, layer.w13_weight[expert], layer.w13_weight_scale_inv[expert])
+    gate, up = inner.to(torch.bfloat16).float().chunk(2)
+    active = torch.nn.functional.silu(gate) * up
+    return product(active, layer.w2_weight[expert], layer.w2_weight_scale_inv[expert])

@@ -8,13 +8,17 @@ must know before they are imported that kernels are interpreted.
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from vllm.platforms import current_platform
 
+from benchmarks.checkpoints import without_others
 from expertgate.model.moe_kernel import KERNELS, OPTION
 from expertgate.policies.expert_set import PUBLIC_ONLY, ExpertSet
+from expertgate.server.refusals import FP8_EXPERTS
 from tests.model.test_non_interference import CLEAN, POISONED, poison
 from tests.support import runner_v2
 from tests.support.checkpoints import random_checkpoint
@@ -34,6 +38,11 @@ LIMITS = {
     "max_model_len": 96,
     "block_size": 32,
     "num_gpu_blocks_override": 6,
+}
+FP8 = {
+    "dtype": "bfloat16",
+    "quantization": "online",
+    "quantization_config": FP8_EXPERTS,
 }
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -77,12 +86,43 @@ def test_slots_that_churn_never_reach_poisoned_experts(kernel, tmp_path, monkeyp
     assert served(folder, kernel, asks) == (clean, works)
 
 
-def served(folder, kernel, asks):
+@pytest.mark.skipif(not INTERPRETED, reason="test_without_a_gpu runs it")
+def test_experts_in_fp8_answer_as_those_of_the_row_deleted_model(tmp_path, monkeypatch):
+    """To the bit, whoever is beside them and whatever else was quantised; NaN moves none."""
+    runner_v2.pretend(monkeypatch)
+    folder = random_checkpoint(tmp_path / "whole", inner=128, layers=2)
+    asks = [
+        Ask(text(length, i), SETS[i % len(SETS)], 5 - i % 3, account=str(i))
+        for i, length in enumerate(LENGTHS)
+    ]
+    clean, works = served(folder, "vllm", asks, **FP8)
+    for experts in SETS[:2]:
+        deleted = without_others(folder, experts, tmp_path / experts.text)
+        whole = ExpertSet.first(len(experts))
+        with running_engine(deleted, "vllm", **FP8) as alone:
+            [types] = alone.llm.apply_model(expert_types)
+            assert types == {torch.float8_e4m3fn}
+            for ask, answer in zip(asks, clean, strict=True):
+                if ask.experts == experts:
+                    assert alone.ask_one(replace(ask, experts=whole)) == answer, experts.text
+    poison(folder / "model.safetensors")
+    assert served(folder, "vllm", asks, **FP8) == (clean, works)
+
+
+def expert_types(model):
+    return {layer.experts.routed_experts.w2_weight.dtype for layer in model.moe_layers}
+
+
+def running_engine(folder, kernel, **arguments):
+    arguments = LIMITS | arguments
+    options = {OPTION: kernel}
+    return engine(folder, worker_cls=runner_v2.WORKER, additional_config=options, **arguments)
+
+
+def served(folder, kernel, asks, **arguments):
     """Their answers and work, beside some that may consult the experts which others may not."""
     beside = [Ask(text(20, 7), ALL, 6), Ask(text(10, 8), POISONED, 4)]
-    with engine(
-        folder, worker_cls=runner_v2.WORKER, additional_config={OPTION: kernel}, **LIMITS
-    ) as running:
+    with running_engine(folder, kernel, **arguments) as running:
         [facts] = running.llm.collective_rpc("expertgate_facts")
         assert facts["model_state"] == "expertgate.model.model_state.MaskedModelState"
         kernels = {name for part, name in facts.items() if part.endswith(" kernel")}

@@ -166,8 +166,7 @@ def test_a_file_that_is_no_socket_is_left_alone(tmp_path):
 
 
 def test_addresses_and_ports_in_use():
-    with listen_at("127.0.0.1:0") as bound:
-        with pytest.raises(ListenError, match="--port"):
-            listen("127.0.0.1", bound.getsockname()[1])
+    with listen_at("127.0.0.1:0") as bound, pytest.raises(ListenError, match="--port"):
+        listen("127.0.0.1", bound.getsockname()[1])
     with listen_at("[::1]:0") as bound:
         assert bound.getsockname()[0] == "::1"

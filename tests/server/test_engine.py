@@ -109,6 +109,49 @@ def test_our_moe_kernels_are_refused_on_a_cpu(monkeypatch):
         engine.start(Path("/checkpoint"), "name", {"moe_kernel": "expertgate"}, Grants())
 
 
+FP8 = {"moe": "fp8_per_block"}
+
+
+class Platform:
+    def __init__(self, cpu=False, fp8=True):
+        self.is_cpu, self.supports_fp8 = (lambda: cpu), (lambda: fp8)
+
+
+def test_vllm_is_told_to_look_at_how_experts_are_quantised(given, monkeypatch):
+    """By `quantization` alone it decides whether it does, and says nothing if not."""
+    monkeypatch.setattr(engine, "_worker", lambda: engine.GPU_WORKER)
+    monkeypatch.setattr(engine, "current_platform", Platform())
+    assert "quantization" not in given()
+    assert given(quantization_config=FP8)["quantization"] == "online"
+
+
+def test_how_experts_are_quantised_is_a_flag_too():
+    flags = engine.parse_flags(["--quantization-config", '{"moe": "fp8_per_block"}'])
+    assert flags == {"quantization_config": FP8}
+    refuse_arguments(flags)
+
+
+@pytest.mark.parametrize(
+    ("platform", "arguments", "words"),
+    [
+        (Platform(cpu=True), {}, "neighbours would show"),
+        (Platform(fp8=False), {}, "compute capability 8.9"),
+        (Platform(), {"moe_kernel": "expertgate"}, "no quantised weights"),
+    ],
+)
+def test_where_quantised_experts_can_not_run_it_is_said(monkeypatch, platform, arguments, words):
+    monkeypatch.setattr(engine, "_worker", lambda: engine.GPU_WORKER)
+    monkeypatch.setattr(engine, "current_platform", platform)
+    arguments = {"quantization_config": FP8, **arguments}
+    with pytest.raises(SettingError, match=f"quantization_config: .*{words}"):
+        engine.configure(Path("/checkpoint"), "name", arguments)
+
+
+def test_quantisation_without_what_to_quantise_is_refused():
+    with pytest.raises(SettingError, match="quantization: also quantization_config="):
+        engine.configure(Path("/checkpoint"), "name", {"quantization": "online"})
+
+
 @pytest.mark.parametrize("flag", [["--moe-kernel", "vllm"], ["--moe-kernel=vllm"]])
 def test_the_moe_kernel_is_a_flag_behind_vllms_own(flag):
     assert engine.parse_flags(flag) == {"moe_kernel": "vllm"}

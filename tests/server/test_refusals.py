@@ -128,7 +128,7 @@ def test_a_resolved_setting_that_loses_masks_is_refused(section, field, value):
         ("model_config", "runner_type", "pooling", "runner: only generate can be served"),
         ("model_config", "model_impl", "terratorch", "model_impl: only auto or vllm can be"),
         ("scheduler_config", "policy", "priority", "scheduling_policy: only fcfs can be served"),
-        ("model_config", "quantization", "int4", "quantization: refused, because a quantised"),
+        ("model_config", "quantization", "int4", "quantization: refused, because other kernels"),
     ],
 )
 def test_a_resolved_setting_is_refused_by_its_name_and_with_the_reason(
@@ -145,6 +145,25 @@ def test_vllms_own_scheduler_and_ngram_are_fine():
     config.scheduler_config.scheduler_cls = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
     config.speculative_config = Config(method="ngram", rejection_sample_method="standard")
     refuse_config(config, WORKER, "/checkpoint", "/tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("experts", "vetted"),
+    [("fp8_per_block", True), ("fp8_per_tensor", False), ("fp8_per_channel", False)],
+)
+def test_experts_in_fp8_of_which_each_row_has_its_own_scales_are_fine(experts, vetted):
+    from vllm.config.quantization import QuantizationConfigArgs
+    from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
+
+    refuse_arguments({"quantization_config": {"moe": "fp8_per_block"}})
+    config = safe_config()
+    config.model_config.quantization = "online"
+    config.quant_config = OnlineQuantizationConfig(QuantizationConfigArgs(moe=experts))
+    if vetted:
+        refuse_config(config, WORKER, "/checkpoint", "/tokenizer")
+        config.model_config.quantization = "fp8"  # a checkpoint's own, and the experts' besides
+    with pytest.raises(SettingError, match="engine setting quantization"):
+        refuse_config(config, WORKER, "/checkpoint", "/tokenizer")
 
 
 @pytest.mark.parametrize(
@@ -172,6 +191,10 @@ def test_vllms_own_scheduler_and_ngram_are_fine():
         ("prefix_caching_hash_algo", "xxhash"),
         ("scheduling_policy", "priority"),
         ("quantization", "fp8"),
+        ("quantization", "fp8_per_block"),  # attention as well
+        ("quantization_config", {"moe": "fp8_per_tensor"}),
+        ("quantization_config", {"moe": "fp8_per_block", "linear": "fp8_per_block"}),
+        ("quantization_config", {"moe": "fp8_per_block", "ignore": ["re:.*0.*"]}),
         ("speculative_config", {"method": "suffix"}),
         ("speculative_config", {"method": "ngram", "model": "another"}),
         ("speculative_config", "ngram"),

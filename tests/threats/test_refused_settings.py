@@ -15,6 +15,7 @@ SETTINGS = [
     ("a5", "scheduler_cls: another.Scheduler"),
     ("a5", "trust_remote_code: true"),
     ("a6", "quantization: fp8"),
+    ("a6", "quantization_config: {moe: fp8_per_tensor}"),
     ("a7", "enable_eplb: true"),
     ("a7", "enable_elastic_ep: true"),
     ("a8", "enable_lora: true"),
