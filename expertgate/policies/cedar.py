@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +18,7 @@ import cedarpy
 
 from expertgate.policies.context import ATTRIBUTES, ClaimKind, Context, ContextError, record
 from expertgate.policies.decision import Decision
+from expertgate.policies.doubts import doubts
 from expertgate.policies.expert_set import ExpertSet
 from expertgate.policies.principal import Principal
 from expertgate.policies.schema import Resource, resource_entities, schema, user_entity
@@ -55,6 +56,7 @@ class PolicySet:
         """Raises PolicyError with a fault of each policy that doesn't hold; see `load`."""
         _refuse(_faults(policies, resources, claims))
         self._ids = _ids(policies)
+        self._statements = tuple(policies)
         self._resources = tuple(resources)
         self._claims = dict(claims)
         # One text for validator and evaluator, so that both number its policies alike.
@@ -118,6 +120,10 @@ class PolicySet:
         except ContextError as error:
             return self._deny_all(str(error))
         return self._cached(principal.id, principal.groups, json.dumps(found, sort_keys=True))
+
+    def doubts(self, groups: Set[str] | None = None) -> list[str]:
+        """A line for each thing that is spoken of and nobody has; `groups` are all, where known."""
+        return list(doubts(self._statements, self._resources, groups))
 
     # Its arguments are the key of the cache: a decision sees nothing that isn't in its key.
     def _decide(self, user: str, groups: frozenset[str], context: str) -> Decision:
@@ -216,7 +222,7 @@ def _faults(
 def _check_experts(policy: Statement, resources: Iterable[Resource]) -> None:
     # Cedar takes any id for granted, and a `forbid` on a misspelt expert forbids nothing.
     known = [resource.name for resource in resources]
-    for place, name in policy.experts():
+    for place, name in policy.named("Expert"):
         if name not in known:
             raise PolicyError(
                 f'{place}: there is no Expert::"{name}"; the experts are {", ".join(known)}'

@@ -68,12 +68,35 @@ class Statement:
                 return value
         return None
 
-    def experts(self) -> Iterator[tuple[str, str]]:
-        """Place and name of every `Expert::"name"` in the policy."""
+    def named(self, kind: str) -> Iterator[tuple[str, str]]:
+        """Place and name of every `kind::"name"` in the policy."""
         for start, token in enumerate(self.tokens[:-2]):
             sign, name = self.tokens[start + 1 : start + 3]
-            if token.text == "Expert" and sign.text == "::" and name.text.startswith('"'):
+            if token.text == kind and sign.text == "::" and name.text.startswith('"'):
                 yield f"{self.file}:{name.line}", name.text[1:-1]
+
+    def values(self) -> Iterator[tuple[str, str, str]]:
+        """Place, attribute and text, where an attribute of an expert is compared with a text.
+
+        By `==` or `!=`, either way round, or `contains`, `containsAll` or `containsAny`. Not such
+        texts as are written with an escape.
+        """
+        words = ["", "", *(token.text for token in self.tokens), *[""] * 8]
+        for start, token in enumerate(self.tokens, 2):
+            resource, dot, attribute, sign, *rest = words[start : start + 8]
+            if (resource, dot) != ("resource", "."):
+                continue
+            texts = []
+            if sign in ("==", "!="):
+                texts = rest[:1]
+            elif words[start - 1] in ("==", "!="):
+                texts = [words[start - 2]]
+            elif sign == "." and rest[0].startswith("contains"):
+                behind = words[start + 6 :]
+                texts = behind[: behind.index(")")] if ")" in behind else []
+            for text in texts:
+                if text.startswith('"') and "\\" not in text:
+                    yield f"{self.file}:{token.line}", attribute, text[1:-1]
 
     def compared(self) -> Iterator[tuple[str, str, str, str]]:
         """Every comparison of a variable with entities, `principal in Group::"x"` or the reverse.

@@ -53,6 +53,10 @@ class ApiKeys:
         refuse_named_user(connection.headers)
         return Principal(found.key.id, found.key.groups, via="key", expires=found.ends)
 
+    @property
+    def groups(self) -> frozenset[str]:
+        return self._keys.groups
+
     async def refresh(self) -> CredentialsChanged | None:
         changed = await self._keys.refresh()
         return CredentialsChanged(None, changed) if changed else None
@@ -75,6 +79,7 @@ class Identity:
 
     def __init__(self, config: IdentityConfig) -> None:
         """Raises KeysError and JwksError."""
+        self._mapped = config.mapped_groups()
         self._keys = ApiKeys(KeyStore(config.api_keys)) if config.api_keys else None
         others: list[CredentialSource] = []
         others += [TokenIssuer(issuer) for issuer in config.jwt]
@@ -86,6 +91,13 @@ class Identity:
         self.sources: tuple[CredentialSource, ...] = tuple(
             source for source in (self._keys, *others) if source is not None
         )
+
+    @property
+    def groups(self) -> frozenset[str] | None:
+        """Those that somebody may be in, as things are; None where any may be told to us."""
+        if self._mapped is None:
+            return None
+        return self._mapped | (self._keys.groups if self._keys else frozenset())
 
     async def identify(self, connection: HTTPConnection) -> Principal:
         """Raises ApiError.

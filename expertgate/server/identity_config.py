@@ -176,6 +176,17 @@ class IdentityConfig(_Part):
             raise ValueError("an issuer and the certificates have the same name")
         return self
 
+    def mapped_groups(self) -> frozenset[str] | None:
+        """All that tokens and certificates can bring, by `values`; None without such a list."""
+        rules = [rule for issuer in self.jwt for rule in issuer.groups]
+        rules += self.certificates.groups if self.certificates else ()
+        found: set[str] = set()
+        for rule in rules:
+            if rule.values is None:
+                return None
+            found |= set(rule.values.values())
+        return frozenset(found)
+
     def claims(self) -> Iterator[tuple[Place, str]]:
         """Every claim that policies get to see, and the place in here that says so."""
         for i, issuer in enumerate(self.jwt):

@@ -136,6 +136,11 @@ class KeyStore:
         except OSError as error:
             raise KeysError(f"{path}: {error.strerror or error}") from None
 
+    @property
+    def groups(self) -> frozenset[str]:
+        """Of all keys, whatever their state."""
+        return frozenset().union(*(secret.key.groups for secret in self._file.value.values()))
+
     async def refresh(self) -> tuple[CredentialChange, ...]:
         """Looks at the file; the keys that are other ones from now on, by id."""
         before = self._file.value

@@ -289,6 +289,8 @@ class Oversight:
         self._tell(PoliciesLoaded(policies.version, previous))
         if policies.version != previous:
             self._lost_by = policies
+            for doubt in policies.doubts(self._service.identity.groups):
+                log.warning("%s", doubt)
 
     def _load(self, bases: Sequence[Basis]) -> tuple[Catalogue, PolicySet, list[Decision]]:
         """What the files say, and what that means for each of `bases`."""

@@ -82,6 +82,8 @@ def check(source: PolicySource) -> None:
     found = source.load()
     counted = f"policies: {len(found)}; experts: {len(source.catalogue)}; version {found.version}"
     click.echo(f"no fault found; {counted}")
+    for doubt in found.doubts():
+        click.echo(f"note: {doubt}")
 
 
 @policy.command()

@@ -215,6 +215,7 @@ def _summary(config: Config, parts: _Parts) -> list[str]:
         f"identity: {', '.join(identity)}",
         f"policies: {config.policies}, version {parts.policies.version[:12]}",
         *([f"suspended: {', '.join(suspended)}"] if suspended else []),
+        *(f"note: {doubt}" for doubt in parts.policies.doubts(parts.identity.groups)),
     ]
 
 

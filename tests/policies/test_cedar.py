@@ -547,3 +547,21 @@ def test_a_claim_may_have_quotes_in_its_name(name):
     for value, count in (("x", 3), ("y", 0)):
         principal = Principal("alice", claims={name: value})
         assert len(found.decide(principal, Context(NOON)).granted) == count
+
+
+def test_what_is_spoken_of_and_nobody_has_is_a_doubt_and_no_fault():
+    text = (
+        'forbid(principal in Group::"contracters", action, resource) unless {\n'
+        '  resource.owner == "acm" || resource.license == "open" ||\n'
+        '  resource.tags.containsAny(["dayly", "stem"]) };\n'
+        'permit(principal in Group::"staff", action, resource) when { resource.owner == "acme" };'
+    )
+    strange = [
+        'rules.cedar:2: no expert has the owner "acm"; did you mean acme?',
+        'rules.cedar:2: no expert has the license "open"',
+        'rules.cedar:3: no expert has the tag "dayly"; did you mean daily?',
+    ]
+    group = 'rules.cedar:1: nobody is in Group::"contracters"; did you mean contractors?'
+    assert policies(text).doubts() == strange
+    assert policies(text).doubts({"staff", "contractors"}) == [*strange, group]
+    assert policies(text).doubts({"staff", "contracters"}) == strange

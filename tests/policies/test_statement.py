@@ -110,7 +110,24 @@ def test_the_experts_a_policy_names():
         'unless { resource in [Expert::"a b"] && principal != User::"Expert::\\"no\\"" };'
     )
     (policy,) = cut(text)
-    assert list(policy.experts()) == [("rules.cedar:2", "math"), ("rules.cedar:3", "a b")]
+    assert list(policy.named("Expert")) == [("rules.cedar:2", "math"), ("rules.cedar:3", "a b")]
+
+
+def test_the_values_that_attributes_are_compared_with():
+    (policy,) = cut(
+        'permit(principal, action, resource) when { resource.owner == "acme"\n'
+        '&& "closed" != resource.license && resource.tags.containsAny(["a", "b"])\n'
+        '&& resource.tags.contains("c") && resource.owner == "a\\u{62}"\n'
+        '&& (resource has owner) && resource.owner like "x*" && context.purpose == "care"\n'
+        "&& resource.tags.contains(resource.owner) && resource.owner };"
+    )
+    assert list(policy.values()) == [
+        ("rules.cedar:1", "owner", "acme"),
+        ("rules.cedar:2", "license", "closed"),
+        ("rules.cedar:2", "tags", "a"),
+        ("rules.cedar:2", "tags", "b"),
+        ("rules.cedar:3", "tags", "c"),
+    ]
 
 
 _WORDS = st.sampled_from(

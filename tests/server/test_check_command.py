@@ -28,6 +28,18 @@ def test_what_holds_is_summed_up_and_nothing_is_written(folder):
     assert files(folder) == before
 
 
+def test_what_nobody_has_is_noted(folder):
+    """A misspelt `forbid` forbids nobody; what it names may be to come, so it is no fault."""
+    path = folder / "policies" / "out.cedar"
+    path.write_text('forbid(principal in Group::"nobodys", action, resource);')
+    done = expertgate(folder, "check")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f'note: {path}:1: nobody is in Group::"nobodys"' in done.stdout.splitlines()
+    path.write_text('forbid(principal, action, resource) when { resource.owner == "nobodys" };')
+    done = expertgate(folder, "policy", "check")
+    assert done.stdout.splitlines()[1:] == [f'note: {path}:1: no expert has the owner "nobodys"']
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [

@@ -220,3 +220,24 @@ def test_anonymous_is_off_unless_it_is_asked_for(identity):
     alone = Identity(IdentityConfig(anonymous=True))
     assert ask(alone, []).groups == frozenset()
     assert refused(alone, ("Authorization", "Bearer eg-" + "A" * 43)).status == 401
+
+
+# --- groups -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rules", "groups"),
+    [
+        ([], {"research"}),
+        ([{"claim": "dept", "values": {"R&D": "labs"}}], {"research", "labs"}),
+        ([{"claim": "dept", "values": {"R&D": "labs"}}, {"claim": "teams"}], None),
+        ([{"claim": "teams", "prefix": "team-"}], None),
+    ],
+)
+def test_the_groups_that_there_are_can_be_told_where_all_are_listed(tmp_path, rules, groups):
+    create_key(tmp_path / "keys.yaml", "alice", ["research"], None)
+    mesh = {"api_keys": tmp_path / "keys.yaml", "certificates": {"name": "mesh", "groups": rules}}
+    assert Identity(IdentityConfig.model_validate(mesh)).groups == groups
+    corp = {"name": "corp", "issuer": "https://corp", "audience": "us", "groups": rules}
+    mapped = IdentityConfig.model_validate({"jwt": [corp]}).mapped_groups()
+    assert mapped == (None if groups is None else groups - {"research"})

@@ -425,6 +425,16 @@ def test_where_not_all_is_remembered_all_is_forgotten(site, monkeypatch):
     asyncio.run(story())
 
 
+def test_what_new_policies_speak_of_and_nobody_has_is_logged(site, caplog):
+    async def story():
+        site.write('forbid(principal in Group::"nobodys", action, resource);')
+        await site.look()
+        assert site.oversight.policy.fault is None
+
+    asyncio.run(story())
+    assert caplog.text.count('nobody is in Group::"nobodys"') == 1
+
+
 @pytest.mark.parametrize(
     ("rules", "fault"),
     [
