@@ -33,6 +33,8 @@ class Reports:
             asked, self._waiting = self._waiting, {}
             try:
                 works = _put_together(await self._ask(list(asked)))
+                if len(works) != len(asked):  # whoever waits for one that is missing would for ever
+                    raise RuntimeError(f"asked for {len(asked)} calls, told of {len(works)}")
             except Exception as error:
                 for answer in asked.values():
                     if not answer.done():
