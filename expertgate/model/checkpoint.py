@@ -67,22 +67,21 @@ class Checkpoint:
             self.config: dict[str, Any] = json.loads(path.read_bytes())
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror or error}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: {error}") from None
         if not isinstance(self.config, dict):
             raise CheckpointError(f"{path}: holds no JSON object")
-        if ARCHITECTURE not in (self.config.get("architectures") or []):
+        architectures = self.config.get("architectures")
+        if not isinstance(architectures, list) or ARCHITECTURE not in architectures:
             raise CheckpointError(
-                f"{path}: architectures is {self.config.get('architectures')}, "
-                f"but this server serves {ARCHITECTURE}"
+                f"{path}: architectures is {architectures}, but this server serves {ARCHITECTURE}"
             )
-        for name in ("num_experts", "num_hidden_layers"):
-            value = self.config.get(name, 1)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise CheckpointError(
-                    f"{path}: {name} is {json.dumps(value)}, which is no whole number"
-                )
-        if not 1 <= self.num_experts <= MAX_EXPERTS:
+        # The defaults are those of transformers.
+        self.num_experts = _count(self.config.get("num_experts", 7), f"{path}: num_experts")
+        self.num_layers = _count(
+            self.config.get("num_hidden_layers", 32), f"{path}: num_hidden_layers"
+        )
+        if self.num_experts > MAX_EXPERTS:
             raise CheckpointError(
                 f"{path}: num_experts is {self.num_experts}; 1 to {MAX_EXPERTS} can be served"
             )
@@ -92,14 +91,6 @@ class Checkpoint:
                     f"{path}: {name} is {json.dumps(self.config[name])}, "
                     f"but this server serves {json.dumps(served[0])}"
                 )
-
-    @property
-    def num_experts(self) -> int:
-        return int(self.config.get("num_experts", 7))  # the default of transformers, as below
-
-    @property
-    def num_layers(self) -> int:
-        return int(self.config.get("num_hidden_layers", 32))
 
     def check_weights(self) -> None:
         """Raises CheckpointError where a file of weights is missing, is none or ends too soon."""
@@ -189,9 +180,18 @@ class Checkpoint:
             return sorted(self.folder.glob("*.safetensors"))
         try:
             names = set(json.loads(index.read_bytes())["weight_map"].values())
+        except OSError as error:
+            raise CheckpointError(f"{index}: {error.strerror or error}") from None
         except (ValueError, LookupError, TypeError, AttributeError):
             raise CheckpointError(f"{index}: holds no map of weights") from None
         strange = sorted(str(name) for name in names if Path(str(name)).name != name)
         if strange:
             raise CheckpointError(f"{index}: {strange[0]!r} is no file of this folder")
         return sorted(self.folder / name for name in names)
+
+
+def _count(value: object, place: str) -> int:
+    """The value itself. Raises CheckpointError where it counts nothing."""
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"{place} is {value!r}; it must be a whole number, at least 1")
+    return value

@@ -46,11 +46,13 @@ def test_one_changed_bit_changes_its_experts_digest_and_no_other(folder, name, r
     [
         ({"architectures": ["LlamaForCausalLM"]}, "serves FlexOlmoForCausalLM"),
         ({"architectures": None}, "serves FlexOlmoForCausalLM"),
+        ({"architectures": 5}, "serves FlexOlmoForCausalLM"),
+        ({"architectures": "FlexOlmoForCausalLM"}, "serves FlexOlmoForCausalLM"),
         ({"num_experts": 65}, "1 to 64"),
-        ({"num_experts": 0}, "1 to 64"),
-        ({"num_experts": "many"}, 'num_experts is "many", which is no whole number'),
-        ({"num_experts": True}, "num_experts is true, which is no whole number"),
-        ({"num_hidden_layers": None}, "num_hidden_layers is null, which is no whole number"),
+        ({"num_experts": 0}, "num_experts is 0;"),
+        ({"num_experts": None}, "a whole number"),
+        ({"num_experts": "7"}, "a whole number"),
+        ({"num_hidden_layers": True}, "a whole number"),
         ({"hidden_act": "gelu"}, 'hidden_act is "gelu", but this server serves "silu"'),
         ({"attention_bias": True}, "attention_bias is true, but this server serves false"),
     ],
@@ -67,8 +69,9 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
         Checkpoint(tmp_path)
 
 
-def test_a_broken_configuration_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "[" * 100_000])
+def test_a_broken_configuration_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         Checkpoint(tmp_path)
 
@@ -139,6 +142,12 @@ def test_a_broken_index_is_named(folder, index, said):
     (folder / "model.safetensors.index.json").write_text(index)
     with pytest.raises(CheckpointError, match=said):
         Checkpoint(folder).expert_digests([0])
+
+
+def test_an_index_that_cannot_be_read_is_named(folder):
+    (folder / "model.safetensors.index.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"index\.json: Is a directory"):
+        Checkpoint(folder).check_weights()
 
 
 def test_a_folder_is_found(folder):
