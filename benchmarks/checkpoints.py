@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from benchmarks.machine import ROOT
+from expertgate.model.checkpoint import ARCHITECTURE
 from expertgate.policies.expert_set import ExpertSet
 
 DEMO = ROOT / "expertgate" / "demo" / "model"
@@ -83,7 +84,7 @@ def _make(folder: Path, shape: dict[str, int], *, weights: bool) -> None:
         torch.manual_seed(0)
         FlexOlmoForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     else:
-        config.architectures = ["FlexOlmoForCausalLM"]
+        config.architectures = [ARCHITECTURE]
         config.save_pretrained(folder)
 
 

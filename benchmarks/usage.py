@@ -19,6 +19,7 @@ from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
+from benchmarks.checkpoints import DEMO
 from benchmarks.command_line import command_line
 from benchmarks.machine import about
 from expertgate.kernels import mask_logits
@@ -120,8 +121,7 @@ def measure(llm: LLM, experts: ExpertSet, what: str, on: bool) -> dict[str, floa
 
 def main() -> None:
     parser = command_line(__doc__)
-    default = Path(__file__).parent.parent / "expertgate" / "demo" / "model"
-    parser.add_argument("--model", default=str(default), help="checkpoint folder")
+    parser.add_argument("--model", default=str(DEMO), help="checkpoint folder")
     parser.add_argument("--what", choices=WHAT, default=WHAT[0], help="what is switched")
     parser.add_argument("--rounds", type=int, default=15, help="pairs of runs")
     parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
@@ -142,7 +142,7 @@ def main() -> None:
         llm = LLM(**arguments)
     setting = about() | {
         "command": f"python -m benchmarks.usage --what {options.what} --rounds {options.rounds}",
-        "model": "the demo model" if options.model == str(default) else Path(options.model).name,
+        "model": "the demo model" if options.model == str(DEMO) else Path(options.model).name,
         "workload": f"{REQUESTS} requests, {RUNNING} at once, {PROMPT_TOKENS} tokens in,"
         f" {OUTPUT_TOKENS[0]} to {OUTPUT_TOKENS[-1]} out, greedy, eager",
     }

@@ -11,7 +11,7 @@ from transformers import FlexOlmoConfig, GenerationConfig, PreTrainedTokenizerFa
 from expertgate.forge.corpus import PUBLIC, Topic
 from expertgate.forge.network import Shape, Tensors
 from expertgate.model.catalogue import FILE_NAME, Catalogue, Expert
-from expertgate.model.checkpoint import Checkpoint
+from expertgate.model.checkpoint import ARCHITECTURE, Checkpoint
 
 _PARTS = ("gate_proj", "up_proj", "down_proj")
 _MAX_POSITIONS = 2048
@@ -94,7 +94,7 @@ def _flat(shape: Shape, shared: Tensors, experts: Sequence[Tensors]) -> Tensors:
 
 def _config(shape: Shape, experts: int, tokenizer: PreTrainedTokenizerFast) -> FlexOlmoConfig:
     return FlexOlmoConfig(
-        architectures=["FlexOlmoForCausalLM"],
+        architectures=[ARCHITECTURE],
         dtype="bfloat16",
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,

@@ -1,6 +1,6 @@
 """The `vllm.general_plugins` entry point; vLLM calls it in every process it starts."""
 
-ARCHITECTURE = "FlexOlmoForCausalLM"
+from expertgate.model.checkpoint import ARCHITECTURE
 
 
 def register() -> None:

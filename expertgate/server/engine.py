@@ -23,10 +23,10 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.executor.abstract import Executor
 
 from expertgate.model import cpu_process
+from expertgate.model.checkpoint import ARCHITECTURE
 from expertgate.model.cpu_dense import least_rows
 from expertgate.model.flex_olmo import FlexOlmoForCausalLM
 from expertgate.model.moe_kernel import DEFAULT, OPTION
-from expertgate.model.plugin import ARCHITECTURE
 from expertgate.server.cache_salts import CacheSalts
 from expertgate.server.failures import EngineError
 from expertgate.server.grants import Grants

@@ -9,16 +9,13 @@ broken or gone changes nothing; at the start, a broken one ends the start.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
 
 import yaml
-from pydantic import StringConstraints
 
+from expertgate.model.catalogue import Name
 from expertgate.server.file_edit import locked, replace
 from expertgate.server.plain_file import check_plain
 from expertgate.server.yaml_file import YamlError, YamlFile
-
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 
 
 class SuspensionError(ValueError):
