@@ -37,6 +37,8 @@ def check_routing(
         _must(allowed.dtype is torch.int64, "allowed", allowed, "int64, a bit for each expert")
         _beside("allowed", allowed, router_logits)
     if router_bias is not None:
+        if allowed is None:
+            raise InputError("router_bias is given without allowed; masked logits have it already")
         _must(router_bias.shape == (E - 1,), "router_bias", router_bias, f"[E-1 = {E - 1}]")
         _must(router_bias.dtype.is_floating_point, "router_bias", router_bias, "floating point")
         _beside("router_bias", router_bias, router_logits)

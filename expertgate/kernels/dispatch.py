@@ -63,9 +63,9 @@ def route(
     """The K best of each token's allowed experts, with their weights; equal ones by lower index.
 
     `router_logits` [T, E]; `allowed` [T] int64 or, for logits from `mask_logits`, None: an excluded
-    expert's is -inf then. The weights are the softmax over the allowed experts alone, as if the
-    other rows did not exist; `renormalize` makes those of the chosen sum to 1. A slot that names no
-    expert names `empty`.
+    expert's is -inf then, and a bias is in them already. The weights are the softmax over the
+    allowed experts alone, as if the other rows did not exist; `renormalize` makes those of the
+    chosen sum to 1. A slot that names no expert names `empty`.
 
     Raises InputError for a shape, dtype or device that doesn't fit.
     """

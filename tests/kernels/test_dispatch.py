@@ -188,6 +188,12 @@ def test_masked_logits_route_as_their_masks_do():
     assert torch.equal(got.weights, want.weights)
 
 
+def test_masked_logits_have_their_bias_already():
+    """On a CPU it would have been passed over, and on a GPU added once more."""
+    with pytest.raises(InputError, match="router_bias is given without allowed"):
+        route(torch.zeros(1, 3), None, top_k=2, router_bias=torch.tensor([-5.0, -1.0]))
+
+
 def test_empty_slots_name_what_is_asked_for():
     case = layer(T=3, E=7, masks=[0, 1, 127])
     plan = route(case.router_logits, case.allowed, top_k=2, empty=7)
