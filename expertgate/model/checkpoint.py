@@ -92,6 +92,25 @@ class Checkpoint:
                     f"but this server serves {json.dumps(served[0])}"
                 )
 
+    def files(self) -> list[Path]:
+        """Of weights: those that the index names, where there is one; else all.
+
+        Raises CheckpointError for an index that can't be read.
+        """
+        index = self.folder / "model.safetensors.index.json"
+        if not index.exists():
+            return sorted(self.folder.glob("*.safetensors"))
+        try:
+            names = set(json.loads(index.read_bytes())["weight_map"].values())
+        except OSError as error:
+            raise CheckpointError(f"{index}: {error.strerror or error}") from None
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise CheckpointError(f"{index}: holds no map of weights") from None
+        strange = sorted(str(name) for name in names if Path(str(name)).name != name)
+        if strange:
+            raise CheckpointError(f"{index}: {strange[0]!r} is no file of this folder")
+        return sorted(self.folder / name for name in names)
+
     def check_weights(self) -> None:
         """Raises CheckpointError where a file of weights is missing, is none or ends too soon."""
         _ = self._tensors
@@ -145,7 +164,7 @@ class Checkpoint:
     def _tensors(self) -> dict[str, _Tensor]:
         """By their names; only of the files that vLLM loads. Raises CheckpointError."""
         found: dict[str, _Tensor] = {}
-        for path in self._files():
+        for path in self.files():
             # The format: eight bytes of length, a JSON header, the tensors' bytes.
             try:
                 with path.open("rb") as file:
@@ -172,22 +191,6 @@ class Checkpoint:
         if not found:
             raise CheckpointError(f"{self.folder}: no *.safetensors files")
         return found
-
-    def _files(self) -> list[Path]:
-        """Those that the index names, where there is one; else all."""
-        index = self.folder / "model.safetensors.index.json"
-        if not index.exists():
-            return sorted(self.folder.glob("*.safetensors"))
-        try:
-            names = set(json.loads(index.read_bytes())["weight_map"].values())
-        except OSError as error:
-            raise CheckpointError(f"{index}: {error.strerror or error}") from None
-        except (ValueError, LookupError, TypeError, AttributeError):
-            raise CheckpointError(f"{index}: holds no map of weights") from None
-        strange = sorted(str(name) for name in names if Path(str(name)).name != name)
-        if strange:
-            raise CheckpointError(f"{index}: {strange[0]!r} is no file of this folder")
-        return sorted(self.folder / name for name in names)
 
 
 def _count(value: object, place: str) -> int:

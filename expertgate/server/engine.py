@@ -23,7 +23,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.executor.abstract import Executor
 
 from expertgate.model import cpu_process
-from expertgate.model.checkpoint import ARCHITECTURE
+from expertgate.model.checkpoint import ARCHITECTURE, Checkpoint
 from expertgate.model.cpu_dense import least_rows
 from expertgate.model.flex_olmo import FlexOlmoForCausalLM
 from expertgate.model.moe_kernel import DEFAULT, OPTION
@@ -118,7 +118,7 @@ def configure(model: Path, name: str, arguments: Mapping[str, object]) -> VllmCo
     headers = Path(sysconfig.get_path("include"))
     if worker == CPU_WORKER:
         check_kernels()
-        check_memory(model, psutil.virtual_memory().available)
+        check_memory(Checkpoint(model), psutil.virtual_memory().available)
         _check_batch(config)
         check_cpp_compiler(os.environ, headers)
         return config

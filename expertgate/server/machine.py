@@ -11,6 +11,7 @@ from vllm.config import CacheConfig
 from vllm.platforms import current_platform
 from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
 
+from expertgate.model.checkpoint import Checkpoint
 from expertgate.server.refusals import SettingError
 
 
@@ -33,13 +34,17 @@ def check_kernels() -> None:
     raise SettingError("vLLM's kernels for CPUs can't be loaded: `make clean install` may mend it")
 
 
-def check_memory(model: Path, available: int) -> None:
-    """The weights alone must fit, or the kernel ends a process without a word of why."""
-    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+def check_memory(model: Checkpoint, available: int) -> None:
+    """The weights alone must fit, or the kernel ends a process without a word of why.
+
+    Raises SettingError.
+    """
+    weights = sum(file.stat().st_size for file in model.files())
     if weights > available:
         raise SettingError(
-            f"the weights in {model} are {weights / 1e9:.1f} GB, and {available / 1e9:.1f} GB of "
-            "memory are free: end what takes it, or serve on a larger machine"
+            f"the weights in {model.folder} are {weights / 1e9:.1f} GB, and "
+            f"{available / 1e9:.1f} GB of memory are free: end what takes it, or serve on a larger "
+            "machine"
         )
 
 

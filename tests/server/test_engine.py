@@ -183,7 +183,7 @@ def test_vllm_loads_the_files_that_were_checked(tmp_path, arguments):
     shutil.copy(next(folder.glob("model-*")), folder / "consolidated.safetensors")
     loader = DefaultModelLoader(engine.configure(folder, "toy", arguments).load_config)
     _, loaded, *_ = loader._prepare_weights(str(folder), None, None, True, None)
-    assert sorted(map(Path, loaded)) == Checkpoint(folder)._files()
+    assert sorted(map(Path, loaded)) == Checkpoint(folder).files()
 
 
 def test_cudas_build_without_a_gpu_says_what_to_do(monkeypatch):

@@ -5,15 +5,23 @@ from types import SimpleNamespace
 
 import pytest
 
+from expertgate.model.checkpoint import Checkpoint
 from expertgate.server import machine
 from expertgate.server.refusals import SettingError
 
 
 def test_weights_that_do_not_fit_are_a_line(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["FlexOlmoForCausalLM"]}')
     (tmp_path / "model.safetensors").write_bytes(b"x" * 3000)
-    machine.check_memory(tmp_path, 3000)
+    model = Checkpoint(tmp_path)
+    machine.check_memory(model, 3000)
     with pytest.raises(SettingError, match="larger machine"):
-        machine.check_memory(tmp_path, 2999)
+        machine.check_memory(model, 2999)
+    # What the engine doesn't load takes none, as the same weights once more in another format.
+    (tmp_path / "consolidated.safetensors").write_bytes(b"x" * 3000)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "model.safetensors"}}')
+    machine.check_memory(model, 3000)
 
 
 def test_memory_that_is_not_free_is_a_line(monkeypatch):
