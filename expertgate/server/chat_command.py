@@ -56,6 +56,10 @@ def chat(url: str, key: str, experts: str | None, max_tokens: int) -> None:
         raise click.ClickException(f"nothing answers at {url}; is the server running?") from None
     except openai.APIStatusError as error:
         raise click.ClickException(_words(error)) from None
+    # Of what isn't the answer that it awaits, the client makes errors of Python's own kinds.
+    except (openai.APIError, AttributeError, LookupError, TypeError, ValueError):
+        words = f"what answers at {url} serves no model; is it the server?"
+        raise click.ClickException(words) from None
     click.echo(f"{model} at {url}. {_TURNS}")
     messages: list[Any] = []
     failed = False

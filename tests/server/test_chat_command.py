@@ -3,9 +3,14 @@
 import contextlib
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
+import pytest
+
 from expertgate.server.chat_command import _answer
+from expertgate.server.cli import main
 from tests.server.running import environment
 
 
@@ -37,6 +42,35 @@ def test_a_wrong_key_or_no_server_is_one_line(server):
     done = talk(server, "", "--url", "http://127.0.0.1:1")
     assert done.returncode == 1
     assert "is the server running?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "page"),
+    [
+        ("text/html", b"<html>"),
+        ("application/json", b'{"data": []}'),
+        ("application/json", b"{}"),
+        ("application/json", b"[]"),
+        ("application/json", b"{"),
+    ],
+)
+def test_a_server_of_another_kind_is_one_line(capsys, kind, page):
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.end_headers()
+            self.wfile.write(page)
+
+        def log_message(self, *_): ...
+
+    with HTTPServer(("127.0.0.1", 0), Other) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{other.server_port}"
+        status = main(["chat", "--url", url, "--key", "eg-any"])
+        other.shutdown()
+    said = f"expertgate: what answers at {url} serves no model; is it the server?\n"
+    assert (status, capsys.readouterr().err) == (1, said)
 
 
 def test_a_conversation_without_an_answer_ends_with_status_1(server):
