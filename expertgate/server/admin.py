@@ -26,7 +26,7 @@ _OPERATOR = Principal("operator", via="admin")
 def create_admin(service: Service, oversight: Oversight, token: str) -> FastAPI:
     """The operators' application; all of it but `/health` asks for the token."""
     oversight.listeners.append(metrics.count_change)
-    metrics.tell_policies(oversight.policy.version, oversight.policy.loaded_at.timestamp())
+    metrics.tell_policies(service.policies.version)
     if service.audit.log is not None:
         metrics.watch_audit(service.audit.log)
     app = FastAPI(

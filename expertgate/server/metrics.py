@@ -3,7 +3,6 @@
 No label names a principal, and an expert's name only stands where there are few: at most 64.
 """
 
-import time
 from collections.abc import Sequence
 
 from prometheus_client import Counter, Gauge, Histogram, Info
@@ -60,9 +59,10 @@ WITHDRAWALS = Counter(
 )
 
 
-def tell_policies(version: str, loaded_at: float) -> None:
+def tell_policies(version: str) -> None:
+    """Those that were read just now, and are in force."""
     POLICIES.info({"version": version})
-    LOADED_AT.set(loaded_at)
+    LOADED_AT.set_to_current_time()
     RELOADED.set(1)
 
 
@@ -81,7 +81,7 @@ def count_work(names: Sequence[str], work: Work) -> None:
 def count_change(change: Change) -> None:
     match change:
         case PoliciesLoaded(version, _):
-            tell_policies(version, time.time())
+            tell_policies(version)
         case PoliciesRefused():
             RELOADED.set(0)
         case Withdrawn():

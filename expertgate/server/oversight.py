@@ -11,7 +11,7 @@ time.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -49,17 +49,6 @@ _SHOWN = 10
 """Credentials that a line of the log names; the audit log names all."""
 
 
-@dataclass(slots=True)
-class PolicyStatus:
-    """How the policies in force came to be so; `fault` is what is wrong with those that are not."""
-
-    version: str
-    loaded_at: datetime
-    fault: str | None = None
-    loads: int = 1
-    refusals: int = 0
-
-
 class _Watch:
     """A stamp that is looked at, and tells of a change once it has stopped changing."""
 
@@ -94,7 +83,8 @@ class Oversight:
         Raises SuspensionError for a file that is broken, or names an expert there isn't.
         """
         self.listeners: list[Callable[[Change], None]] = []
-        self.policy = PolicyStatus(service.policies.version, datetime.now(UTC))
+        self.policy_fault = ""
+        """What is wrong with the policies that were read last, where they are not in force."""
         self._service = service
         self._files = files
         self._running = service.catalogue
@@ -263,11 +253,10 @@ class Oversight:
             fault = str(error).replace("\n", "; ")
             if _unread(error):
                 self._policy_watch.again()
-                if fault == self.policy.fault:
+                if fault == self.policy_fault:
                     return  # told when it was tried first
-            self.policy.fault = fault
-            self.policy.refusals += 1
-            self._tell(PoliciesRefused(self.policy.fault, self.policy.version))
+            self.policy_fault = fault
+            self._tell(PoliciesRefused(fault, self._service.policies.version))
             return
         if not self._policy_watch.still():
             return  # changed while it was read; the next look sees that as well
@@ -279,13 +268,7 @@ class Oversight:
             if grant.basis is basis:  # else its credential says something else now
                 grant.basis = replace(basis, decision=decision)
         self._withdraw_lost()
-        self.policy = replace(
-            self.policy,
-            version=policies.version,
-            loaded_at=datetime.now(UTC),
-            fault=None,
-            loads=self.policy.loads + 1,
-        )
+        self.policy_fault = ""
         self._tell(PoliciesLoaded(policies.version, previous))
         if policies.version != previous:
             self._lost_by = policies

@@ -10,6 +10,7 @@ from expertgate.policies.cedar import PolicySet
 from expertgate.policies.context import Context
 from expertgate.server.audit.trail import Trail
 from expertgate.server.cache_salts import CacheSalts
+from expertgate.server.changes import PoliciesLoaded
 from expertgate.server.guard import GuardedLLM
 from expertgate.server.identity import Identity
 from expertgate.server.identity_config import IdentityConfig
@@ -70,6 +71,11 @@ class Site:
         self.oversight = Oversight(self.service, files, seen, self.suspended)
         self.changes = []
         self.oversight.listeners.append(self.changes.append)
+
+    @property
+    def loads(self) -> int:
+        """How often policies have come into force since the start."""
+        return sum(isinstance(change, PoliciesLoaded) for change in self.changes)
 
     def write(self, rules: str) -> None:
         """In place, as an editor would that knows no better."""

@@ -1,7 +1,6 @@
 """The operators' application, which is none of the clients' business."""
 
 import stat
-from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +22,6 @@ class Oversight:
 
     def __init__(self):
         self.listeners = []
-        self.policy = SimpleNamespace(version="v1", loaded_at=datetime.now(UTC))
         self.suspended = set()
 
     async def suspend(self, name):
@@ -46,6 +44,7 @@ def oversight():
 def client(oversight):
     service = SimpleNamespace(
         engine=None,
+        policies=SimpleNamespace(version="v1"),
         catalogue=Catalogue.default(3),
         audit=SimpleNamespace(log=None, refused=lambda *_: None),
     )

@@ -74,9 +74,10 @@ def service_of(audit_log, engine) -> Service:
         catalogue=CATALOGUE,
         identity=SimpleNamespace(identify=_identify),
         policies=SimpleNamespace(
+            version="v" * 64,
             decide=lambda principal, context: Decision(
                 ExpertSet.of([0, 2]), {"public": ("all",), "news": ("readers",)}, "v" * 64
-            )
+            ),
         ),
         audit=Trail(audit_log, CATALOGUE),
     )
