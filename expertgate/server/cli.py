@@ -147,7 +147,11 @@ def demo(host: str, port: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """The entry point; returns or exits with 0, 1 (the server failed) or 2 (a mistake)."""
+    """The entry point; returns or exits with its status.
+
+    0; 1 where a server failed or something didn't pass its check; 2 for an operator's mistake;
+    3 where `policy diff` finds a gain; 130 where it was interrupted.
+    """
     try:
         return cli.main(arguments, standalone_mode=False)
     except _MISTAKES as error:

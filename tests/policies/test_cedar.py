@@ -21,7 +21,6 @@ RESOURCES = [
 EVERYBODY = "permit(principal, action, resource);"
 CLAIMS = {"department": "string", "level": "integer", "on_call": "boolean", "projects": "strings"}
 NOON = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)  # a Tuesday
-EAST = timezone(timedelta(hours=2))
 ALL = ["public", "math", "news"]
 
 
