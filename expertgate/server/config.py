@@ -179,7 +179,7 @@ class AdminConfig(BaseModel):
             raise ConfigError(f"{self.token}: {why}; {hint}") from None
         if len(token) < _LEAST_TOKEN_CHARS or not token.isascii():
             least = f"at least {_LEAST_TOKEN_CHARS} ASCII characters"
-            raise ConfigError(f"{self.token}: the token has {least}; {hint}")
+            raise ConfigError(f"{self.token}: the token must have {least}; {hint}")
         return token
 
 
