@@ -17,7 +17,6 @@ import os
 import random
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ from benchmarks.checkpoints import BUILD, DEMO, SHAPES, locate
 from benchmarks.command_line import command_line
 from benchmarks.load import Client, Job, client
 from benchmarks.machine import about
+from benchmarks.servers import serving
 from benchmarks.switched import OFF, ON
 from expertgate.model.catalogue import FILE_NAME
 
@@ -41,7 +41,6 @@ PROMPT_TOKENS = 16
 OUTPUT_TOKENS = 32
 RECORDS = 2000
 WAITING = (1, 16, 64)
-_START_S = 300
 
 
 def log_alone(folder: Path, waiting: int) -> dict[str, float]:
@@ -101,26 +100,8 @@ def server(
         "engine": {**engine, "enforce_eager": True},
     }
     (folder / "expertgate.yaml").write_text(json.dumps(config))
-    said = folder / "said"
-    with said.open("wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", module, "serve"],
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        deadline = time.monotonic() + _START_S
-        while "ready after" not in (text := said.read_text(errors="replace")):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"the server did not come up:\n{text[-2000:]}")
-            time.sleep(0.2)
-        url = "http://" + text.partition(" at http://")[2].split()[0]
+    with serving(folder, module) as (url, process):
         yield url, key, process.pid
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def cpu_s(pid: int) -> float:

@@ -83,10 +83,22 @@ def expertgate(folder: Path, checkpoint: Path, engine: Mapping[str, Any]) -> Ite
         "engine": {"served_model_name": MODEL, **engine},
     }
     (folder / "expertgate.yaml").write_text(json.dumps(config))
-    command = [sys.executable, "-m", "expertgate.server.cli", "serve"]
-    with _started(command, folder, {}) as process:
+    with serving(folder) as (url, process):
+        yield Server(url, folder, keys, process)
+
+
+@contextlib.contextmanager
+def serving(
+    folder: Path, module: str = "expertgate.server.cli"
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A server by the configuration in `folder`, once it is ready, and its URL.
+
+    `module`: what serves.
+    """
+    here = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    with _started([sys.executable, "-m", module, "serve"], folder, here) as process:
         said = _wait(process, folder, lambda text: "ready after" in text)
-        yield Server("http://" + said.partition(" at http://")[2].split()[0], folder, keys, process)
+        yield "http://" + said.partition(" at http://")[2].split()[0], process
 
 
 @contextlib.contextmanager
