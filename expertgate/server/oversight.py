@@ -22,6 +22,7 @@ from expertgate.policies.decision import Decision
 from expertgate.policies.expert_set import ExpertSet
 from expertgate.policies.statement import PolicyError
 from expertgate.server import suspensions
+from expertgate.server.beside import beside
 from expertgate.server.changes import (
     Change,
     CredentialsChanged,
@@ -148,7 +149,7 @@ class Oversight:
             return
         try:
             losses = self._service.namespaces.losses
-            lost = await asyncio.to_thread(losses, policies.decide, every)
+            lost = await beside(partial(losses, policies.decide, every), "losses")
         except Exception:
             log.exception("who lost what can't be told, so all that is cached is forgotten")
             lost = every
@@ -197,7 +198,8 @@ class Oversight:
         the expert isn't taken from everybody for another reason.
         """
         index = self._index(expert)
-        changed = await asyncio.to_thread(suspensions.suspend, self._path, expert, self._held())
+        change = partial(suspensions.suspend, self._path, expert, self._held())
+        changed = await beside(change, "suspend")
         self._read_suspensions()
         if index not in self._service.suspended:
             raise SuspensionError(f"{self._path}: another has changed it meanwhile")
@@ -206,7 +208,8 @@ class Oversight:
     async def resume(self, expert: str) -> bool:
         """Ends what `suspend` began; False where nothing had begun. Raises SuspensionError."""
         index = self._index(expert)
-        changed = await asyncio.to_thread(suspensions.resume, self._path, expert, self._held())
+        change = partial(suspensions.resume, self._path, expert, self._held())
+        changed = await beside(change, "resume")
         self._read_suspensions()
         if index in self._service.suspended:
             raise SuspensionError(f"{self._path}: another has changed it meanwhile")
@@ -248,7 +251,7 @@ class Oversight:
         asked = [(grant, grant.basis) for grant in self._service.grants if grant.basis is not None]
         bases = [basis for _, basis in asked]
         try:
-            catalogue, policies, decisions = await asyncio.to_thread(self._load, bases)
+            catalogue, policies, decisions = await beside(partial(self._load, bases), "policies")
         except (PolicyError, CatalogueError) as error:
             fault = str(error).replace("\n", "; ")
             if _unread(error):

@@ -8,7 +8,6 @@ import multiprocessing
 import signal
 import socket
 import ssl
-import threading
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from vllm.envs import enable_envs_cache
 from vllm.utils.gc_utils import freeze_gc_heap
 
 from expertgate.server.audit.writer import Recorded
+from expertgate.server.beside import beside
 from expertgate.server.config import TlsConfig
 from expertgate.server.errors import ApiError
 from expertgate.server.failures import ProofError
@@ -145,7 +145,7 @@ async def _run(
     serving = asyncio.gather(*(server.listen() for server in servers))
     engine: GuardedLLM | None = None
     try:
-        starting = _in_thread(lambda: _deaf_to_ctrl_c(start_engine))
+        starting = beside(lambda: _deaf_to_ctrl_c(start_engine), "engine-start")
         await _first_of(starting, stopping, serving)
         while not starting.done():  # asked to stop, so it only has to end
             _end_children()
@@ -179,7 +179,7 @@ async def _run(
         for watch in watching:
             watch.cancel()
         if engine is not None:
-            await asyncio.to_thread(engine.shutdown, _ENGINE_STOP_S)
+            await beside(partial(engine.shutdown, _ENGINE_STOP_S), "engine-stop")
         _end_children()
         gc.unfreeze()  # or libraries report as leaked what the end would have collected
 
@@ -246,30 +246,6 @@ def _deaf_to_ctrl_c(start_engine: Callable[[], GuardedLLM]) -> GuardedLLM:
     resource_tracker.ensure_running()  # where it has to start it, Python 3.11 lifts the mask again
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     return start_engine()
-
-
-def _in_thread(call: Callable[[], Any]) -> asyncio.Future[Any]:
-    """Not the loop's own threads: those are waited for at exit, however long they take."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Any] = loop.create_future()
-
-    def settle(result: Any, error: BaseException | None) -> None:
-        if future.cancelled():
-            return
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
-
-    def work() -> None:
-        try:
-            result, error = call(), None
-        except BaseException as raised:
-            result, error = None, raised
-        loop.call_soon_threadsafe(settle, result, error)
-
-    threading.Thread(target=work, name="engine-start", daemon=True).start()
-    return future
 
 
 async def _first_of(*tasks: asyncio.Future[Any]) -> None:

@@ -1,11 +1,11 @@
 """A file of the operator's that is read again when it changes."""
 
-import asyncio
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from expertgate.server.beside import beside
 from expertgate.server.plain_file import check_plain
 
 log = logging.getLogger(__name__)
@@ -39,15 +39,15 @@ class WatchedFile(Generic[T]):
             return False
         try:
             # Thousands of keys take a second to read, and streams would wait.
-            value = await asyncio.to_thread(self._read)
-        except OSError as error:
-            # The stamp stays the old one: what can't be read now is tried at the next look.
-            self._failed(f"{self.path}: {error.strerror or error}")
-            return False
-        except Exception as error:  # also of a kind that `parse` should not raise
+            value = await beside(self._read, "file")
+        except ValueError as error:
             self._stamp = found
-            words = str(error) if isinstance(error, ValueError) else f"{self.path}: {error!r}"
-            self._failed(words.replace("\n", "; "))
+            self._failed(str(error).replace("\n", "; "))
+            return False
+        except Exception as error:  # also of a kind that nobody thought of
+            # The stamp stays the old one: what can't be read now is tried at the next look.
+            words = error.strerror if isinstance(error, OSError) else repr(error)
+            self._failed(f"{self.path}: {words or error}")
             return False
         if stamp(self.path) != found:
             return False  # what was read may be half of each

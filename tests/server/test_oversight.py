@@ -31,6 +31,7 @@ from expertgate.server.changes import (
     Withdrawn,
 )
 from expertgate.server.errors import ApiError
+from expertgate.server.file_edit import locked
 from expertgate.server.grants import WithdrawnError
 from expertgate.server.identity import Anonymous
 from expertgate.server.key_edits import create_key, expire_key, revoke_key, rotate_key
@@ -763,7 +764,7 @@ def test_an_operator_is_told_where_another_undid_it_at_once(site, monkeypatch, w
         (Path, "read_text", None),
         (Path, "read_bytes", None),  # of the catalogue
         (PolicyFiles, "load", None),  # as where the folder can't be listed
-        (asyncio, "to_thread", RuntimeError("can't start new thread")),
+        (threading.Thread, "start", RuntimeError("can't start new thread")),
     ],
 )
 def test_policies_that_cannot_be_read_are_read_again_until_they_can(
@@ -937,6 +938,46 @@ def test_a_revoked_key_does_not_wait_for_an_issuer(site):
             watching.cancel()
 
     asyncio.run(story())
+
+
+def test_changes_are_seen_whatever_hangs_in_the_loops_own_threads(site):
+    """Names of hosts are looked up there, such as an issuer's, and a resolver may hang."""
+    go_on = threading.Event()
+
+    async def story():
+        loop = asyncio.get_running_loop()
+        hanging = [loop.run_in_executor(None, go_on.wait) for _ in range(64)]
+        alice, dave = await site.ask("alice"), await site.ask("dave")
+        watching = asyncio.create_task(site.oversight.watch())
+        try:
+            async with asyncio.timeout(60):
+                revoke_key(site.folder / "keys.yaml", "alice")
+                while not alice.withdrawn:
+                    await asyncio.sleep(LOOK_EVERY_S)
+                site.write(PUBLIC)
+                while not dave.withdrawn or site.oversight._lost_by is not None:
+                    await asyncio.sleep(LOOK_EVERY_S)
+                assert await site.oversight.suspend("math")
+                assert await site.oversight.resume("math")
+        finally:
+            go_on.set()
+            watching.cancel()
+            await asyncio.gather(*hanging)
+
+    asyncio.run(story())
+
+
+def test_a_switch_that_waits_for_anothers_edit_does_not_hold_up_the_end(site):
+    async def story():
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await site.oversight.suspend("math")
+
+    ending = threading.Thread(target=asyncio.run, args=(story(),), daemon=True)
+    with locked(site.suspended):
+        ending.start()
+        ending.join(30)
+        assert not ending.is_alive()
 
 
 def test_a_suspension_holds_though_policies_that_were_read_before_it_come_after(site, monkeypatch):

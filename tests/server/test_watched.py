@@ -53,6 +53,30 @@ def test_what_cannot_be_read_leaves_the_old_in_force_whatever_its_fault(path, er
     assert looks(file) == [False, True]
 
 
+@pytest.mark.parametrize("where", ["thread", "parse"])
+def test_what_fails_by_nothing_in_the_file_is_tried_again(path, where, caplog, monkeypatch):
+    """Of a change that nobody looks at twice, such as a key that is revoked, nothing would come."""
+    errors = [MemoryError(), RuntimeError("can't start new thread")]
+
+    def failing(go_on):
+        def call(*arguments):
+            if errors:
+                raise errors.pop()
+            return go_on(*arguments)
+
+        return call
+
+    file = WatchedFile(path, read)
+    if where == "parse":
+        monkeypatch.setattr(file, "_parse", failing(read))
+    if where == "thread":
+        monkeypatch.setattr(threading.Thread, "start", failing(threading.Thread.start))
+    path.write_bytes(b"two, longer")
+    assert looks(file, 5) == [False, False, False, True, False]
+    assert file.value == b"two, longer"
+    assert caplog.text.count("what was read before stays in force") == 2
+
+
 def test_what_changes_while_it_is_read_waits_for_another_look(path):
     """What was read may be half of each."""
     changes = [b"three"]

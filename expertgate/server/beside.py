@@ -1,0 +1,38 @@
+"""Runs beside the event loop what may take long, each call in a thread of its own.
+
+The loop's own threads are few. Names of hosts are looked up in them, for as long as a resolver
+likes, and the process doesn't end before they have.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def beside(call: Callable[[], T], name: str) -> asyncio.Future[T]:
+    """What `call` returns or raises. Nobody waits for it at the end of the process."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if future.cancelled():
+            return
+        if error is None:
+            future.set_result(result)  # type: ignore[arg-type]
+        else:
+            future.set_exception(error)
+
+    def work() -> None:
+        try:
+            found: tuple[T | None, BaseException | None] = call(), None
+        except BaseException as raised:
+            found = None, raised
+        with suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(settle, *found)
+
+    threading.Thread(target=work, name=name, daemon=True).start()
+    return future
