@@ -37,6 +37,7 @@ from expertgate.server.identity import Anonymous
 from expertgate.server.key_edits import create_key, expire_key, revoke_key, rotate_key
 from expertgate.server.namespaces import Namespaces
 from expertgate.server.oversight import LOOK_EVERY_S
+from expertgate.server.plain_file import MAX_BYTES
 from expertgate.server.policy_files import PolicyFiles
 from expertgate.server.service import SUSPENDED
 from expertgate.server.suspensions import SuspensionError
@@ -1095,6 +1096,20 @@ def test_a_pipe_in_the_place_of_a_file_holds_up_nothing(site, caplog, what):
         freeing.cancel()
         assert list(site.service.suspended) == [2]
         assert f"{path}: must be a file" in caplog.text
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("what", ["suspended", "rules", "experts"])
+def test_nor_does_one_that_is_far_too_large(site, caplog, what):
+    path = getattr(site, what)
+
+    async def story():
+        await site.oversight.suspend("news")
+        os.truncate(path, MAX_BYTES + 1)
+        await site.look()
+        assert list(site.service.suspended) == [2]
+        assert f"{path}: has {MAX_BYTES + 1} bytes, and must have" in caplog.text
 
     asyncio.run(story())
 

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from expertgate.server.plain_file import MAX_BYTES
 from expertgate.server.watched import WatchedFile
 
 
@@ -120,3 +121,14 @@ def test_a_device_is_none(path):
     assert file.value == b"one"
     with pytest.raises(OSError, match="must be a file"):
         WatchedFile(path, read)
+
+
+def test_what_is_far_too_large_is_not_read(path, caplog):
+    """It would take all memory there is, and requests wait for some of these files."""
+    file = WatchedFile(path, read)
+    os.truncate(path, MAX_BYTES + 1)
+    assert looks(file, 3) == [False] * 3
+    assert file.value == b"one"
+    assert f"must have at most {MAX_BYTES}" in caplog.text
+    os.truncate(path, MAX_BYTES)
+    assert looks(file) == [False, True]
