@@ -6,7 +6,8 @@ that ends before it was cut. Kept elsewhere as well, it holds against whoever ca
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from expertgate.server.audit.signing import PublicKeys, sync_folder
 
 HEAD_FILE = "head.json"
 _NAME = re.compile(r"([0-9]{16})\.jsonl")
+_ON_ITS_WAY_S = 0.5
 _LOOK_INTO_IT = "Keep this folder for whoever looks into it, and begin a new one"
 
 
@@ -60,6 +62,24 @@ def files(folder: Path) -> list[Path]:
         return sorted(path for path in folder.iterdir() if first_of(path) is not None)
     except OSError as error:
         raise AuditError(f"{folder}: {error.strerror or error}") from None
+
+
+def lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file of a log, with their numbers. Raises AuditError.
+
+    A last one that isn't whole is waited for: a server that writes many records at once shows
+    their beginning first.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                until = time.monotonic() + _ON_ITS_WAY_S
+                while not line.endswith(b"\n") and time.monotonic() < until:
+                    time.sleep(_ON_ITS_WAY_S / 25)
+                    line += file.readline()
+                yield number, line
+    except OSError as error:
+        raise AuditError(f"{path}: {error.strerror or error}") from None
 
 
 def read_head(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from expertgate.server.audit.chain import AuditError, RecordError, parse
-from expertgate.server.audit.folder import files
+from expertgate.server.audit.folder import files, lines
 
 By = Literal["expert", "owner", "principal"]
 
@@ -90,12 +90,8 @@ def _records(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not paths:
         raise AuditError(f"{folder}: has no log: its files are called {1:016}.jsonl and so on")
     for path in paths:
-        try:
-            with path.open("rb") as file:
-                for number, line in enumerate(file, 1):
-                    try:
-                        yield f"{path}:{number}", parse(line)
-                    except RecordError as error:
-                        raise AuditError(f"{path}:{number}: {error}") from None
-        except OSError as error:
-            raise AuditError(f"{path}: {error.strerror or error}") from None
+        for number, line in lines(path):
+            try:
+                yield f"{path}:{number}", parse(line)
+            except RecordError as error:
+                raise AuditError(f"{path}:{number}: {error}") from None

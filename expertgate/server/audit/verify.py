@@ -5,7 +5,7 @@ somebody who can write to the folder, nor that the folder was put back to an ear
 itself, unless a head that was kept elsewhere says otherwise.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from expertgate.server.audit.chain import (
     parse,
     shown,
 )
-from expertgate.server.audit.folder import HEAD_FILE, files, first_of, read_head
+from expertgate.server.audit.folder import HEAD_FILE, files, first_of, lines, read_head
 from expertgate.server.audit.signing import PublicKeys
 
 _MAX_FAULTS = 20
@@ -119,7 +119,7 @@ class _Reader:
 
     def read(self, path: Path) -> None:
         report = self._report
-        for number, raw in _lines(path):
+        for number, raw in lines(path):
             line = raw.removesuffix(b"\n")
             place = f"{path}:{number}"
             if not raw.endswith(b"\n"):
@@ -251,14 +251,6 @@ def _check_kept(
         )
     elif _near(kept, report) and found[seq] != kept.hash:
         report.faults.append(f"{kept.path}: the log has another record {seq} than this signed one")
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    try:
-        with path.open("rb") as file:
-            yield from enumerate(file, 1)
-    except OSError as error:
-        raise AuditError(f"{path}: {error.strerror or error}") from None
 
 
 def _records(first: int, last: int) -> str:

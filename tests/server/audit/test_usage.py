@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from expertgate.server.audit import folder as folders
 from expertgate.server.audit import writer
 from expertgate.server.cli import main
 from tests.server.audit.logs import open_log
@@ -112,6 +113,15 @@ def test_the_shares_of_all_experts_are_what_was_computed(call, folder):
     _, out, _ = call(folder, "--by", "expert", "--format", "json")
     computed = sum(tokens or 0 for _, _, tokens, _ in REQUESTS)
     assert sum(row["share"] for row in json.loads(out)) == pytest.approx(computed)
+
+
+def test_a_record_that_is_being_written_is_waited_for(call, folder, monkeypatch):
+    before = call(folder, "--by", "owner")
+    last = max(folder.glob("*.jsonl"))
+    whole = last.read_bytes()
+    last.write_bytes(whole[:-100])
+    monkeypatch.setattr(folders.time, "sleep", lambda _: last.write_bytes(whole))
+    assert call(folder, "--by", "owner") == before
 
 
 def test_a_name_stays_within_its_row(call, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import rfc8785
 from click.testing import CliRunner
 
+from expertgate.server.audit import folder as folders
 from expertgate.server.audit.chain import GENESIS, AuditError, digest, line_of
 from expertgate.server.audit.command import audit
 from expertgate.server.audit.folder import HEAD_FILE
@@ -356,6 +357,14 @@ def test_a_running_log_is_signed_in_part(tmp_path):
     report = check(tmp_path)
     assert (report.faults, report.unsigned) == ([], 2)
     log.close()
+
+
+def test_a_line_that_is_being_written_is_waited_for(folder, monkeypatch):
+    whole = file_of(folder).read_bytes()
+    file_of(folder).write_bytes(whole[:-100])
+    assert "the file ends in the middle of a record" in check(folder).faults[0]
+    monkeypatch.setattr(folders.time, "sleep", lambda _: file_of(folder).write_bytes(whole))
+    assert check(folder).faults == []
 
 
 def test_lines_are_canonical_json_of_rfc_8785(folder):
