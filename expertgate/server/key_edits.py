@@ -18,6 +18,8 @@ from pydantic import ValidationError
 from expertgate.server.file_edit import locked, replace
 from expertgate.server.keys import PREFIX, Key, KeysError, Replaced, hash_of, parse_keys
 
+_MARK = "\ufeff"
+"""With which some editors begin a file."""
 _SECRET_BYTES = 32
 
 
@@ -134,8 +136,10 @@ def _edit(path: Path, change: Callable[[str, list[Key]], tuple[str, list[Key]]])
         with locked(path) as target:
             old = target.read_bytes() if target.exists() else b""
             known = parse_keys(old, path)
-            text, expected = change(old.decode(), known)
-            new = text.encode()
+            text = old.decode()
+            rest = text.removeprefix(_MARK)  # of which the parser counts no character
+            changed, expected = change(rest, known)
+            new = (text[: len(text) - len(rest)] + changed).encode()
             if parse_keys(new, path) != expected:
                 words = "can't be changed here, as it is written; is it one plain list of entries?"
                 raise KeysError(f"{path}: {words}")

@@ -119,8 +119,7 @@ def create(
 ) -> None:
     """Make a key and print it, this once."""
     secret = create_key(path, id, groups, expires, may_assert=may_assert)
-    click.echo(secret)
-    click.echo(f"{path} has its hash; the key itself is shown only here", err=True)
+    _show(secret, id, path)
 
 
 @keys.command("list")
@@ -156,8 +155,7 @@ def rotate(id: str, grace: timedelta, expires: datetime | None, path: Path) -> N
     Its id and groups stay.
     """
     secret = rotate_key(path, id, grace, expires)
-    click.echo(secret)
-    click.echo(f"{path} has its hash; the key itself is shown only here", err=True)
+    _show(secret, id, path)
 
 
 @keys.command()
@@ -175,6 +173,17 @@ def expire(id: str, when: datetime, path: Path) -> None:  # noqa: A002
 def revoke(id: str, path: Path) -> None:  # noqa: A002
     """End a key now, with all its secrets. Its id stays taken."""
     revoke_key(path, id)
+
+
+def _show(secret: str, id: str, path: Path) -> None:  # noqa: A002
+    try:
+        click.echo(secret)
+    except OSError as error:
+        raise KeysError(
+            f"the key can't be printed: {error.strerror or error}. {path} has its hash and nobody "
+            f"has the key, so make another: `expertgate keys rotate {id} --grace 0h`"
+        ) from None
+    click.echo(f"{path} has its hash; the key itself is shown only here", err=True)
 
 
 def _row(key: Key, now: datetime) -> tuple[str, str, str, str, str]:

@@ -292,6 +292,7 @@ SPELLINGS = [
         "-   sha256: '{hash}'\n    id: alice\n    groups:\n    - staff\n", id="hash first"
     ),
     pytest.param("- id: alice\r\n  groups: [staff]\r\n  sha256: {hash}\r\n", id="CRLF"),
+    pytest.param("\ufeff- id: alice\n  groups: [staff]\n  sha256: {hash}\n", id="mark"),
     pytest.param("- id: alice\n  groups: [staff]\n  sha256: {hash}", id="no newline at the end"),
     pytest.param(
         "- id: alice\n  sha256: {hash}\n  groups: [staff]\n  previous:  # old ones\n"

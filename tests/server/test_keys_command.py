@@ -1,4 +1,7 @@
+import sys
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 import yaml
@@ -146,6 +149,21 @@ def test_rotation_prints_the_new_secret_once(run, tmp_path):
     (previous,) = entry["previous"]
     ends = datetime.fromisoformat(str(previous["expires"]))
     assert abs(ends - datetime.now(UTC) - timedelta(hours=24)) < timedelta(minutes=1)
+
+
+def test_a_key_that_cannot_be_printed_is_told(run, tmp_path, capsys, monkeypatch):
+    """As into a file on a full disk: it is in force, and nobody has it."""
+    for command in (["create", "--id", "alice"], ["rotate", "alice"]):
+        with monkeypatch.context() as patched, Path("/dev/full").open("w") as full:
+            patched.setattr(sys, "stdout", full)
+            assert main(["keys", *command]) == 2
+            with suppress(OSError):
+                full.close()  # which tries once more
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "No space left on device" in line
+        assert "keys rotate alice --grace 0h" in line
+    (entry,) = yaml.safe_load((tmp_path / "keys.yaml").read_text())
+    assert entry["previous"]
 
 
 @pytest.mark.parametrize("grace", ["24", "1y", "-1h", "", "1h30m"])
