@@ -7,12 +7,12 @@ keeps was written by experts that whoever comes back for it may not consult.
 import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest as _ResponsesRequest
-from vllm.exceptions import GenerationError
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from expertgate.server import answers
 from expertgate.server.circumstances import Purpose
@@ -196,10 +196,11 @@ def _text(kind: str, event: BaseModel) -> str:
 
 
 def _cause(error: Exception) -> Exception:
-    """VLLM turns an error of the engine into an event that its own model refuses."""
-    cause = error.__context__
-    if isinstance(error, ValidationError) and isinstance(cause, GenerationError):
-        return cause
+    """VLLM turns an error of the engine into an event, which its own model of events refuses."""
+    if isinstance(error, ValidationError):
+        refused = error.errors(include_url=False)[0]["input"]
+        with suppress(ValidationError):
+            return answers.from_response(ErrorResponse.model_validate(refused))
     return error
 
 

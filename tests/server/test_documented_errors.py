@@ -3,10 +3,13 @@
 import http.client
 import json
 from concurrent.futures import Future
+from contextlib import aclosing
 
 import httpx
 import jsonschema
 import pytest
+from vllm.exceptions import GenerationError
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from expertgate.policies.principal import Principal
 from expertgate.server import reading
@@ -15,6 +18,7 @@ from expertgate.server.audit import receipts, writer
 from expertgate.server.errors import CODES
 from expertgate.server.openapi.document import document
 from expertgate.server.routes.table import ROUTES
+from tests.support import sse
 
 DOCUMENT = document()
 DOCUMENTED = [(route, code) for route in ROUTES for code in route.codes]
@@ -174,3 +178,36 @@ def test_health_and_ready_say_that_an_engine_is_dead(asking, coreless):
         whole = {**DOCUMENT["components"]["schemas"][schema], "components": DOCUMENT["components"]}
         jsonschema.Draft202012Validator(whole).validate(response.json())
         coreless.core.resources.engine_dead = False
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (EngineDeadError(), "engine_unavailable"),
+        (GenerationError("at /srv/secret"), "internal_error"),
+    ],
+    ids=["dies", "fails"],
+)
+@pytest.mark.parametrize("outputs", [0, 2])
+@pytest.mark.parametrize("route", [r for r in ROUTES if r.event], ids=lambda route: route.path)
+def test_what_an_engine_dies_of_in_a_stream_is_the_servers_fault(
+    asking, coreless, monkeypatch, route, outputs, error, code
+):
+    generate = coreless.llm.generate
+
+    async def dying(*arguments, **named):
+        async with aclosing(generate(*arguments, **named)) as found:
+            for _ in range(outputs):
+                yield await anext(found)
+            raise error
+
+    monkeypatch.setattr(coreless.llm, "generate", dying)
+    response = asking(route).ask(stream=True)
+    assert "secret" not in response.text
+    if outputs == 0:
+        told = response.json()["error"]["code"]
+        assert (response.status_code, told) == (CODES[code][0], code)
+        return
+    told = [event for event in sse.data(response) if '"code":' in event.replace(" ", "")]
+    found = json.loads(told[-1])
+    assert found.get("error", found)["code"] == code
