@@ -8,7 +8,7 @@ error that names it.
 import difflib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, ClassVar, Protocol, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -100,35 +100,49 @@ _SHARED_FIELDS = frozenset(
     }
 )
 
-# Fields that vLLM or OpenAI knows and a body here doesn't, where the name doesn't say why.
-_REFUSED = {
+# Fields of OpenAI's that a body here doesn't have, with why.
+_OPENAIS = {
     "audio": "answers are text alone",
     "best_of": "use n",
-    "chat_template": "the template is the server's",
-    "chat_template_kwargs": "the template is the server's",
+    "context_management": "a conversation is sent whole, and read whole",
     "conversation": "nothing is stored here",
-    "ec_transfer_params": "only the server speaks to the engine's transfers",
     "function_call": "use tool_choice",
     "functions": "use tools",
-    "kv_transfer_params": "only the server speaks to the engine's transfers",
-    "logprob_token_ids": "others in the batch would be told of your tokens, not of theirs",
     "metadata": "nothing is stored here",
     "modalities": "answers are text alone",
-    "priority": "requests are served in order",
-    "prompt_embeds": "a prompt must be text or tokens",
+    "moderation": "answers are not judged here",
+    "prediction": "nothing is drafted from it",
     "prompt_cache_key": "cached prefixes are found without one",
+    "prompt_cache_retention": "the server decides how long prefixes are cached",
     "reasoning_effort": "the model's template knows no levels of reasoning",
-    "repetition_detection": "its cost grows with everyone's step",
-    "request_id": "ids are the server's",
     "safety_identifier": "who asks is told by the credential",
-    "session_id": "ids are the server's",
     "service_tier": "all are served alike",
     "store": "nothing is stored here",
+    "suffix": "the model only goes on from the end of a text",
+    "verbosity": "the model's template knows no levels of it",
+    "web_search_options": "no tool runs here",
+}
+# The same of vLLM's, where the name doesn't say why.
+_VLLMS = {
+    "chat_template": "the template is the server's",
+    "chat_template_kwargs": "the template is the server's",
+    "ec_transfer_params": "only the server speaks to the engine's transfers",
+    "kv_transfer_params": "only the server speaks to the engine's transfers",
+    "length_penalty": "it is for beams, which would run outside the grant of the request",
+    "logprob_token_ids": "others in the batch would be told of your tokens, not of theirs",
+    "priority": "requests are served in order",
+    "prompt_embeds": "a prompt must be text or tokens",
+    "repetition_detection": "its cost grows with everyone's step",
+    "request_id": "ids are the server's",
+    "session_id": "ids are the server's",
     "structured_outputs": "use response_format",
     "use_beam_search": "beams would run outside the grant of the request",
     "vllm_xargs": "only the server speaks to the engine's extensions",
-    "web_search_options": "no tool runs here",
 }
+_REFUSED = _OPENAIS | _VLLMS
+
+_NULL_IS_NOTHING = {*_OPENAIS, "background", "n", "prompt", "stream_options", "truncation"}
+"""Fields that OpenAI's clients send as null for None, and that vLLM has no null for."""
 
 # Nested objects: the path of keys to one, with [] for the items of a list → the keys it may have.
 NESTED: Mapping[str, frozenset[str]] = {
@@ -208,6 +222,7 @@ class ChatRequest(ChatCompletionRequest):
         "max_completion_tokens",
         "messages",
         "parallel_tool_calls",
+        "store",
         "tool_choice",
         "tools",
         "top_logprobs",
@@ -218,9 +233,12 @@ class ChatRequest(ChatCompletionRequest):
     experts: Experts = None
     purpose: Purpose = None
     receipt: Receipt = None
+    store: Literal[False] | None = False
 
     @classmethod
     def check(cls, body: Mapping[str, Any]) -> None:
+        if body.get("store"):
+            raise bad_request(f"store can't be set: {_OPENAIS['store']}", "store")
         check_messages(body)
         check_tools(body)
         _check_functions(body)
@@ -277,6 +295,7 @@ def read(kind: type[Kind], raw: bytes) -> Kind:
 
 def check(kind: type[Kind], body: Mapping[str, Any]) -> Kind:
     """The request in a JSON object. Raises ApiError, naming the first thing that's wrong."""
+    body = {k: v for k, v in body.items() if v is not None or k not in _NULL_IS_NOTHING}
     _check_fields(kind, body)
     check_limits(body)
     kind.check(body)

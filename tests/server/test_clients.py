@@ -5,11 +5,17 @@ And vLLM's own load.
 
 import asyncio
 import json
+import operator
 import subprocess
 import sys
+from types import NoneType
+from typing import get_args, get_type_hints
 
 import openai
 import pytest
+from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming as Chat
+from openai.types.completion_create_params import CompletionCreateParamsNonStreaming as Text
+from openai.types.responses.response_create_params import ResponseCreateParamsNonStreaming
 
 from tests.server.running import Server, environment
 
@@ -93,6 +99,29 @@ def test_probabilities_are_told(server):
     logprobs = found.choices[0].logprobs
     assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.top_logprobs) == 3
     assert all(probability < 0 for probability in logprobs.token_logprobs)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "params", "asked"),
+    [
+        ("chat.completions", Chat, {"messages": MESSAGES, "max_tokens": 2}),
+        ("completions", Text, {"prompt": "hi", "max_tokens": 2}),
+        ("responses", ResponseCreateParamsNonStreaming, {"input": "hi", "max_output_tokens": 2}),
+    ],
+    ids=str,
+)
+def test_none_is_nothing_wherever_the_client_takes_it(server, path, params, asked, stream):
+    types = get_type_hints(params)
+    nothing = [name for name in params.__optional_keys__ if NoneType in get_args(types[name])]
+    assert "temperature" in nothing
+    create = operator.attrgetter(path)(client(server)).create
+    found = create(model="toy", **{**dict.fromkeys(nothing), **asked, "stream": stream})
+    if not stream:
+        assert effective(found) == STEM
+    else:
+        *_, last = found
+        assert effective(last.response if path == "responses" else last) == STEM
 
 
 # --- structured output and tools --------------------------------------------------------------

@@ -65,9 +65,10 @@ def test_a_misspelt_field_gets_a_hint():
         ("reasoning_effort", "no levels"),
         ("web_search_options", "no tool runs here"),
         ("function_call", "use tool_choice"),
+        ("length_penalty", "outside the grant"),
         ("metadata", "nothing is stored"),
+        ("prediction", "nothing is drafted"),
         ("service_tier", "all are served alike"),
-        ("store", "nothing is stored"),
     ],
 )
 def test_what_openais_clients_send_and_is_not_here_is_no_slip(field, instead):
@@ -76,6 +77,13 @@ def test_what_openais_clients_send_and_is_not_here_is_no_slip(field, instead):
         assert (error.param, "did you mean" in error.message) == (field, False)
         assert error.message.startswith(f"{field} can't be set: ")
         assert instead in error.message
+
+
+def test_a_chat_that_is_not_to_be_stored_is_one():
+    assert chat(store=False).store is False
+    for call, value in ((chat, True), (chat, 0), (text, False), (text, True)):
+        assert refused(call, store=value).param == "store"
+    assert "nothing is stored here" in refused(chat, store=True).message
 
 
 def test_a_long_name_is_told_by_its_beginning_and_never_searched(monkeypatch):

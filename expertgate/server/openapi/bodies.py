@@ -270,6 +270,7 @@ _NARROWED_IN_RESPONSES: Mapping[str, Schema] = {
     "metadata": _or_null({**_OBJECT, "additionalProperties": _TEXT, "maxProperties": MAX_METADATA}),
     "previous_response_id": {"type": "null"},
     "reasoning": _or_null(reference("Reasoning")),
+    "service_tier": _or_null(_one_of("auto", "default", "flex", "scale", "priority")),
     "text": _or_null(reference("TextConfig")),
     "tool_choice": {
         "anyOf": [_one_of("none", "auto", "required"), reference("ResponsesToolChoice")]
@@ -380,6 +381,8 @@ def schema(kind: type[Body]) -> Schema:
             field = {**narrowed[name], **{k: v for k, v in field.items() if k in kept}}
             if "anyOf" not in field or {"type": "null"} not in field["anyOf"]:
                 field = {k: v for k, v in field.items() if (k, v) != ("default", None)}
+        if name == kind.required and "anyOf" in field:
+            field = {**field, "anyOf": [each for each in field["anyOf"] if each != _NULL]}
         if name in DESCRIPTIONS:
             field = {**field, "description": DESCRIPTIONS[name]}
         properties[name] = field

@@ -13,7 +13,8 @@ from expertgate.server.routes.table import ROUTES, Route
 _ABOUT = """\
 An inference server for mixtures of experts in which every request consults exactly the experts its
 user may. The routes are OpenAI's, and answer as OpenAI's do; `experts` is ours, in bodies and in
-answers. A field that is not listed is refused, not ignored. A body is JSON of at most 1 MiB.
+answers. A field that is not listed is refused, not ignored, unless it is one of OpenAI's and null.
+A body is JSON of at most 1 MiB.
 """
 
 _KEY = "credential"
