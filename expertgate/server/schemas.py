@@ -152,8 +152,8 @@ NESTED: Mapping[str, frozenset[str]] = {
 }
 NULLS = ("annotations", "audio", "function_call")
 """What an answer's message has besides, null in all of ours. It may come back with it."""
-UNREAD = ("parsed", "parsed_arguments", "provider_specific_fields")
-"""What clients add to an answer or a call in it, OpenAI's two and LiteLLM's one, and send back."""
+UNREAD = ("index", "parsed", "parsed_arguments", "provider_specific_fields", "refusal")
+"""What else comes back with it: the place of a call, and what OpenAI's clients and LiteLLM add."""
 MESSAGES: Mapping[str, frozenset[str]] = {
     "messages[]": frozenset(
         {
@@ -379,15 +379,43 @@ def check_messages(body: Mapping[str, Any]) -> None:
             raise bad_request(f"{place}: only parts of type 'text' can be read", place)
         if not isinstance(part.get("text"), str):
             raise bad_request(f"{place}.text must be text", f"{place}.text")
+    for place, message in _at(body, "messages[]"):
+        if not isinstance(message.get("tool_calls"), list | None):
+            where = f"{place}.tool_calls"
+            raise bad_request(f"{where} must be a list", where)
+    for place, call in _at(body, "messages[].tool_calls[]"):
+        _check_call(call, place)
+
+
+def _check_call(call: Mapping[str, Any], place: str) -> None:
+    """Of one that isn't whole, vLLM's words don't say where it stands. Raises ApiError 400."""
+    if call.get("type") != "function":
+        raise bad_request(f"{place}.type must be 'function'", f"{place}.type")
+    function = call.get("function")
+    if not isinstance(function, dict):
+        raise bad_request(f"{place}.function must be an object", f"{place}.function")
+    for found, where, name in (
+        (call, place, "id"),
+        (function, f"{place}.function", "name"),
+        (function, f"{place}.function", "arguments"),
+    ):
+        if not isinstance(found.get(name), str):
+            raise bad_request(f"{where}.{name} must be text", f"{where}.{name}")
 
 
 def with_read(body: Mapping[str, Any]) -> dict[str, Any]:
     """A chat's body that has been checked, without what nobody reads of its messages.
 
-    Nor with nulls: to vLLM's models `name` may be missing, but not null, and `refusal`, which only
-    OpenAI knows, may not stand beside `reasoning`, which only vLLM does.
+    Nor with nulls: to vLLM's models `name` may be missing, but not null.
     """
-    return {**body, "messages": [_read(message) for message in body["messages"]]}
+    return {**body, "messages": [_message(message) for message in body["messages"]]}
+
+
+def _message(found: Mapping[str, Any]) -> dict[str, Any]:
+    message: dict[str, Any] = _read(found)
+    # vLLM's former name for it, which its chat still takes, and its tokenizing doesn't.
+    thought = message.pop("reasoning_content", None)
+    return message if thought is None else {"reasoning": thought, **message}
 
 
 def _read(value: Any, name: str = "") -> Any:
@@ -409,16 +437,12 @@ def check_tools(body: Mapping[str, Any]) -> None:
 
 
 def _check_functions(body: Mapping[str, Any]) -> None:
-    """What vLLM takes for granted of functions and their calls before it looks."""
+    """What vLLM takes for granted of functions before it looks."""
     for place, tool in _at(body, "tools[]"):
         function = tool.get("function")
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             where = f"{place}.function.name"
             raise bad_request(f"{where} must be text", where)
-    for place, message in _at(body, "messages[]"):
-        if not isinstance(message.get("tool_calls"), list | None):
-            where = f"{place}.tool_calls"
-            raise bad_request(f"{where} must be a list", where)
 
 
 def _check_nested(body: Mapping[str, Any], nested: Mapping[str, frozenset[str]]) -> None:
@@ -442,9 +466,11 @@ def _check_nested(body: Mapping[str, Any], nested: Mapping[str, frozenset[str]])
             if form.get("type") not in ("text", "json_object", "json_schema"):
                 where = f"{place}.type"
                 raise bad_request(f"{where} must be text, json_object or json_schema", where)
-    for place, schema in _at(body, "response_format.json_schema"):
-        if schema.get("schema") is None:  # vLLM's words for it are of its own insides
-            raise bad_request(f"{place}.schema is missing", f"{place}.schema")
+    formats = [each for each in _at(body, "text.format") if each[1]["type"] == "json_schema"]
+    for place, form in (*_at(body, "response_format.json_schema"), *formats):
+        for name in ("name", "schema"):
+            if form.get(name) is None:  # vLLM's words for it are of its own insides
+                raise bad_request(f"{place}.{name} is missing", f"{place}.{name}")
 
 
 def _unknown(name: str, place: str, allowed: Iterable[str]) -> ApiError:

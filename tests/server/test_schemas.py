@@ -35,8 +35,13 @@ def test_malformed_experts_have_their_own_code(value):
 
 
 def test_what_is_missing_inside_is_named():
-    form = {"type": "json_schema", "json_schema": {"name": "n"}}
-    assert refused(chat, response_format=form).param == "response_format.json_schema.schema"
+    for name in ("name", "schema"):
+        form = {"name": "n", "schema": {"type": "object"}}
+        del form[name]
+        error = refused(chat, response_format={"type": "json_schema", "json_schema": form})
+        assert error.message == f"response_format.json_schema.{name} is missing"
+        error = refused(response, text={"format": {"type": "json_schema", **form}})
+        assert error.message == f"text.format.{name} is missing"
     for part in ({"type": "text", "txt": "x"}, {"type": "text"}):
         message = {"role": "user", "content": [part]}
         assert refused(chat, messages=[message]).param == "messages[0].content[0].text"
@@ -221,11 +226,9 @@ def test_so_are_the_tools_of_a_chat(wrong):
     named = {"type": "function", "function": {"name": "f"}}
     for fields in ({"tools": wrong}, {"tools": wrong, "tool_choice": named}):
         assert refused(chat, **fields).param.startswith("tools")
-    call = {"role": "assistant", "content": "a", "tool_calls": wrong}
-    if not isinstance(wrong, list):
-        assert refused(chat, messages=[call]).param == "messages[0].tool_calls"
 
 
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 ANSWERED = {
     "role": "assistant",
     "content": "a",
@@ -249,14 +252,43 @@ def test_an_answers_message_comes_back_as_it_was(annotations):
 
 @pytest.mark.parametrize("value", [None, {"a": 1}, [1], "a", 5], ids=str)
 def test_what_clients_add_to_an_answer_comes_back_unread(value):
-    function = {"name": "f", "arguments": "{}"}
-    call = {"id": "c", "type": "function", "function": function}
-    parsed = {**call, "function": {**function, "parsed_arguments": value}}
+    parsed = {**CALL, "function": {**CALL["function"], "parsed_arguments": value}}
     message = {"role": "assistant", "content": None, "tool_calls": [parsed], "parsed": value}
     message["provider_specific_fields"] = value  # LiteLLM's, of what isn't OpenAI's
     found = chat(messages=[message]).messages[0]
-    assert found == {"role": "assistant", "content": None, "tool_calls": [call]}
-    assert refused(chat, messages=[{**message, "tool_calls": [{**call, "parsed": 1}]}])
+    assert found == {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    assert refused(chat, messages=[{**message, "tool_calls": [{**CALL, "parsed": 1}]}])
+
+
+@pytest.mark.parametrize("kind", [ChatRequest, TokenizeChat])
+def test_what_the_reference_lists_of_a_message_is_read(kind):
+    """By vLLM `reasoning` alone; a call that a client put together of a stream has its place."""
+    said = {"role": "assistant", "content": "a", "refusal": "b", "reasoning": "c"}
+    thought = {"role": "assistant", "content": "a", "reasoning_content": "c"}
+    both = {**thought, "reasoning": "c", "tool_calls": [{**CALL, "index": 0}]}
+    asked = {"messages": [said, thought, both]}
+    first, second, third = read(kind, json.dumps(asked).encode()).messages
+    assert first == second == {"role": "assistant", "content": "a", "reasoning": "c"}
+    assert {**third, "tool_calls": list(third["tool_calls"])} == {**first, "tool_calls": [CALL]}
+
+
+@pytest.mark.parametrize("wrong", [None, 5, [], {}], ids=str)
+@pytest.mark.parametrize("name", ["id", "type", "function", "function.name", "function.arguments"])
+@pytest.mark.parametrize("kind", [ChatRequest, TokenizeChat])
+def test_what_is_wrong_with_a_call_is_named(kind, name, wrong):
+    outer, _, inner = name.partition(".")
+    value = {**CALL["function"], inner: wrong} if inner else wrong
+    messages = [{"role": "assistant", "tool_calls": [CALL, {**CALL, outer: value}]}]
+    error = refused(read, kind, json.dumps({"messages": messages}).encode())
+    assert error.param.startswith(f"messages[0].tool_calls[1].{name}")
+
+
+@pytest.mark.parametrize("kind", [ChatRequest, TokenizeChat])
+def test_calls_are_a_list(kind):
+    for wrong in ({}, 5, "x", True):
+        messages = [{"role": "assistant", "content": "a", "tool_calls": wrong}]
+        error = refused(read, kind, json.dumps({"messages": messages}).encode())
+        assert error.param == "messages[0].tool_calls"
 
 
 @pytest.mark.parametrize("value", [{}, [{}], "a", 0, False, {"name": "f", "arguments": "{}"}])

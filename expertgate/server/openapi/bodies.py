@@ -73,7 +73,7 @@ COMPONENTS: Mapping[str, Schema] = {
     },
     "TextPart": _object(("type", "text"), type=_one_of("text"), text=_TEXT),
     "MessageToolCall": _object(
-        ("function",),
+        ("id", "type", "function"),
         id=_TEXT,
         type=_one_of("function"),
         index={"type": "integer"},
