@@ -17,6 +17,8 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsNon
 from openai.types.completion_create_params import CompletionCreateParamsNonStreaming as Text
 from openai.types.responses.response_create_params import ResponseCreateParamsNonStreaming
 
+from expertgate.server.responses import ResponsesRequest
+from expertgate.server.schemas import ChatRequest, TextRequest
 from tests.server.running import Server, environment
 
 STEM = ["public", "math", "code"]
@@ -335,6 +337,35 @@ def test_what_is_wrong_with_a_response_shows_before_it_begins(server, fields, pa
     error = response.json()["error"]
     assert error["code"] == "invalid_request"
     assert param is None or error["param"] == param
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("min_p", 2),
+        ("presence_penalty", 3),
+        ("frequency_penalty", -3),
+        ("repetition_penalty", 0),
+        ("min_tokens", -1),
+        ("min_tokens", 100),
+        ("n", 2),
+        ("stop", ["a", ""]),
+        ("bad_words", [""]),
+        ("top_logprobs", 21),
+    ],
+    ids=str,
+)
+def test_a_field_that_vllm_refuses_is_named(server, name, value, stream):
+    fields = {"temperature": 0, "stream": stream, name: value}
+    for ask, kind, more in (
+        (server.chat, ChatRequest, {"logprobs": True} if name == "top_logprobs" else {}),
+        (server.complete, TextRequest, {}),
+        (server.respond, ResponsesRequest, {"include": ["message.output_text.logprobs"]}),
+    ):
+        if name in kind.fields:
+            error = ask("alice", **fields, **more).json()["error"]
+            assert (error["code"], error["param"]) == ("invalid_request", name)
 
 
 # --- async --------------------------------------------------------------------------------------

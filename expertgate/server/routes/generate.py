@@ -87,10 +87,19 @@ async def _answer(
     try:
         result = await _call_handler(run, request, lambda: handler(handlers)(body))
     except ApiError as error:
-        if error.param in answers.PROMPT:
-            error.param = kind.required
+        error.param = _field(error, kind)
         raise
     return await _response(result, body, run, visit, receipt=wants_receipt)
+
+
+def _field(error: ApiError, kind: type[Body]) -> str | None:
+    """The one that an error is about, by its name in such a body."""
+    if error.param in answers.PROMPT:
+        return kind.required
+    if error.param == "logprobs" and "top_logprobs" in kind.fields:
+        return "top_logprobs"
+    first = error.message.partition(" ")[0]  # vLLM begins with it where it says no parameter
+    return first if error.param is None and first in kind.fields else error.param
 
 
 def _wants_receipt(body: Any, request: Request, service: Service) -> bool:
