@@ -68,7 +68,7 @@ def create_admin(service: Service, oversight: Oversight, token: str) -> FastAPI:
             methods=["POST"],
             response_model=None,
         )
-    app.add_api_route("/health", about.health, methods=["GET"], response_model=None)
+    app.add_api_route("/health", about.health, methods=["GET", "HEAD"], response_model=None)
     app.add_api_route("/metrics", guarded(scrape), methods=["GET"], response_model=None)
     public.show_errors(app)
     return app

@@ -35,7 +35,7 @@ def create_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     for route in ROUTES:
-        methods = [route.method]
+        methods = ["GET", "HEAD"] if route.method == "GET" else [route.method]
         app.add_api_route(route.pattern, route.endpoint, methods=methods, response_model=None)
     described = JSONResponse(document()).body
 
@@ -80,6 +80,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         message = f"there is no route {path}{_hint(request.app, path)}"
     elif error.status_code == 405:
+        headers["Allow"] = ", ".join(sorted(headers["Allow"].split(", ")))  # it was a set
         message = f"{path} takes {headers['Allow']}, not {method}"
     else:
         message = f"{method} {path}: {error.detail}"

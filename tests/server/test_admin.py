@@ -124,6 +124,7 @@ def test_metrics_are_for_whoever_has_it(client):
 
 def test_health_needs_none(client):
     assert client.get("/health").json() == {"status": "ok"}
+    assert client.head("/health").status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/chat/completions", "/docs", "/openapi.json"])

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 
+from expertgate.server.routes.table import ROUTES
 from tests.server.running import (
     BLOCK_TOKENS,
     Server,
@@ -475,7 +476,21 @@ def test_health_needs_no_key_and_unknown_routes_are_404(server):
     assert set(server.get("/version").json()) == {"version"}
     assert code_of(server.get("/v2"), 404) == "not_found"
     assert code_of(server.get("/v1/chat/completions"), 405) == "method_not_allowed"
-    assert code_of(server.post("/health", {}), 405) == "method_not_allowed"
+    refused = server.post("/health", {})
+    assert code_of(refused, 405) == "method_not_allowed"
+    assert refused.headers["allow"] == "GET, HEAD"
+
+
+def test_whatever_can_be_got_has_a_head(server):
+    """By which load balancers ask, and HTTP has it wherever GET is (RFC 9110, 9.1)."""
+    varying = ("date", "x-request-id")
+    for path in [route.path for route in ROUTES if route.method == "GET"] + ["/openapi.json"]:
+        url = server.url + path.replace("{model}", "toy")
+        for headers in ({}, server.headers("bob")):
+            whole, head = (httpx.request(m, url, headers=headers) for m in ("GET", "HEAD"))
+            assert (head.status_code, head.content) == (whole.status_code, b"")
+            first, second = ({**r.headers, **dict.fromkeys(varying)} for r in (whole, head))
+            assert first == second
 
 
 def test_the_api_is_described_with_experts_and_without_what_is_refused(server):

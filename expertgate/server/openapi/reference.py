@@ -26,7 +26,8 @@ _ERRORS = """\
 
 Every error has a body of this form. `code` stays the same; `message` is for people; `param` is the
 field or header that is wrong, where it is one. Whatever is no route is a 404 `not_found`, another
-method a 405 `method_not_allowed`; what is no HTTP at all gets a 400 without a body of ours.
+method a 405 `method_not_allowed`; HEAD goes wherever GET does. What is no HTTP at all gets a 400
+without a body of ours.
 """
 
 
