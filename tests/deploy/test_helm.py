@@ -631,6 +631,40 @@ def test_names_follow_the_release():
     assert services(named)[0]["metadata"]["name"] == "expertgate-eu"
 
 
+NAMED = """
+imagePullSecrets: [NAME]
+model: {name: /models/demo, existingClaim: NAME, tokenSecret: NAME}
+apiKeys: {existingSecret: NAME}
+admin: {existingSecret: NAME, from: [{podSelector: {}}]}
+serviceMonitor: {enabled: true}
+policies: {existingConfigMap: NAME}
+catalogue: {existingConfigMap: NAME}
+cache: {existingClaim: NAME}
+audit: {signingKeySecret: NAME, CHOSEN}
+ingress: {enabled: true, className: NAME, host: NAME, tlsSecret: NAME}
+priorityClassName: NAME
+runtimeClassName: NAME
+"""
+
+
+@pytest.mark.parametrize("word", ["12", "0x1f", "true", "null"])
+@pytest.mark.parametrize(
+    "chosen", ["storageClass: NAME", "existingClaim: NAME}\nmultiNode: {enabled: true"]
+)
+def test_a_name_is_text_whatever_yaml_would_take_it_for(chosen, word):
+    named = NAMED.replace("CHOSEN", chosen)
+    quoted = render(yaml.safe_load(named.replace("NAME", f'"{word}"')))
+    plain = render(yaml.safe_load(named.replace("NAME", "placeholder")))
+    assert quoted == json.loads(json.dumps(plain).replace("placeholder", word))
+
+
+def test_an_ingress_may_be_of_all_hosts_below_one():
+    wild = {"enabled": True, "host": "*.models.example", "tlsSecret": "models-tls"}
+    [ingress] = kind(render({"ingress": wild}), "Ingress")
+    assert ingress["spec"]["rules"][0]["host"] == "*.models.example"
+    assert ingress["spec"]["tls"][0]["hosts"] == ["*.models.example"]
+
+
 def test_the_chart_and_the_package_have_one_version():
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert chart["appVersion"] == expertgate.__version__

@@ -28,7 +28,7 @@ spec:
   {{- with .imagePullSecrets }}
   imagePullSecrets:
     {{- range . }}
-    - name: {{ . }}
+    - name: {{ quote . }}
     {{- end }}
   {{- end }}
   # The hook, then what the server takes: 30 s for streams to end, 20 for the engine, and a margin.
@@ -75,7 +75,7 @@ spec:
         {{- end }}
         {{- with .model.tokenSecret }}
         - name: HF_TOKEN
-          valueFrom: {secretKeyRef: {name: {{ . }}, key: HF_TOKEN}}
+          valueFrom: {secretKeyRef: {name: {{ quote . }}, key: HF_TOKEN}}
         {{- end }}
       {{- end }}
       {{- if not $worker }}
@@ -155,7 +155,7 @@ spec:
   volumes:
     - name: cache
       {{- if .cache.existingClaim }}
-      persistentVolumeClaim: {claimName: {{ .cache.existingClaim }}}
+      persistentVolumeClaim: {claimName: {{ quote .cache.existingClaim }}}
       {{- else }}
       emptyDir: {sizeLimit: {{ .cache.size }}}
       {{- end }}
@@ -165,12 +165,12 @@ spec:
       emptyDir: {medium: Memory, sizeLimit: {{ .sharedMemory }}}
     {{- with .model.existingClaim }}
     - name: models
-      persistentVolumeClaim: {claimName: {{ . }}, readOnly: true}
+      persistentVolumeClaim: {claimName: {{ quote . }}, readOnly: true}
     {{- end }}
     {{- if eq $role "leader" }}
     - name: audit
       {{- if .audit.existingClaim }}
-      persistentVolumeClaim: {claimName: {{ .audit.existingClaim }}}
+      persistentVolumeClaim: {claimName: {{ quote .audit.existingClaim }}}
       {{- else }}
       emptyDir: {sizeLimit: {{ .audit.size }}}
       {{- end }}
@@ -180,25 +180,25 @@ spec:
       configMap: {name: {{ include "expertgate.name" $root }}-config}
     {{- with .apiKeys.existingSecret }}
     - name: keys
-      secret: {secretName: {{ . }}, defaultMode: 0440}
+      secret: {secretName: {{ quote . }}, defaultMode: 0440}
     {{- end }}
     {{- with .audit.signingKeySecret }}
     - name: signing
-      secret: {secretName: {{ . }}, defaultMode: 0440}
+      secret: {secretName: {{ quote . }}, defaultMode: 0440}
     {{- end }}
     {{- with .admin.existingSecret }}
     - name: admin
-      secret: {secretName: {{ . }}, defaultMode: 0440}
+      secret: {secretName: {{ quote . }}, defaultMode: 0440}
     {{- end }}
     - name: policies
-      configMap: {name: {{ .policies.existingConfigMap | default (printf "%s-policies" (include "expertgate.name" $root)) }}}
+      configMap: {name: {{ .policies.existingConfigMap | default (printf "%s-policies" (include "expertgate.name" $root)) | quote }}}
     {{- if kindIs "slice" .suspended }}
     - name: suspended
       configMap: {name: {{ include "expertgate.name" $root }}-suspended}
     {{- end }}
     {{- if or .catalogue.content .catalogue.existingConfigMap }}
     - name: catalogue
-      configMap: {name: {{ .catalogue.existingConfigMap | default (printf "%s-catalogue" (include "expertgate.name" $root)) }}}
+      configMap: {name: {{ .catalogue.existingConfigMap | default (printf "%s-catalogue" (include "expertgate.name" $root)) | quote }}}
     {{- end }}
     {{- with .extraVolumes }}
     {{- toYaml . | nindent 4 }}
@@ -217,10 +217,10 @@ spec:
   topologySpreadConstraints: {{- toYaml . | nindent 4 }}
   {{- end }}
   {{- with .priorityClassName }}
-  priorityClassName: {{ . }}
+  priorityClassName: {{ quote . }}
   {{- end }}
   {{- with .runtimeClassName }}
-  runtimeClassName: {{ . }}
+  runtimeClassName: {{ quote . }}
   {{- end }}
 {{- end }}
 {{- end -}}
