@@ -631,6 +631,24 @@ def test_names_follow_the_release():
     assert services(named)[0]["metadata"]["name"] == "expertgate-eu"
 
 
+# Helm takes all: with dots, a digit first, what YAML reads as no text, and the longest.
+RELEASES = ["a.b", "1gate", "12", "true", "null", f"{'x' * 47}.v1-eu", f"{'x' * 47}--a-b", "x" * 53]
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("name", ["multi-node", "production"])
+def test_every_release_that_helm_takes_has_names_that_kubernetes_takes(name, release):
+    objects = render(values(name), release)
+    for item in objects:
+        # A Service's name is a label of DNS, and so is a LeaderWorkerSet's: it names one.
+        assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", item["metadata"]["name"])
+        assert len(item["metadata"]["name"]) <= 63
+        assert item["metadata"]["labels"]["app.kubernetes.io/instance"] == release
+    for item in kind(objects, "StatefulSet") + kind(objects, "LeaderWorkerSet"):
+        # Its controller labels pods with a hash behind the name; of the 100th group's workers too.
+        assert len(f"{item['metadata']['name']}-99-{'h' * 10}") <= 63
+
+
 NAMED = """
 imagePullSecrets: [NAME]
 model: {name: /models/demo, existingClaim: NAME, tokenSecret: NAME}

@@ -1,14 +1,20 @@
+{{- /*
+A Service's name, and so without dots and with a letter first; short enough for what controllers
+put behind it in a label: the number of a group of nodes, and a hash.
+*/ -}}
 {{- define "expertgate.name" -}}
-{{- if contains "expertgate" .Release.Name -}}
-{{ .Release.Name | trunc 50 | trimSuffix "-" }}
-{{- else -}}
-{{ printf "%s-expertgate" .Release.Name | trunc 50 | trimSuffix "-" }}
+{{- $name := .Release.Name | replace "." "-" -}}
+{{- if regexMatch "^[0-9]" $name -}}
+{{- $name = printf "expertgate-%s" $name -}}
+{{- else if not (contains "expertgate" $name) -}}
+{{- $name = printf "%s-expertgate" $name -}}
 {{- end -}}
+{{- $name | trunc 49 | trimAll "-" -}}
 {{- end -}}
 
 {{- define "expertgate.selector" -}}
 app.kubernetes.io/name: expertgate
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ quote .Release.Name }}
 {{- end -}}
 
 {{- define "expertgate.labels" -}}
