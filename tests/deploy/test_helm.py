@@ -526,6 +526,16 @@ def test_several_nodes_form_one_server():
     assert said["distributed_executor_backend"] == "ray"
 
 
+def test_workers_find_their_leader_before_it_is_ready():
+    """By a Service that LeaderWorkerSet's controller makes, unless there is one of that name."""
+    objects = render(values("multi-node"))
+    [group] = kind(objects, "LeaderWorkerSet")
+    name = group["metadata"]["name"]
+    policy = group["spec"].get("networkConfig", {}).get("subdomainPolicy", "Shared")
+    wanted = {name} if policy == "Shared" else {f"{name}-{index}" for index in range(100)}
+    assert not wanted & {service["metadata"]["name"] for service in services(objects)}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_pod_has_the_environment_that_is_given(name):
     given = values(name).get("env", [])
