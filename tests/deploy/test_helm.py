@@ -570,6 +570,8 @@ def test_labels_and_annotations_arrive():
         {"model": {"name": "/models/flex"}},  # without the claim that is mounted there
         {"engine": {"tensor_parallel_size": 4}},
         {"policies": {"files": {"notes.txt": "x"}}},
+        {"policies": {"files": {"..x.cedar": "x"}}},
+        {"policies": {"files": {f"{'x' * 250}.cedar": "x"}}},
         {"image": {"digest": "sha256:abc"}},
         {"resources": {"limits": {"memory": None}}},
         {"ingress": {"enabled": True}},
@@ -614,6 +616,60 @@ def test_labels_and_annotations_arrive():
 def test_values_that_make_no_sense_are_refused(wrong):
     with pytest.raises(helm.HelmError):
         render(wrong)
+
+
+SPACE = {"name": "a", "emptyDir": {}}
+MANY = {"autoscaling": {"enabled": True, "minReplicas": 5}}
+OPERATORS = {"admin": {"existingSecret": "operators", "from": [{"podSelector": {}}]}}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (
+            {"resources": {"limits": {"memory": "65000Mi"}}},
+            "resources.requests.memory (64Gi) is above resources.limits.memory (65000Mi)",
+        ),
+        (
+            {"resources": {"requests": {"cpu": "4500m"}, "limits": {"cpu": "4"}}},
+            "resources.requests.cpu (4500m) is above resources.limits.cpu (4)",
+        ),
+        ({"resources": {"limits": {"nvidia.com/gpu": "4"}}}, "nvidia.com/gpu: `gpus` says it"),
+        ({"resources": {"requests": {"nvidia.com/gpu": "4"}}}, "nvidia.com/gpu: `gpus` says it"),
+        ({"audit": {"size": "0Gi"}}, "audit.size (0Gi)"),
+        ({"extraVolumes": [SPACE, SPACE]}, "extraVolumes: a is there twice"),
+        (
+            {"extraVolumes": [SPACE], "extraVolumeMounts": [{"name": "b", "mountPath": "/b"}]},
+            "extraVolumeMounts: /b is of b, which isn't in extraVolumes",
+        ),
+        (
+            {"extraVolumes": [SPACE], "extraVolumeMounts": [{"name": "a", "mountPath": "/a"}] * 2},
+            "extraVolumeMounts: /a is there twice",
+        ),
+        (MANY | OPERATORS, "autoscaling.minReplicas (5) is above autoscaling.maxReplicas (4)"),
+    ],
+    ids=json.dumps,
+)
+def test_values_that_do_not_fit_one_another_are_named(wrong, said):
+    """No schema can say them. Kubernetes takes a StatefulSet whose pods it then refuses."""
+    with pytest.raises(helm.HelmError, match=re.escape(said)):
+        render(wrong)
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        {"resources": {"limits": {"cpu": "8", "memory": "64Gi"}}},
+        {"resources": {"requests": {"cpu": "0.5", "memory": "1G"}, "limits": {"cpu": "500m"}}},
+        {"resources": {"requests": {"memory": "1.5Gi"}, "limits": {"memory": "1536Mi"}}},
+        {"resources": {"requests": {"ephemeral-storage": "1Ti"}}},
+        {"autoscaling": {"enabled": True, "minReplicas": 4}} | OPERATORS,
+        {"autoscaling": {"minReplicas": 5}},
+    ],
+    ids=json.dumps,
+)
+def test_values_that_fit_one_another_are_taken(right):
+    render(right)
 
 
 @pytest.mark.parametrize("name", yaml.safe_load((CHART / "values.yaml").read_text()))

@@ -34,6 +34,13 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 {{- end -}}
 
+{{- /* Of a quantity of Kubernetes', as those that the schema takes. */ -}}
+{{- define "expertgate.amount" -}}
+{{- $units := dict "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 -}}
+{{- $unit := regexFind "[a-zA-Z]*$" . -}}
+{{- mulf (trimSuffix $unit .) (get $units $unit | default 1) -}}
+{{- end -}}
+
 {{- /* expertgate.yaml. What the chart mounts and exposes, no value can move. */ -}}
 {{- define "expertgate.config" -}}
 {{- $engine := dict -}}
