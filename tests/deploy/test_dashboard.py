@@ -11,7 +11,8 @@ from tests.deploy.test_helm import kind, render, services, values
 from tests.server.running import running
 
 GRAFANA = ROOT / "deploy" / "grafana"
-DASHBOARD = json.loads((GRAFANA / "expertgate.json").read_text())
+FILE = ROOT / "deploy" / "helm" / "expertgate" / "dashboard.json"
+DASHBOARD = json.loads(FILE.read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 QUERIES = [
     pytest.param(target["expr"], id=f"{panel['title']}/{target['refId']}")
@@ -105,6 +106,15 @@ def test_panels_do_not_overlap():
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
 
 
+def test_the_chart_brings_it_to_grafanas_sidecar():
+    objects = render(values("tokens"))
+    [found] = [each for each in kind(objects, "ConfigMap") if "expertgate.json" in each["data"]]
+    assert json.loads(found["data"]["expertgate.json"]) == DASHBOARD
+    assert found["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert found["metadata"]["annotations"] == {"grafana_folder": "Models"}
+    assert not any("expertgate.json" in each["data"] for each in kind(render({}), "ConfigMap"))
+
+
 def test_grafana_finds_dashboard_and_source():
     folder = GRAFANA / "provisioning"
     [source] = yaml.safe_load((folder / "datasources" / "prometheus.yaml").read_text())[
@@ -123,7 +133,7 @@ def test_grafana_finds_dashboard_and_source():
         entry.split(":")[1]: ROOT / entry.split(":")[0]
         for entry in compose["services"]["grafana"]["volumes"]
     }
-    assert f"{provider['options']['path']}/expertgate.json" in targets
+    assert targets[f"{provider['options']['path']}/expertgate.json"] == FILE
     assert targets["/etc/grafana/provisioning"].is_dir()
     assert source["url"] == "http://prometheus:9090"
     assert "prometheus" in compose["services"]
