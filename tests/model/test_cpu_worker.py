@@ -82,7 +82,7 @@ def test_profiling_runs_every_expert_and_leaves_nothing_open(runner):
     assert runner.model.masks.words.tolist() == AT_REST
 
 
-def test_a_grammars_rows_are_those_of_the_drafts_that_run():
+def test_a_grammars_rows_are_those_of_the_drafts_that_run(runner, monkeypatch):
     """Threat c5: one request's row may not become the next one's."""
     step = SchedulerOutput.make_empty()
     step.scheduled_spec_decode_tokens = {"a": [3, 4], "b": [-1, -1], "d": [5]}
@@ -96,3 +96,15 @@ def test_a_grammars_rows_are_those_of_the_drafts_that_run():
     grammars = GrammarOutput(["b", "c", "d"], np.arange(6)[:, None])  # b 0 to 2, c 3, d 4 and 5
     allowed = cpu_drafts.as_it_runs(grammars, step).grammar_bitmask
     assert allowed.flatten().tolist() == [0, 3, 4, 5]
+    # So they do in the runner, whose step and whose sampling are two calls.
+    given = []
+    monkeypatch.setattr(CPUModelRunner, "execute_model", lambda _, runs: given.append(runs))
+    monkeypatch.setattr(CPUModelRunner, "sample_tokens", lambda _, rows: given.append(rows))
+    runner.discard_request_mask = SimpleNamespace(np=np.zeros(4, dtype=bool))
+    runner.input_batch = SimpleNamespace(generators={})
+    runner.execute_model(step)
+    runner.sample_tokens(grammars)
+    runner.sample_tokens(None)
+    assert given[0] == runs
+    assert given[1].grammar_bitmask.flatten().tolist() == [0, 3, 4, 5]
+    assert given[2] is None
