@@ -130,6 +130,9 @@ def _compilation(value: object) -> bool:
     return isinstance(value, Mapping) and set(value) <= _VETTED_COMPILATION
 
 
+# Without scales that are taken from what lies in the cache.
+_KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
+
 FP8_EXPERTS = {"moe": "fp8_per_block"}
 """The quantisation of which masks are shown to hold: by vLLM, of the experts, while it loads them.
 
@@ -175,7 +178,6 @@ _VETTED: dict[str, tuple[Callable[[object], bool], str]] = {
             "num_gpu_blocks_override",
             "gpu_memory_utilization",
             "kv_cache_memory_bytes",
-            "kv_cache_dtype",
             "enable_prefix_caching",
             "max_logprobs",
             "stream_interval",
@@ -203,6 +205,7 @@ _VETTED: dict[str, tuple[Callable[[object], bool], str]] = {
     ),
     "distributed_executor_backend": (_one_of("mp", "ray", "uni"), "mp, ray or uni"),
     "generation_config": (_one_of("auto", "vllm"), "auto or vllm"),
+    "kv_cache_dtype": (_one_of(*_KV_CACHE_DTYPES), ", ".join(_KV_CACHE_DTYPES)),
     "load_format": (_one_of("auto", "safetensors"), "auto or safetensors"),
     "logprobs_mode": (
         _one_of("raw_logprobs", "processed_logprobs"),

@@ -1,8 +1,8 @@
 """A request's answer is its own: whoever shares the batch, the cache or the memory with it.
 
-Two engines for the module, in bfloat16 as it is served, eager and compiled. Their KV cache holds 24
-blocks of 128 tokens and a step at most 256 tokens, so that long prompts are chunked and many long
-answers preempted.
+Three engines for the module, in bfloat16 as it is served: eager, compiled, and eager with the cache
+in FP8. Their KV cache holds 24 blocks of 128 tokens and a step at most 256 tokens, so that long
+prompts are chunked and many long answers preempted.
 """
 
 import pytest
@@ -16,13 +16,14 @@ SETS = [PUBLIC_ONLY, ALL, ExpertSet.of([0, 3]), ExpertSet.of([6]), ExpertSet.of(
 BLOCKS, BLOCK_TOKENS = 24, 128
 
 
-@pytest.fixture(scope="module", params=["eager", "compiled"])
+@pytest.fixture(scope="module", params=["eager", "compiled", "fp8 cache"])
 def served(request, tmp_path_factory):
     folder = random_checkpoint(tmp_path_factory.mktemp("random"))
     with engine(
         folder,
         dtype="bfloat16",
-        enforce_eager=request.param == "eager",
+        enforce_eager=request.param != "compiled",
+        kv_cache_dtype="fp8" if request.param == "fp8 cache" else "auto",
         max_num_batched_tokens=256,
         max_num_seqs=32,
         num_gpu_blocks_override=BLOCKS,

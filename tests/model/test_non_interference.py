@@ -61,6 +61,7 @@ def answers(folder, used=(), **arguments):
         pytest.param({"dtype": "bfloat16"}, id="bfloat16"),
         pytest.param({"dtype": "float32"}, id="float32"),
         pytest.param({"dtype": "bfloat16", "enforce_eager": False}, id="compiled"),
+        pytest.param({"dtype": "bfloat16", "kv_cache_dtype": "fp8"}, id="fp8-cache"),
     ],
 )
 def test_nan_in_excluded_experts_changes_no_bit(healthy, poisoned, arguments):
@@ -70,12 +71,14 @@ def test_nan_in_excluded_experts_changes_no_bit(healthy, poisoned, arguments):
         assert clean.logprobs == dirty.logprobs
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_nan_that_a_block_of_the_cache_held_is_not_read_again(healthy, poisoned, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "cache"), [("bfloat16", "auto"), ("float32", "auto"), ("bfloat16", "fp8")]
+)
+def test_nan_that_a_block_of_the_cache_held_is_not_read_again(healthy, poisoned, dtype, cache):
     """Attention multiplies by whole groups of tokens: what is behind the last one by zero."""
     blocks = 24
     used = [Ask([i] * 120, POISONED, 4) for i in range(blocks)]
-    small = {"dtype": dtype, "num_gpu_blocks_override": blocks}
+    small = {"dtype": dtype, "kv_cache_dtype": cache, "num_gpu_blocks_override": blocks}
     both = (answers(folder, used, **small) for folder in (healthy, poisoned))
     for clean, dirty in zip(*both, strict=True):
         assert clean.tokens == dirty.tokens

@@ -191,6 +191,7 @@ def test_experts_in_fp8_of_which_each_row_has_its_own_scales_are_fine(experts, v
         ("prefix_caching_hash_algo", "xxhash"),
         ("scheduling_policy", "priority"),
         ("quantization", "fp8"),
+        ("kv_cache_dtype", "nvfp4"),
         ("quantization", "fp8_per_block"),  # attention as well
         ("quantization_config", {"moe": "fp8_per_tensor"}),
         ("quantization_config", {"moe": "fp8_per_block", "linear": "fp8_per_block"}),
