@@ -749,6 +749,18 @@ def test_an_ingress_may_be_of_all_hosts_below_one():
     assert ingress["spec"]["tls"][0]["hosts"] == ["*.models.example"]
 
 
+def test_a_build_in_the_version_is_no_label(tmp_path, monkeypatch):
+    """As `helm package --version 0.1.0+build.7` writes it."""
+    copied = shutil.copytree(CHART, tmp_path / "expertgate")
+    chart = yaml.safe_load((copied / "Chart.yaml").read_text())
+    chart |= {"version": "0.1.0+build.7", "appVersion": "0.1.0+cu130"}
+    (copied / "Chart.yaml").write_text(yaml.safe_dump(chart))
+    monkeypatch.setitem(globals(), "CHART", copied)
+    for item in render(values("production")):
+        for value in item["metadata"]["labels"].values():
+            assert re.fullmatch(r"([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]", value)
+
+
 def test_the_chart_and_the_package_have_one_version():
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert chart["appVersion"] == expertgate.__version__
