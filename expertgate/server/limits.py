@@ -341,6 +341,9 @@ def _check_schema(schema: Any, place: str) -> None:
         for key, inner in value.items():
             if key == "patternProperties" or (key == "pattern" and isinstance(inner, str)):
                 raise bad_request(f"{place}: {key} can't be used here", place)
+            if key == "$ref" and isinstance(inner, str) and not f"{inner}/".startswith("#/"):
+                # Another one stands for anything, and is written into our log as it is.
+                raise bad_request(f"{place}: $ref must lie within the schema, as '#/...'", place)
             most = _SCHEMA_BOUNDS.get(key)
             if most is not None and _is_number(inner) and not 0 <= inner <= most:
                 raise bad_request(f"{place}: {key} must lie between 0 and {most}", place)

@@ -294,6 +294,9 @@ BAD_SCHEMAS = [
     # A reference may make a schema of what looks like data, or like properties.
     {"const": {"pattern": "a"}, "$ref": "#/const"},
     {"properties": {"pattern": "a"}, "$ref": "#/properties"},
+    {"$ref": "https://example.com/schema"},
+    {"items": {"$ref": "#a"}},
+    {"$ref": "#\n"},
     {"type": "array", "minItems": 10**6},
     {"type": "array", "maxItems": 1e9},
     {"type": "string", "minLength": -5},
@@ -324,6 +327,8 @@ def test_a_schema_is_bounded_wherever_it_stands(schema):
         {"properties": {f"p{n}": {"type": "string", "maxLength": 10_000} for n in range(200)}},
         {"anyOf": [{"type": "string", "maxLength": 100 + n} for n in range(16)]},
         {"type": "array", "items": {"enum": ["a", 1, None]}, "minItems": 1, "maxItems": 1000},
+        {"$defs": {"a": {"anyOf": [{"type": "null"}, {"$ref": "#"}]}}, "$ref": "#/$defs/a"},
+        {"properties": {"$ref": {"type": "string"}}},
     ],
     ids=lambda schema: str(schema)[:40],
 )

@@ -35,6 +35,9 @@ def test_a_newline_writes_no_line_of_its_own(server, text):
     assert server.chat("alice", model=text).status_code in (400, 404)
     assert server.chat("alice", experts=[text]).status_code in (400, 403)
     assert server.get("/v1/experts", "alice", **{"X-Purpose": "a b"}).status_code == 200
+    for schema in ({"$ref": text}, {"$ref": f"#{text}"}, {"$ref": f"#/{text}"}):  # to xgrammar
+        form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+        assert server.chat("alice", response_format=form).status_code == 400
     assert not any(line.startswith(FORGED) for line in server.log.splitlines())
 
 

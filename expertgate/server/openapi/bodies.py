@@ -133,7 +133,8 @@ COMPONENTS: Mapping[str, Schema] = {
             ),
         ),
         "description": (
-            "A schema has at most 16 KiB, 200 properties, 10 levels of objects and no `pattern`."
+            "A schema has at most 16 KiB, 200 properties, 10 levels of objects and no `pattern`; a "
+            "`$ref` lies within it, as `#/...`."
         ),
     },
     "InputItem": {
