@@ -1038,6 +1038,37 @@ def test_a_grant_given_while_policies_are_read_is_judged_by_them(site, monkeypat
     asyncio.run(story())
 
 
+def test_a_key_that_gets_an_end_while_policies_are_read_keeps_it(site, monkeypatch):
+    real, soon = PolicyFiles.load, datetime.now(UTC) + timedelta(hours=1)
+    keys = site.folder / "keys.yaml"
+
+    async def story():
+        loop = asyncio.get_running_loop()
+        (source,) = site.service.identity.sources
+        grant = await site.ask("dave")
+
+        async def look_at_keys():
+            for _ in range(2):
+                await site.oversight.look_at(source)
+
+        def load(files, running):
+            found = real(files, running)
+            expire_key(keys, "dave", soon)
+            asyncio.run_coroutine_threadsafe(look_at_keys(), loop).result(60)
+            return found
+
+        monkeypatch.setattr(PolicyFiles, "load", load)
+        site.write(PUBLIC + RESEARCH)
+        for _ in range(2):
+            await site.oversight.look_at_policies()
+        assert (site.oversight.policy.loads, grant.withdrawn) == (2, False)
+        monkeypatch.setattr("expertgate.server.oversight.datetime", InTwoHours)
+        await site.oversight.look_at_ends()
+        assert grant.withdrawn
+
+    asyncio.run(story())
+
+
 def test_a_grant_that_cannot_be_judged_is_withdrawn_and_the_others_are_judged(
     site, monkeypatch, caplog
 ):
