@@ -1,5 +1,10 @@
 """The `vllm.general_plugins` entry point; vLLM calls it in every process it starts."""
 
+import multiprocessing
+import os
+import signal
+import threading
+
 from expertgate.model.checkpoint import ARCHITECTURE
 
 
@@ -11,6 +16,7 @@ def register() -> None:
     # By name, so that importing the model waits until a worker needs it.
     ModelRegistry.register_model(ARCHITECTURE, f"expertgate.model.flex_olmo:{ARCHITECTURE}")
     _empty_blocks()
+    _end_with_the_parent()
     if current_platform.is_cpu():
         _wait_without_yielding()
 
@@ -38,3 +44,20 @@ def _wait_without_yielding() -> None:
     from vllm.distributed import utils
 
     utils.USE_SCHED_YIELD = False
+
+
+def _end_with_the_parent() -> None:
+    """A process of vLLM's ends when the one that started it does, however that came about.
+
+    vLLM's workers end with their engine; but were the server killed, as where memory runs out, its
+    engine would stay with all that it holds, and the next one not find enough.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()
