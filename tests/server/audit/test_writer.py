@@ -400,6 +400,23 @@ def test_a_failing_disk_refuses_and_a_mended_one_goes_on(tmp_path, disk, error, 
     assert log.lost == 0
 
 
+def test_a_new_file_whose_name_is_not_on_disk_holds_no_record(tmp_path, monkeypatch):
+    log = open_log(tmp_path, rotate_bytes=1)  # a file for each
+    log.record("request", n=1)
+
+    def failing(folder):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(writer, "sync_folder", failing)
+        assert os.strerror(errno.EIO) in fails(log)
+    until(lambda: log.healthy)
+    log.record("request", n=2)
+    log.close()
+    assert [r["n"] for r in records(tmp_path) if r["kind"] == "request"] == [1, 2]
+    assert check(tmp_path).faults == []
+
+
 def test_a_disk_that_fills_within_a_line_leaves_no_half_of_it(tmp_path, disk):
     log = open_log(tmp_path)
     log.record("request", n=1)
