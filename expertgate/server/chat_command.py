@@ -1,5 +1,6 @@
 """`expertgate chat`: a conversation in the terminal, for trying things."""
 
+import re
 import sys
 from typing import Any
 
@@ -7,6 +8,7 @@ import click
 import httpx
 import openai
 
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _TURNS = "An empty line ends it; /experts NAMES asks others from here on."
 
 
@@ -113,7 +115,8 @@ def _answer(
         for chunk in stream:
             part = chunk.choices[0].delta.content or "" if chunk.choices else ""
             text += part
-            print(part, end="", flush=True)
+            # An expert may have learnt what a terminal takes for orders.
+            print(_CONTROLS.sub(lambda found: ascii(found[0])[1:-1], part), end="", flush=True)
             used = (chunk.model_extra or {}).get("experts", used)
     print(flush=True)  # whoever reads the answers alone has each in lines of its own
     print(f"[{', '.join(used.get('effective', []))}]", file=sys.stderr)

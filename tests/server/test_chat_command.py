@@ -96,16 +96,27 @@ def test_a_slip_is_one_line_and_no_message(server):
         assert option in done.stderr
 
 
-def test_answers_stand_in_lines_of_their_own_and_who_spoke_beside_them(capsys):
+def answering(*texts):
+    """A server that answers so, by two experts."""
+
     def chunk(text, **more):
         choices = [SimpleNamespace(delta=SimpleNamespace(content=text))] if text else []
         return SimpleNamespace(choices=choices, model_extra=more)
 
     def create(**_):
-        return contextlib.nullcontext(
-            [chunk("so "), chunk("it is"), chunk("", experts={"effective": ["public", "math"]})]
-        )
+        used = chunk("", experts={"effective": ["public", "math"]})
+        return contextlib.nullcontext([*map(chunk, texts), used])
 
-    api = SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=create)))
-    assert _answer(api, "toy", [], None, 4) == "so it is"
+    return SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=create)))
+
+
+def test_answers_stand_in_lines_of_their_own_and_who_spoke_beside_them(capsys):
+    assert _answer(answering("so ", "it is"), "toy", [], None, 4) == "so it is"
     assert capsys.readouterr() == ("so it is\n", "[public, math]\n")
+
+
+def test_an_answer_orders_the_terminal_nothing(capsys):
+    said = "caf\u00e9\n\t\x1b]52;c;aGk=\x07 \r\x9b2J\x7f \u200d"
+    assert _answer(answering(*said), "toy", [], None, 4) == said
+    shown = "caf\u00e9\n\t\\x1b]52;c;aGk=\\x07 \\r\\x9b2J\\x7f \u200d\n"
+    assert capsys.readouterr().out == shown
