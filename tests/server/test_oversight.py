@@ -21,7 +21,7 @@ from expertgate.policies.cedar import PolicySet
 from expertgate.policies.context import Context
 from expertgate.policies.expert_set import ExpertSet
 from expertgate.policies.principal import Principal
-from expertgate.server import suspensions
+from expertgate.server import answers, suspensions
 from expertgate.server.changes import (
     CredentialsChanged,
     PoliciesLoaded,
@@ -39,6 +39,7 @@ from expertgate.server.namespaces import Namespaces
 from expertgate.server.oversight import LOOK_EVERY_S
 from expertgate.server.plain_file import MAX_BYTES
 from expertgate.server.policy_files import PolicyFiles
+from expertgate.server.routes.generate import _GrantedStream
 from expertgate.server.service import SUSPENDED
 from expertgate.server.suspensions import SuspensionError
 from tests.server.running import EXPERTS
@@ -178,6 +179,30 @@ def test_what_a_request_makes_of_being_ended_is_not_told(site, made):
             await asyncio.wait_for(running, 20)
 
     asyncio.run(story())
+
+
+def test_nor_is_what_a_stream_makes_of_it(site):
+    sent = []
+
+    async def story():
+        grant = await site.ask("alice")
+
+        async def events():
+            yield "data: before\n\n"
+            grant.withdraw()
+            yield "data: after\n\n"
+
+        async def send(message):
+            sent.append(message.get("body", b""))
+
+        entry = SimpleNamespace(ended=lambda status, code: sent.append(code.encode()))
+        run = SimpleNamespace(grant=grant, headers={}, entry=entry)
+        await _GrantedStream(events(), answers.ending, run, None).stream_response(send)
+
+    asyncio.run(story())
+    _, before, code, last = sent
+    assert (before, code) == (b"data: before\n\n", b"expert_withdrawn")
+    assert b'"code":"expert_withdrawn"' in last
 
 
 def test_what_was_asked_before_and_granted_after_does_not_slip_through(site):
