@@ -455,6 +455,17 @@ def test_a_file_keeps_its_mode(path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
+def test_a_file_keeps_its_owner_and_its_name_is_on_disk_before_the_key_is_told(path, monkeypatch):
+    """A server of another user's could no longer read it, or a revoked key come back."""
+    create_key(path, "alice", [], None)
+    found, given, synced = path.stat(), [], []
+    monkeypatch.setattr(os, "fchown", lambda _, *owner: given.append(owner))
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
+    revoke_key(path, "alice")
+    assert given == [(found.st_uid, found.st_gid)]
+    assert synced == [path.stat().st_ino, path.parent.stat().st_ino]
+
+
 def test_two_who_change_a_file_undo_nothing(path):
     users = [f"user-{n}" for n in range(8)]
     for user in users:
