@@ -7,7 +7,6 @@ truncated to what is known to be on disk, and the chain continues from there.
 """
 
 import asyncio
-import contextlib
 import fcntl
 import logging
 import os
@@ -24,7 +23,8 @@ from typing import Any
 from expertgate.server.audit import folder as folders
 from expertgate.server.audit.chain import VERSION, AuditError, digest, line_of
 from expertgate.server.audit.landing import Landing
-from expertgate.server.audit.signing import SigningKey, sync_folder
+from expertgate.server.audit.logfile import LogFile
+from expertgate.server.audit.signing import SigningKey
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,6 @@ _TOO_SLOW = f"the disk took more than {_WRITE_TIMEOUT_S:.0f} s"
 _TICK_S = 1.0
 _MOMENT_S = 0.05
 """For so long a record that nobody waits for may wait for others to be written with."""
-_MAX_LINE_BYTES = 1 << 20
 _SIGN_AFTER_S = 10.0
 """A quiet log is signed up to its end after this time."""
 
@@ -84,13 +83,11 @@ class _Queued:
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """What is on disk: last record (`seq`, `hash`), records since the last head, file and bytes."""
+    """What is on disk: the last record (`seq`, `hash`), and how many since the last head."""
 
     seq: int
     hash: str
     unsigned: int
-    path: Path | None
-    size: int
 
 
 class AuditLog:
@@ -121,8 +118,6 @@ class AuditLog:
         self._head: bytes | None = None
         self._head_fault = ""
         self._signed_at = time.monotonic()
-        self._file: int | None = None
-        self._identity = (0, 0)  # of that file; while it is open no other can have the same
         self.on_commit: Callable[[float], None] = lambda _: None
         """Told, on the thread, how many seconds the disk took for what was written together."""
         self.lost = 0
@@ -140,7 +135,7 @@ class AuditLog:
         except OSError as error:
             raise AuditError(f"{folder}: {error.strerror or error}") from None
         try:
-            self._state = self._continue()
+            self._state, self._file = self._continue()
         except AuditError:
             os.close(self._lock)
             raise
@@ -227,7 +222,7 @@ class AuditLog:
         if self._queue:
             words = "%s: %d records could not be written, and are lost: %s"
             log.critical(words, self.folder, len(self._queue), self._fault)
-        self._close_file()
+        self._file.close()
         os.close(self._lock)
 
     # --- the queue ----------------------------------------------------------------------------
@@ -250,7 +245,7 @@ class AuditLog:
 
     # --- before the thread --------------------------------------------------------------------
 
-    def _continue(self) -> _State:
+    def _continue(self) -> tuple[_State, LogFile]:
         """Where the log goes on; what a crash tore is set aside, and a record says so."""
         end = folders.find_end(self.folder, self.key.public)
         if end.torn:
@@ -271,7 +266,8 @@ class AuditLog:
                 torn_sha256=digest(end.torn),
                 kept_as=aside.name,
             )
-        return _State(end.seq, end.hash, end.unsigned, end.path, end.size)
+        state = _State(end.seq, end.hash, end.unsigned)
+        return state, LogFile(self.folder, end.path, end.size)
 
     # --- on the thread ------------------------------------------------------------------------
 
@@ -320,17 +316,18 @@ class AuditLog:
             except ValueError as error:
                 log.error("a record has no canonical form and is lost: %s", error)
                 self._lose(queued, "the record has no canonical form")
-        rotate = self._state.size + batch.size >= self._rotate_bytes
+        rotate = self._file.size + batch.size >= self._rotate_bytes
         if batch.state.unsigned and not batch.left and (sign or rotate):
             batch.add_head()
         began = self._began = time.monotonic()
         try:
-            self._write(batch)
+            self._file.write(b"".join(batch.lines), self._state.seq + 1, self._state.hash)
         except Exception as error:  # whatever it is, nothing may be taken for written
             self._failed(error, [queued for queued, _ in written])
             return
         finally:
             self._began = None
+        self._state = batch.state
         self.on_commit(time.monotonic() - began)
         self._left = batch.left
         with self._wake:
@@ -342,8 +339,7 @@ class AuditLog:
             if queued.place.set_running_or_notify_cancel():
                 queued.place.set_result(place)
         if rotate:
-            self._close_file()
-            self._state = replace(self._state, path=None, size=0)
+            self._file.finish()
         if batch.head is not None:
             self._head = batch.head
             self._signed_at = time.monotonic()
@@ -366,69 +362,8 @@ class AuditLog:
             self._began = None
         self._head, self._head_fault = None, ""
 
-    def _write(self, batch: "_Batch") -> None:
-        """Raises OSError or _Tampered; then nothing of the batch counts."""
-        if self._file is None:
-            self._open()
-        assert self._file is not None
-        self._check_file()
-        left = memoryview(b"".join(batch.lines))
-        size = self._state.size + len(left)
-        while left:
-            left = left[os.write(self._file, left) :]
-        self._state = replace(batch.state, path=self._state.path, size=size)
-
-    def _open(self) -> None:
-        """Opens the file to go on with, cut back to what is known to be on disk."""
-        path = self._state.path
-        fresh = path is None
-        if path is None:
-            path = self.folder / folders.name_of(self._state.seq + 1)
-        elif not path.exists() and self._state.size:
-            raise _Tampered(f"{path} is gone")
-        # Each write returns when it is on disk. A second call for that would wait for the
-        # interpreter's lock once more, which a busy server holds for milliseconds at a time.
-        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_DSYNC, 0o600)
-        try:
-            found = os.fstat(file)
-            if found.st_size < self._state.size:
-                raise _Tampered(f"{path} was cut by someone else")
-            if not fresh and not self._ends_as_left(path):
-                raise _Tampered(f"{path} was replaced by someone else")
-            os.ftruncate(file, self._state.size)
-            os.fsync(file)
-            if fresh:
-                sync_folder(self.folder)
-        except BaseException:
-            os.close(file)
-            raise
-        self._file, self._identity = file, _identity(found)
-        self._state = replace(self._state, path=path)
-
-    def _ends_as_left(self, path: Path) -> bool:
-        """Whether the last record up to where we were is the one that we wrote."""
-        if not self._state.size:
-            return True
-        with path.open("rb") as file:
-            file.seek(max(0, self._state.size - _MAX_LINE_BYTES))
-            line = file.read(self._state.size - file.tell() - 1).rpartition(b"\n")[2]
-        return digest(line) == self._state.hash
-
-    def _check_file(self) -> None:
-        """Whether what is open is still the log, and as we left it."""
-        path = self._state.path
-        assert path is not None
-        try:
-            there = path.stat()
-        except FileNotFoundError:
-            raise _Tampered(f"{path} is gone") from None
-        if _identity(there) != self._identity:
-            raise _Tampered(f"{path} was replaced by someone else")
-        if there.st_size != self._state.size:
-            raise _Tampered(f"{path} was written to by someone else")
-
     def _failed(self, error: Exception, taken: list[_Queued]) -> None:
-        self._close_file()
+        self._file.close()
         words = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
         if words != self._fault or self.fail_open:
             log.critical(
@@ -450,16 +385,6 @@ class AuditLog:
                 kept.append(_Queued(queued.fields, waits=False))
         with self._wake:
             self._queue.extendleft(reversed(kept))
-
-    def _close_file(self) -> None:
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                os.close(self._file)
-            self._file = None
-
-
-class _Tampered(Exception):  # noqa: N818
-    """The file isn't as this process left it."""
 
 
 class _Batch:
@@ -501,10 +426,6 @@ class _Batch:
             self.state, seq=self.state.seq + 1, hash=digest(line), unsigned=unsigned
         )
         return Written(self.state.seq, self.state.hash)
-
-
-def _identity(found: os.stat_result) -> tuple[int, int]:
-    return found.st_dev, found.st_ino
 
 
 def _stamped(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
