@@ -310,20 +310,21 @@ class AuditLog:
             return
         batch = _Batch(self._state, self.key, self._sign_every, left=self._left)
         written: list[tuple[_Queued, Written]] = []
-        for queued in taken:
-            try:
-                written.append((queued, batch.add(queued.fields)))
-            except ValueError as error:
-                log.error("a record has no canonical form and is lost: %s", error)
-                self._lose(queued, "the record has no canonical form")
-        rotate = self._file.size + batch.size >= self._rotate_bytes
-        if batch.state.unsigned and not batch.left and (sign or rotate):
-            batch.add_head()
-        began = self._began = time.monotonic()
         try:
+            for queued in list(taken):
+                try:
+                    written.append((queued, batch.add(queued.fields)))
+                except ValueError as error:
+                    log.error("a record has no canonical form and is lost: %s", error)
+                    self._lose(queued, "the record has no canonical form")
+                    taken.remove(queued)
+            rotate = self._file.size + batch.size >= self._rotate_bytes
+            if batch.state.unsigned and not batch.left and (sign or rotate):
+                batch.add_head()
+            began = self._began = time.monotonic()
             self._file.write(b"".join(batch.lines), self._state.seq + 1, self._state.hash)
         except Exception as error:  # whatever it is, nothing may be taken for written
-            self._failed(error, [queued for queued, _ in written])
+            self._failed(error, taken)
             return
         finally:
             self._began = None
@@ -351,8 +352,8 @@ class AuditLog:
         self._began = time.monotonic()  # for all wait behind it
         try:
             folders.replace_head(self.folder, head)
-        except OSError as error:
-            words = error.strerror or str(error)
+        except Exception as error:  # also of a kind that nobody thought of: others wait for us
+            words = _words(error)
             if words != self._head_fault:
                 file = self.folder / folders.HEAD_FILE
                 log.error("%s: can't be written: %s; a cut of the log might not show", file, words)
@@ -364,7 +365,7 @@ class AuditLog:
 
     def _failed(self, error: Exception, taken: list[_Queued]) -> None:
         self._file.close()
-        words = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+        words = _words(error)
         if words != self._fault or self.fail_open:
             log.critical(
                 "the audit log can't be written: %s: %s; %s",
@@ -372,7 +373,7 @@ class AuditLog:
                 words,
                 "requests run WITHOUT A RECORD" if self.fail_open else "requests are refused",
             )
-        self._fault = words or type(error).__name__
+        self._fault = words
         kept = []
         for queued in taken:
             if queued.fields["kind"] == "gap":
@@ -426,6 +427,11 @@ class _Batch:
             self.state, seq=self.state.seq + 1, hash=digest(line), unsigned=unsigned
         )
         return Written(self.state.seq, self.state.hash)
+
+
+def _words(error: Exception) -> str:
+    said = error.strerror if isinstance(error, OSError) else None
+    return said or str(error) or type(error).__name__
 
 
 def _stamped(kind: str, fields: dict[str, Any]) -> dict[str, Any]:

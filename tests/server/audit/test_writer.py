@@ -417,6 +417,28 @@ def test_a_new_file_whose_name_is_not_on_disk_holds_no_record(tmp_path, monkeypa
     assert check(tmp_path).faults == []
 
 
+@pytest.mark.parametrize("what", ["line_of", "replace_head"])
+def test_whoever_writes_outlives_a_failure_that_nobody_thought_of(tmp_path, monkeypatch, what):
+    """Else all wait for nothing from then on, and the server calls itself ready."""
+    log = open_log(tmp_path, sign_every=1)
+    owner = folders if what == "replace_head" else writer
+    real, errors = getattr(owner, what), [MemoryError()]
+
+    def failing(*arguments):
+        if errors:
+            raise errors.pop()
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, what, failing)
+    log.note("result", n=1)
+    until(lambda: not errors)
+    until(lambda: log.healthy)
+    asyncio.run(log.append("request", n=2))
+    log.close()
+    assert [r["n"] for r in records(tmp_path) if "n" in r] == [1, 2]
+    assert check(tmp_path).faults == []
+
+
 def test_a_disk_that_fills_within_a_line_leaves_no_half_of_it(tmp_path, disk):
     log = open_log(tmp_path)
     log.record("request", n=1)
