@@ -13,7 +13,7 @@ from prometheus_client import REGISTRY
 
 from expertgate.server import metrics
 from expertgate.server.audit import folder as folders
-from expertgate.server.audit import writer
+from expertgate.server.audit import logfile, writer
 from expertgate.server.audit.chain import AuditError, digest, line_of
 from expertgate.server.audit.folder import HEAD_FILE
 from expertgate.server.audit.lately import lately
@@ -408,7 +408,7 @@ def test_a_new_file_whose_name_is_not_on_disk_holds_no_record(tmp_path, monkeypa
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patched:
-        patched.setattr(writer, "sync_folder", failing)
+        patched.setattr(logfile, "sync_folder", failing)
         assert os.strerror(errno.EIO) in fails(log)
     until(lambda: log.healthy)
     log.record("request", n=2)
