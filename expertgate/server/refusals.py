@@ -179,7 +179,6 @@ _VETTED: dict[str, tuple[Callable[[object], bool], str]] = {
             "gpu_memory_utilization",
             "kv_cache_memory_bytes",
             "enable_prefix_caching",
-            "max_logprobs",
             "stream_interval",
             "async_scheduling",
             # Execution
@@ -211,6 +210,8 @@ _VETTED: dict[str, tuple[Callable[[object], bool], str]] = {
         _one_of("raw_logprobs", "processed_logprobs"),
         "raw_logprobs or processed_logprobs",
     ),
+    # Those of a whole vocabulary are made into text on everybody's event loop, for minutes.
+    "max_logprobs": (lambda value: value != -1, "a number from 0, as -1 sets no bound,"),
     "model_impl": (_one_of("auto", "vllm"), "auto or vllm"),
     "moe_kernel": (_one_of(*KERNELS), " or ".join(KERNELS)),  # ours, not vLLM's own argument
     "prefix_caching_hash_algo": (_one_of("sha256", "sha256_cbor"), "sha256 or sha256_cbor"),

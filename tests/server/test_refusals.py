@@ -179,6 +179,7 @@ def test_experts_in_fp8_of_which_each_row_has_its_own_scales_are_fine(experts, v
         ("enable_sleep_mode", True),
         ("enable_dbo", True),
         ("logits_processors", ["a.B"]),
+        ("max_logprobs", -1),
         ("model_impl", "transformers"),
         ("hf_overrides", {}),
         ("worker_cls", "a.B"),
