@@ -251,7 +251,8 @@ class Oversight:
         asked = [(grant, grant.basis) for grant in self._service.grants if grant.basis is not None]
         bases = [basis for _, basis in asked]
         try:
-            catalogue, policies, decisions = await beside(partial(self._load, bases), "policies")
+            load = partial(self._load, bases)
+            catalogue, policies, decisions, doubts = await beside(load, "policies")
         except (PolicyError, CatalogueError) as error:
             fault = str(error).replace("\n", "; ")
             if _unread(error):
@@ -275,13 +276,16 @@ class Oversight:
         self._tell(PoliciesLoaded(policies.version, previous))
         if policies.version != previous:
             self._lost_by = policies
-            for doubt in policies.doubts(self._service.identity.groups):
+            for doubt in doubts:
                 log.warning("%s", doubt)
 
-    def _load(self, bases: Sequence[Basis]) -> tuple[Catalogue, PolicySet, list[Decision]]:
-        """What the files say, and what that means for each of `bases`."""
+    def _load(
+        self, bases: Sequence[Basis]
+    ) -> tuple[Catalogue, PolicySet, list[Decision], list[str]]:
+        """What the files say, what that means for each of `bases`, and what of it is in doubt."""
         catalogue, policies = self._files.load(self._running)
-        return catalogue, policies, [_decision(policies, basis) for basis in bases]
+        decisions = [_decision(policies, basis) for basis in bases]
+        return catalogue, policies, decisions, policies.doubts(self._service.identity.groups)
 
     async def _judge(self, grant: Grant) -> None:
         """Withdraws it where its credential doesn't hold, or isn't worth as much as it was."""
