@@ -25,6 +25,7 @@
       token: admin-token           # a file with the operators' token
     logs: text                     # or json
     drain_s: 30                    # what runs may go on for so long after SIGTERM
+    keep_alive_s: 130              # a connection stays open for so long between two requests
     tool_parser: olmo3             # vLLM's name of how the model writes its calls of tools
     engine:                        # vLLM's own arguments, as they are
       max_model_len: 2048
@@ -183,6 +184,10 @@ class AdminConfig(BaseModel):
         return token
 
 
+KEEP_ALIVE_S = 130
+"""Longer than clients and most gateways keep an idle connection. Who asks again on one that the
+server is just closing gets no answer, and nobody may repeat a POST for it."""
+
 _IN_THE_LOG = (
     "stands in the folder of the audit log, which the server holds locked, so that no command "
     "could change the file; name one elsewhere, or another folder as audit.path"
@@ -209,6 +214,7 @@ class Config(BaseModel):
     admin: AdminConfig | None = None
     logs: Literal["text", "json"] = "text"
     drain_s: Annotated[int, Field(strict=True, ge=0, le=1 << 31)] = 30
+    keep_alive_s: Annotated[int, Field(strict=True, ge=1, le=86_400)] = KEEP_ALIVE_S
     tool_parser: str | None = "olmo3"
     engine: dict[str, Any] = Field(default_factory=dict)
 

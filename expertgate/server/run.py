@@ -21,7 +21,7 @@ from vllm.utils.gc_utils import freeze_gc_heap
 
 from expertgate.server.audit.writer import Recorded
 from expertgate.server.beside import beside
-from expertgate.server.config import TlsConfig
+from expertgate.server.config import KEEP_ALIVE_S, TlsConfig
 from expertgate.server.errors import ApiError
 from expertgate.server.failures import ProofError
 from expertgate.server.guard import GuardedLLM, UnavailableError
@@ -47,6 +47,7 @@ class Listener:
     app: FastAPI
     bound: socket.socket
     tls: TlsConfig | None = None
+    keep_alive_s: int = KEEP_ALIVE_S
 
 
 def run(
@@ -87,6 +88,7 @@ def _config(listener: Listener, drain_s: int) -> uvicorn.Config:
         reset_contextvars=True,
         # Only uvicorn's own word on who the client is; policies may read it.
         proxy_headers=False,
+        timeout_keep_alive=listener.keep_alive_s,
         timeout_graceful_shutdown=drain_s + _CUT_S,
     )
 

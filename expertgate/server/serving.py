@@ -74,9 +74,11 @@ def serve_config(
             print(f"ready after {time.monotonic() - began:.0f} s at {url}", flush=True)
             greet(url)
 
-        listeners = [Listener(create_app(service), bound, config.tls)]
+        alive_s = config.keep_alive_s
+        listeners = [Listener(create_app(service), bound, config.tls, alive_s)]
         if admin is not None:
-            listeners.append(Listener(create_admin(service, oversight, admin[1]), admin[0]))
+            operators = create_admin(service, oversight, admin[1])
+            listeners.append(Listener(operators, admin[0], None, alive_s))
         spans = tracing.set_up()
         run(
             service,

@@ -611,13 +611,18 @@ def _environment_of(pid: int) -> list[str]:
 def test_sigterm_lets_streams_finish_cuts_off_the_longest_and_leaves_no_orphans(tmp_path):
     prepare(tmp_path)
     with (tmp_path / "expertgate.yaml").open("a") as config:
-        config.write("drain_s: 8\n")
+        config.write("drain_s: 8\nkeep_alive_s: 1\n")
     keys = {user: make_key(tmp_path, user, "research") for user in ("alice", "dave")}
     own = start(tmp_path)
     own.keys = keys
     try:
         children = own.children()
         assert children
+        address = own.url.removeprefix("http://").split(":")
+        with socket.create_connection(address, timeout=60) as idle:
+            idle.sendall(b"GET /health HTTP/1.1\r\nHost: test\r\n\r\n")
+            while idle.recv(4096):  # until the server closes it
+                pass
         # So much that no machine is done with it within the eight seconds.
         long = {"max_tokens": 1900, "ignore_eos": True, "prompt": ["hi"] * 60}
         short = {"prompt": "hi", "max_tokens": 100, "ignore_eos": True}

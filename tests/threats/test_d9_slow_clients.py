@@ -120,6 +120,21 @@ def test_a_connection_that_asks_nothing_is_closed(served):
     served(client)
 
 
+def test_a_connection_stays_between_requests_for_as_long_as_was_said(served, monkeypatch):
+    async def client(app, address):
+        async with connected(address) as (reader, writer):
+            for _ in range(2):
+                writer.write(ASK)
+                await reader.readuntil(b"{}")
+                await asyncio.sleep(5.5)  # beyond uvicorn's own patience
+        async with connected(address) as (reader, writer):
+            writer.write(ASK)
+            assert (await ends(reader)).endswith(b"{}")  # and then no longer
+
+    monkeypatch.setattr(run.Listener.__init__, "__defaults__", (None, 7))
+    served(client)
+
+
 @pytest.mark.parametrize("behind", [b"", ASK, ASK + ASK, WEBSOCKET])
 def test_an_answer_ends_with_its_client_whatever_was_asked_behind_it(served, behind):
     async def client(app, address):
