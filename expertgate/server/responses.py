@@ -18,7 +18,7 @@ from expertgate.server import answers
 from expertgate.server.circumstances import Purpose
 from expertgate.server.errors import ApiError, bad_request
 from expertgate.server.response_items import NULLS, check_items, readable
-from expertgate.server.schemas import Experts, Receipt, check_tools
+from expertgate.server.schemas import HINTS, Experts, Hints, Receipt, check_tools
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +30,12 @@ _LAST = f"event: {_COMPLETED}\n"
 """How the last event of a stream begins."""
 
 
-class ResponsesRequest(_ResponsesRequest):
+class ResponsesRequest(Hints, _ResponsesRequest):
     """Body of POST /v1/responses."""
 
     model_config = ConfigDict(extra="forbid")
 
-    fields: ClassVar[frozenset[str]] = frozenset(
+    fields: ClassVar[frozenset[str]] = HINTS | frozenset(
         {
             "background",
             "cache_salt",
@@ -61,7 +61,6 @@ class ResponsesRequest(_ResponsesRequest):
             "reasoning",
             "repetition_penalty",
             "seed",
-            "service_tier",
             "skip_special_tokens",
             "stop",
             "stop_token_ids",
@@ -153,6 +152,8 @@ def _check_metadata(found: Any) -> None:
 async def create(handler: Any, body: ResponsesRequest) -> Any:
     """What vLLM's handler gives back, a stream of objects as a stream of texts."""
     body.store = False  # what its default is, and what no client may change
+    if body.service_tier == "flex":  # vLLM's answer would claim that it was
+        body.service_tier = "default"
     result = await handler.create_responses(body)
     return _texts(result) if isinstance(result, AsyncGenerator) else result
 

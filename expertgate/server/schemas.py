@@ -8,7 +8,7 @@ error that names it.
 import difflib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -57,7 +57,25 @@ Receipt = Annotated[
     ),
 ]
 
-_SHARED_FIELDS = frozenset(
+Tier = Literal["auto", "default", "flex"]
+"""Of OpenAI's, those that ask for no more than all get."""
+
+
+class Hints(BaseModel):
+    """What OpenAI's clients and gateways send unasked. It changes no answer, and nobody reads it.
+
+    Not the prefix cache either, which `cache_salt` alone parts further.
+    """
+
+    prompt_cache_key: str | None = Field(default=None, max_length=64)
+    prompt_cache_retention: Literal["in_memory", "24h"] | None = None
+    safety_identifier: str | None = Field(default=None, max_length=128)
+    service_tier: Tier = "auto"
+
+
+HINTS = frozenset(Hints.model_fields)
+
+_SHARED_FIELDS = HINTS | frozenset(
     {
         "add_special_tokens",
         "allowed_token_ids",
@@ -112,11 +130,8 @@ _OPENAIS = {
     "modalities": "answers are text alone",
     "moderation": "answers are not judged here",
     "prediction": "nothing is drafted from it",
-    "prompt_cache_key": "cached prefixes are found without one",
-    "prompt_cache_retention": "the server decides how long prefixes are cached",
+    "prompt_cache_options": "the server decides which prefixes are cached, and how long",
     "reasoning_effort": "the model's template knows no levels of reasoning",
-    "safety_identifier": "who asks is told by the credential",
-    "service_tier": "all are served alike",
     "store": "nothing is stored here",
     "suffix": "the model only goes on from the end of a text",
     "verbosity": "the model's template knows no levels of it",
@@ -141,7 +156,15 @@ _VLLMS = {
 }
 _REFUSED = _OPENAIS | _VLLMS
 
-_NULL_IS_NOTHING = {*_OPENAIS, "background", "n", "prompt", "stream_options", "truncation"}
+_NULL_IS_NOTHING = {
+    *_OPENAIS,
+    "background",
+    "n",
+    "prompt",
+    "service_tier",
+    "stream_options",
+    "truncation",
+}
 """Fields that OpenAI's clients send as null for None, and that vLLM has no null for."""
 
 # Nested objects: the path of keys to one, with [] for the items of a list → the keys it may have.
@@ -211,7 +234,7 @@ class Body(Protocol):
     def model_json_schema(cls, *, ref_template: str) -> dict[str, Any]: ...
 
 
-class ChatRequest(ChatCompletionRequest):
+class ChatRequest(Hints, ChatCompletionRequest):
     """Body of POST /v1/chat/completions."""
 
     model_config = ConfigDict(extra="forbid")
@@ -248,7 +271,7 @@ class ChatRequest(ChatCompletionRequest):
         return super().model_validate(with_read(obj), **options)
 
 
-class TextRequest(CompletionRequest):
+class TextRequest(Hints, CompletionRequest):
     """Body of POST /v1/completions."""
 
     model_config = ConfigDict(extra="forbid")
@@ -298,6 +321,9 @@ def check(kind: type[Kind], body: Mapping[str, Any]) -> Kind:
     body = {k: v for k, v in body.items() if v is not None or k not in _NULL_IS_NOTHING}
     _check_fields(kind, body)
     check_limits(body)
+    if body.get("service_tier", "auto") not in get_args(Tier):
+        message = f"service_tier must be {', '.join(get_args(Tier))}: all are served alike"
+        raise bad_request(message, "service_tier")
     kind.check(body)
     _check_nested(body, kind.nested)
     try:

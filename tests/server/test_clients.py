@@ -126,6 +126,18 @@ def test_none_is_nothing_wherever_the_client_takes_it(server, path, params, aske
         assert effective(last.response if path == "responses" else last) == STEM
 
 
+@pytest.mark.parametrize("asked", ["auto", "default", "flex"])
+def test_no_answer_claims_another_tier_than_that_of_all(server, asked):
+    api = client(server)
+    chat = api.chat.completions.create(
+        model="toy", messages=MESSAGES, max_tokens=2, service_tier=asked
+    )
+    ask = {"model": "toy", "input": "hi", "max_output_tokens": 2, "service_tier": asked}
+    *_, last = api.responses.create(**ask, stream=True)
+    for found in (chat, api.responses.create(**ask), last.response):
+        assert found.service_tier in (None, "auto", "default")
+
+
 # --- structured output and tools --------------------------------------------------------------
 
 

@@ -66,14 +66,13 @@ def test_a_misspelt_field_gets_a_hint():
     [
         ("best_of", "use n"),
         ("functions", "use tools"),
-        ("prompt_cache_key", "found without one"),
+        ("prompt_cache_options", "the server decides"),
         ("reasoning_effort", "no levels"),
         ("web_search_options", "no tool runs here"),
         ("function_call", "use tool_choice"),
         ("length_penalty", "outside the grant"),
         ("metadata", "nothing is stored"),
         ("prediction", "nothing is drafted"),
-        ("service_tier", "all are served alike"),
     ],
 )
 def test_what_openais_clients_send_and_is_not_here_is_no_slip(field, instead):
@@ -89,6 +88,31 @@ def test_a_chat_that_is_not_to_be_stored_is_one():
     for call, value in ((chat, True), (chat, 0), (text, False), (text, True)):
         assert refused(call, store=value).param == "store"
     assert "nothing is stored here" in refused(chat, store=True).message
+
+
+@pytest.mark.parametrize("call", [chat, text, response])
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("prompt_cache_key", ["", "k" * 64], ["k" * 65, 5, True, ["k"], {}]),
+        ("prompt_cache_retention", ["in_memory", "24h"], ["24H", "1h", "", 24, ["24h"]]),
+        ("safety_identifier", ["", "u" * 128], ["u" * 129, 5, False, ["u"], {}]),
+        ("service_tier", ["auto", "default", "flex"], ["Flex", "", 1, True, ["auto"], {}]),
+    ],
+)
+def test_hints_of_openais_clients_may_be_anything_that_openai_takes(call, name, right, wrong):
+    assert getattr(call(**{name: None}), name) == getattr(call(), name)
+    for value in right:
+        assert getattr(call(**{name: value}), name) == value
+    for value in wrong:
+        assert refused(call, **{name: value}).param == name
+
+
+@pytest.mark.parametrize("tier", ["priority", "fast", "scale", "ultrafast"])
+@pytest.mark.parametrize("call", [chat, text, response])
+def test_nobody_is_told_in_vain_that_they_go_first(call, tier):
+    error = refused(call, service_tier=tier)
+    assert (error.param, "all are served alike" in error.message) == ("service_tier", True)
 
 
 def test_a_long_name_is_told_by_its_beginning_and_never_searched(monkeypatch):

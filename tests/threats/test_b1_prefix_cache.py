@@ -49,3 +49,26 @@ def test_a_callers_own_salt_narrows_and_never_widens(server, prompt):
     assert cached(server.complete("dave", prompt=prompt, cache_salt="ours")) == 0
     experts = ["public"]
     assert cached(server.complete("alice", prompt=prompt, cache_salt="ours", experts=experts)) == 0
+
+
+@pytest.mark.parametrize("retention", ["in_memory", "24h"])
+def test_openais_hints_for_its_cache_neither_narrow_nor_widen_this_one(server, prompt, retention):
+    messages = [{"role": "user", "content": prompt}]
+    for ask, fields in (
+        (server.chat, {"messages": messages}),
+        (server.complete, {"prompt": prompt}),
+        (server.respond, {"input": messages}),
+    ):
+        fields |= {"experts": ["public"], "cache_salt": uuid.uuid4().hex}
+
+        def found(user, key, ask=ask, fields=fields):
+            hints = {} if key is None else {"prompt_cache_key": key, "safety_identifier": key}
+            response = ask(user, prompt_cache_retention=retention, **fields, **hints)
+            assert response.status_code == 200, response.text
+            return response.json()["experts"]["cached"]
+
+        assert found("alice", "ours") == 0
+        shared = found("alice", "ours")
+        assert shared >= BLOCK_TOKENS
+        assert [found("alice", key) for key in ("another", "", None)] == [shared] * 3
+        assert found("dave", "ours") == 0

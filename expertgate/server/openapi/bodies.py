@@ -5,14 +5,14 @@ little of what a field does. A field that is not listed here is described as vLL
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from expertgate.policies.expert_set import MAX_EXPERTS
 from expertgate.server import limits
 from expertgate.server.openapi.references import REFERENCE, Schema, reference
 from expertgate.server.response_items import NULLS, ROLES, STATUSES
 from expertgate.server.responses import MAX_METADATA, ResponsesRequest
-from expertgate.server.schemas import Body
+from expertgate.server.schemas import Body, Tier
 
 _TEXT: Schema = {"type": "string"}
 _OBJECT: Schema = {"type": "object"}
@@ -243,6 +243,7 @@ _NARROWED: Mapping[str, Schema] = {
     "purpose": _or_null({"type": "string", "pattern": "^[ -~]{1,256}$"}),
     "repetition_penalty": _or_null({"type": "number", "exclusiveMinimum": 0}),
     "response_format": _or_null(reference("ResponseFormat")),
+    "service_tier": _or_null(_one_of(*get_args(Tier))),
     "stop": _or_null(
         {
             "anyOf": [
@@ -271,7 +272,6 @@ _NARROWED_IN_RESPONSES: Mapping[str, Schema] = {
     "metadata": _or_null({**_OBJECT, "additionalProperties": _TEXT, "maxProperties": MAX_METADATA}),
     "previous_response_id": {"type": "null"},
     "reasoning": _or_null(reference("Reasoning")),
-    "service_tier": _or_null(_one_of("auto", "default", "flex", "scale", "priority")),
     "text": _or_null(reference("TextConfig")),
     "tool_choice": {
         "anyOf": [_one_of("none", "auto", "required"), reference("ResponsesToolChoice")]
@@ -331,6 +331,10 @@ DESCRIPTIONS: Mapping[str, str] = {
     "presence_penalty": "Makes tokens less likely that are there already.",
     "previous_response_id": "Nothing is stored here: send the whole conversation as `input`.",
     "prompt": "What is asked: text or, where the type admits it, token ids or a list of either.",
+    "prompt_cache_key": "Taken for compatibility; `cache_salt` parts the prefix cache.",
+    "prompt_cache_retention": (
+        "Taken for compatibility; a prefix stays in memory alone, until its room is needed."
+    ),
     "prompt_logprobs": (
         "Of how many tokens log probabilities are given, along the prompt. With the prompt's own, "
         "of all prompts and choices together, at most 32768."
@@ -341,6 +345,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "return_token_ids": "Whether token ids stand beside the text.",
     "return_token_strs": "Whether each token's text is given.",
     "return_tokens_as_token_ids": "Whether log probabilities name tokens as `token_id:ID`.",
+    "safety_identifier": "Taken for compatibility; who asks is told by the credential.",
     "seed": "Of the sampling, so that it can be repeated.",
     "service_tier": "Taken for compatibility; all are served alike.",
     "skip_special_tokens": "Whether the tokenizer's own tokens are left out of the text.",
