@@ -95,8 +95,8 @@ class Grant:
     """The engine calls that have begun; several, where a request has several prompts."""
     calls_expected: int = 0
     """Engine calls asked for, whether they have begun or wait for their turn."""
-    prompt_logprobs: int = 0
-    """Log probabilities that these ask for along their prompts, all together."""
+    logprobs: int = 0
+    """Log probabilities that these ask for, all together, as far as they count."""
     withdrawn: bool = False
     _limit: asyncio.Timeout | None = field(default=None, init=False)
 

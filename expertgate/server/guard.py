@@ -32,8 +32,11 @@ from expertgate.server.turns import Turns
 
 log = logging.getLogger(__name__)
 
-_MAX_PROMPT_LOGPROBS = 1 << 15
-"""Of one request: vLLM makes text of each, one after the other, on everybody's event loop."""
+_MAX_LOGPROBS = 1 << 15
+"""Of one request: vLLM makes text of each on everybody's event loop, a quarter of a second of it
+where these come in one step, and objects of a whole chat's in one go, which takes a second."""
+_FREE_LOGPROBS = 20
+"""Of a token of the answer, what vLLM lets everybody ask for; an operator may allow more."""
 _LOOK_AFTER_S = 1  # how often the engine is looked after while its answer is waited for
 
 
@@ -125,7 +128,7 @@ class GuardedLLM:
 
         Raises GrantError where there is no open grant, or for a prompt that is not a rendered
         one; WithdrawnError; UnavailableError where the engine can't run it; VLLMValidationError
-        where log probabilities of more prompt tokens are asked for than can be told.
+        where more log probabilities are asked for than can be told.
         """
         del request_id
         if not isinstance(sampling_params, SamplingParams):
@@ -139,14 +142,7 @@ class GuardedLLM:
         if self.errored:
             raise self.dead_error
 
-        grant.prompt_logprobs += self._prompt_logprobs(prompt, sampling_params)
-        if grant.prompt_logprobs > _MAX_PROMPT_LOGPROBS:
-            raise VLLMValidationError(
-                f"{grant.prompt_logprobs} log probabilities are asked for along the prompts, in "
-                f"all choices together; at most {_MAX_PROMPT_LOGPROBS}",
-                parameter="prompt_logprobs",
-            )
-
+        self._count_logprobs(grant, prompt, sampling_params)
         params = copy.copy(sampling_params)
         granted: dict[str, Any] = {
             "type": "token",
@@ -182,14 +178,33 @@ class GuardedLLM:
         )
         return self._in_turn(grant, call, running, progress)
 
-    def _prompt_logprobs(self, prompt: Mapping[str, Any], params: SamplingParams) -> int:
-        """How many an answer will hold: those asked for and the prompt's own, in each choice."""
-        count = params.prompt_logprobs
-        if count is None:
-            return 0
-        if count == -1:  # all
-            count = self.model_config.get_vocab_size()
-        return len(prompt["prompt_token_ids"]) * (count + 1) * params.n
+    def _count_logprobs(
+        self, grant: Grant, prompt: Mapping[str, Any], params: SamplingParams
+    ) -> None:
+        """How many an answer will hold: those asked for and the token's own, in each choice.
+
+        Raises VLLMValidationError where the grant's calls together ask for too many.
+        """
+        answer, along = (
+            self.model_config.get_vocab_size() if count == -1 else count
+            for count in (params.logprobs, params.prompt_logprobs)
+        )
+        tokens = params.max_tokens or self.model_config.max_model_len
+        asked = []
+        if along is not None:
+            count = (along + 1) * len(prompt["prompt_token_ids"])
+            asked.append((count, "prompt_logprobs", "along the prompts"))
+        if answer is not None and answer > _FREE_LOGPROBS:
+            place = f"in the {tokens} tokens that a choice may have"
+            asked.append(((answer + 1) * tokens, "logprobs", place))
+        grant.logprobs += sum(count for count, _, _ in asked) * params.n
+        if asked and grant.logprobs > _MAX_LOGPROBS:
+            raise VLLMValidationError(
+                f"{grant.logprobs} log probabilities are asked for "
+                f"{' and '.join(place for _, _, place in asked)}, in all choices together; "
+                f"at most {_MAX_LOGPROBS}",
+                parameter=max(asked)[1],
+            )
 
     async def _in_turn(
         self,

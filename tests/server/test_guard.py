@@ -1,6 +1,7 @@
 import asyncio
 
 import pytest
+from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
@@ -347,3 +348,68 @@ def test_what_was_written_and_never_seen_is_charged_too(grants, outputs, compute
 
     asyncio.run(go())
     assert sum(spent) == charged
+
+
+VLLMS_DEFAULT = EngineArgs.max_logprobs
+
+
+def telling(grant, asked):
+    return SamplingParams(extra_args={HANDLE_ARG: grant.handle}, **asked)
+
+
+@pytest.mark.parametrize(
+    ("asked", "prompts"),
+    [
+        ({"logprobs": VLLMS_DEFAULT, "max_tokens": 1 << 20, "n": 64}, 1),
+        ({"logprobs": VLLMS_DEFAULT, "max_tokens": 1 << 20, "n": 2, "prompt_logprobs": 9}, 32),
+        ({"logprobs": 1023, "max_tokens": 32}, 1),
+        ({"logprobs": 1023, "max_tokens": 1, "n": 8}, 4),
+        ({"logprobs": (1 << 15) - 1, "max_tokens": 1}, 1),
+        ({"logprobs": VLLMS_DEFAULT + 1, "max_tokens": (1 << 15) // 22}, 1),
+    ],
+)
+def test_log_probabilities_are_told_as_far_as_vllms_default_goes_and_a_limit(
+    guard, engine, grants, asked, prompts
+):
+    with grants.issue(MATH, "alice", recorded=RECORDED) as grant:
+        for _ in range(prompts):
+            run(guard.generate(PROMPT, telling(grant, asked), "id"))
+    assert len(engine.calls) == prompts
+
+
+@pytest.mark.parametrize(
+    ("asked", "prompts", "field", "message"),
+    [
+        ({"logprobs": 1023, "max_tokens": 33}, 1, "logprobs", "33792 log probabilities"),
+        ({"logprobs": 1023, "max_tokens": 1, "n": 33}, 1, "logprobs", "33792"),
+        ({"logprobs": 1023, "max_tokens": 1}, 33, "logprobs", "33792"),
+        ({"logprobs": 1 << 15, "max_tokens": 1}, 1, "logprobs", "32769"),
+        ({"logprobs": VLLMS_DEFAULT + 1, "max_tokens": 1490}, 1, "logprobs", "in the 1490 tokens"),
+        (
+            {"logprobs": 1023, "max_tokens": 31, "prompt_logprobs": 512},
+            1,
+            "logprobs",
+            "32770 log probabilities are asked for along the prompts and in the 31 tokens",
+        ),
+        (
+            {"logprobs": VLLMS_DEFAULT, "max_tokens": 9000, "prompt_logprobs": 1 << 15},
+            1,
+            "prompt_logprobs",
+            "65538 log probabilities are asked for along the prompts, in all choices",
+        ),
+    ],
+)
+def test_more_log_probabilities_are_refused_before_any_runs(
+    guard, engine, grants, asked, prompts, field, message
+):
+    """vLLM makes text and objects of each on everybody's event loop."""
+    with grants.issue(MATH, "alice", recorded=RECORDED) as grant:
+
+        def ask():
+            return guard.generate(PROMPT, telling(grant, asked), "id")
+
+        waiting = [ask() for _ in range(prompts - 1)]
+        with pytest.raises(VLLMValidationError, match=message) as error:
+            ask()
+        assert (error.value.parameter, "at most 32768" in str(error.value)) == (field, True)
+        assert (len(waiting), engine.calls) == (prompts - 1, [])

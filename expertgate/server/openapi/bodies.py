@@ -284,6 +284,11 @@ _ROOM = (
     "has room for."
 )
 
+_MANY = (
+    "Of more than 20, where the server's `max_logprobs` allows it, there are at most 32768 in all "
+    "tokens that the choices may have, with those along the prompts."
+)
+
 DESCRIPTIONS: Mapping[str, str] = {
     "add_generation_prompt": "Whether the template opens the assistant's turn after the messages.",
     "add_special_tokens": "Whether the tokenizer adds its own tokens, such as one for the start.",
@@ -310,7 +315,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "input": "What is asked: text, or the whole conversation so far; nothing of it is stored.",
     "instructions": "A system message before the input.",
     "logit_bias": "By token id, what is added to its logit.",
-    "logprobs": "The log probabilities of generated tokens: whether, or of how many.",
+    "logprobs": f"The log probabilities of generated tokens: whether, or of how many. {_MANY}",
     "max_completion_tokens": f"How many tokens each choice may have. {_ROOM}",
     "max_output_tokens": f"How many tokens the answer may have. {_ROOM}",
     "max_tokens": "How many tokens each choice may have.",
@@ -365,7 +370,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "tool_choice": "Whether, or which, tool is called.",
     "tools": "Functions that the model may call; their schemas together have at most 16 KiB.",
     "top_k": "How many of the likeliest tokens are drawn from; 0 or -1 for all.",
-    "top_logprobs": "Of how many other tokens log probabilities are given.",
+    "top_logprobs": f"Of how many other tokens log probabilities are given. {_MANY}",
     "top_p": "The likeliest tokens of this probability together are drawn from.",
     "truncate_prompt_tokens": "Cuts the prompt to so many tokens; -1 to what the model can read.",
     "truncation": "Whether input that is too long is cut.",
