@@ -252,7 +252,7 @@ class Oversight:
         bases = [basis for _, basis in asked]
         try:
             load = partial(self._load, bases)
-            catalogue, policies, decisions, doubts = await beside(load, "policies")
+            catalogue, policies, decisions = await beside(load, "policies")
         except (PolicyError, CatalogueError) as error:
             fault = str(error).replace("\n", "; ")
             if _unread(error):
@@ -276,16 +276,14 @@ class Oversight:
         self._tell(PoliciesLoaded(policies.version, previous))
         if policies.version != previous:
             self._lost_by = policies
-            for doubt in doubts:
+            find = partial(policies.doubts, self._service.identity.groups)
+            for doubt in await beside(find, "doubts"):
                 log.warning("%s", doubt)
 
-    def _load(
-        self, bases: Sequence[Basis]
-    ) -> tuple[Catalogue, PolicySet, list[Decision], list[str]]:
-        """What the files say, what that means for each of `bases`, and what of it is in doubt."""
+    def _load(self, bases: Sequence[Basis]) -> tuple[Catalogue, PolicySet, list[Decision]]:
+        """What the files say, and what that means for each of `bases`."""
         catalogue, policies = self._files.load(self._running)
-        decisions = [_decision(policies, basis) for basis in bases]
-        return catalogue, policies, decisions, policies.doubts(self._service.identity.groups)
+        return catalogue, policies, [_decision(policies, basis) for basis in bases]
 
     async def _judge(self, grant: Grant) -> None:
         """Withdraws it where its credential doesn't hold, or isn't worth as much as it was."""

@@ -564,3 +564,23 @@ def test_what_is_spoken_of_and_nobody_has_is_a_doubt_and_no_fault():
     assert policies(text).doubts() == strange
     assert policies(text).doubts({"staff", "contractors"}) == [*strange, group]
     assert policies(text).doubts({"staff", "contracters"}) == strange
+
+
+def test_a_group_that_is_written_with_an_escape_is_no_doubt():
+    text = 'permit(principal in Group::"CORP\\\\research", action, resource);'
+    assert policies(text).doubts({"CORP\\research"}) == []
+
+
+def test_of_many_doubts_the_first_are_told_and_among_many_groups_no_likeness_is_sought():
+    """A likeness takes a tenth of a millisecond to find, and each group may be like each other."""
+    text = "\n".join(
+        f'forbid(principal in Group::"tenant-{number}", action, resource);' for number in range(25)
+    )
+    few, many = {"tenant-x"}, {f"tenant-{number}" for number in range(100, 1000)}
+    found = policies(text).doubts(few)
+    assert [doubt.partition(";")[0] for doubt in found] == [
+        *(f'rules.cedar:{n + 1}: nobody is in Group::"tenant-{n}"' for n in range(20)),
+        "5 more places name what nobody has",
+    ]
+    assert found[0].endswith("; did you mean tenant-x?")
+    assert "did you mean" not in "".join(policies(text).doubts(many))

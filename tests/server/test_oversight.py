@@ -463,6 +463,27 @@ def test_what_new_policies_speak_of_and_nobody_has_is_logged(site, caplog):
     assert caplog.text.count('nobody is in Group::"nobodys"') == 1
 
 
+def test_what_is_in_doubt_is_asked_once_policies_are_in_force(site, monkeypatch):
+    """It may take long, or fail, and nobody keeps what was taken for so long."""
+    in_force = []
+
+    def doubts(policies, groups):
+        in_force.append(site.service.policies is policies)
+        raise RuntimeError
+
+    monkeypatch.setattr(PolicySet, "doubts", doubts)
+
+    async def story():
+        wide = await site.ask("alice")
+        site.write(PUBLIC)
+        with pytest.raises(RuntimeError):
+            await site.look()
+        assert wide.withdrawn
+
+    asyncio.run(story())
+    assert in_force == [True]
+
+
 @pytest.mark.parametrize(
     ("rules", "fault"),
     [
