@@ -599,6 +599,8 @@ def test_labels_and_annotations_arrive():
         {"extraVolumeMounts": [{"name": "a", "mountPath": "/a", "readOnly": False}]},
         {"prometheusRule": {"enabled": True}},
         {"podLabels": {"app.kubernetes.io/component": "worker"}},
+        # A claim that asks for no storage is refused when a pod's volume is made.
+        {"audit": {"size": None}},
         # A pod that comes by itself, or comes back without a volume, would suspend nobody.
         {
             "suspended": None,
