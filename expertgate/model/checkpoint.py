@@ -4,19 +4,23 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from expertgate.model import quantised
+from expertgate.model.quantised import BLOCK, SCALE
 from expertgate.policies.expert_set import MAX_EXPERTS
 
 ARCHITECTURE = "FlexOlmoForCausalLM"
 
 # What the model would pass over, and so speak otherwise than Transformers; absent is the first.
 _SERVED = {"hidden_act": ("silu", "swish"), "attention_bias": (False, None)}
-_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
+_PLAIN = ("F64", "F32", "F16", "BF16")
+_PARTS = ("gate_proj", "up_proj", "down_proj")
 _CHUNK_BYTES = 1 << 24
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
@@ -91,6 +95,22 @@ class Checkpoint:
                     f"{path}: {name} is {json.dumps(self.config[name])}, "
                     f"but this server serves {json.dumps(served[0])}"
                 )
+        self.hidden = _count(self.config.get("hidden_size", 4096), f"{path}: hidden_size")
+        self.inner = _count(
+            self.config.get("intermediate_size", 11008), f"{path}: intermediate_size"
+        )
+        settings = self.config.get("quantization_config")
+        self.quantised = settings is not None
+        """Whether the experts are FP8, by `quantised`'s scheme, which is then all that is."""
+        if self.quantised:
+            if said := quantised.fault(settings, self.num_layers):
+                raise CheckpointError(f"{path}: {said}")
+            for name, size in {"hidden_size": self.hidden, "intermediate_size": self.inner}.items():
+                if size % BLOCK:
+                    raise CheckpointError(
+                        f"{path}: {name} is {size}, but quantised experts are served in whole "
+                        f"blocks of {BLOCK}"
+                    )
 
     def files(self) -> list[Path]:
         """Of weights: those that the index names, where there is one; else all.
@@ -112,11 +132,55 @@ class Checkpoint:
         return sorted(self.folder / name for name in names)
 
     def check_weights(self) -> None:
-        """Raises CheckpointError where a file of weights is missing, is none or ends too soon."""
-        _ = self._tensors
+        """Raises CheckpointError where a file of weights is missing, is none or ends too soon.
+
+        Also where a tensor is missing or isn't what the configuration says: vLLM leaves a weight
+        that it isn't given, or the rest of one that is smaller, as it found the memory.
+        """
+        wanted = dict(self._wanted())
+        for name, (dtypes, shape) in wanted.items():
+            found = self._tensor(name)
+            if found.dtype not in dtypes or shape not in (None, found.shape):
+                raise CheckpointError(
+                    f"{found.file}: tensor {name} is {found.dtype} {found.shape}, but by "
+                    f"config.json it should be {' or '.join(dtypes)} {shape or ''}".rstrip()
+                )
+        if self.quantised:  # of others vLLM says so itself
+            optional = {"lm_head.weight", *map(_bias, range(self.num_layers))}
+            if strange := sorted(self._tensors.keys() - wanted.keys() - optional):
+                raise CheckpointError(
+                    f"{self._tensors[strange[0]].file}: there is no place for tensor {strange[0]} "
+                    "in a FlexOlmo of which only the experts are quantised"
+                )
+
+    def _wanted(self) -> Iterator[tuple[str, tuple[tuple[str, ...], list[int] | None]]]:
+        """Tensors that there must be, with the dtypes that each may have, and its shape.
+
+        None where vLLM looks at the shape itself.
+        """
+        whole = ["model.embed_tokens", "model.norm"]
+        if not self.config.get("tie_word_embeddings", False):
+            whole.append("lm_head")
+        attention = [f"self_attn.{part}" for part in ("q_norm", "k_norm")]
+        attention += [f"self_attn.{part}_proj" for part in "qkvo"]
+        norms = ["post_attention_layernorm", "post_feedforward_layernorm"]
+        for layer in range(self.num_layers):
+            place = f"model.layers.{layer}"
+            whole += [f"{place}.{part}" for part in (*attention, *norms, "mlp.gate")]
+            for index in range(self.num_experts):
+                for part in _PARTS:
+                    shape = [self.inner, self.hidden]
+                    if part == "down_proj":
+                        shape.reverse()
+                    expert = f"{place}.mlp.experts.{index}.{part}"
+                    yield f"{expert}.weight", (("F8_E4M3",) if self.quantised else _PLAIN, shape)
+                    if self.quantised:
+                        yield f"{expert}.{SCALE}", (("F32",), [size // BLOCK for size in shape])
+        for name in whole:
+            yield f"{name}.weight", (_PLAIN, None)
 
     def expert_digests(self, indices: Iterable[int]) -> dict[int, str]:
-        """Index → SHA-256 over an expert's router row, bias and FFN in every layer.
+        """Index → SHA-256 over an expert's router row, bias and FFN, with scales, in every layer.
 
         Each tensor is fed as its name within the layer, its dtype, its shape and its bytes, in a
         fixed order, so the digest does not depend on how the checkpoint is cut into files.
@@ -131,21 +195,21 @@ class Checkpoint:
         for layer in range(self.num_layers):
             mlp = f"model.layers.{layer}.mlp"
             self._feed(digest, f"{layer}.router", f"{mlp}.gate.weight", row=index)
-            if index and f"{mlp}.gate.expert_bias" in self._tensors:
-                self._feed(digest, f"{layer}.bias", f"{mlp}.gate.expert_bias", row=index - 1)
-            for part in ("gate_proj", "up_proj", "down_proj"):
-                self._feed(digest, f"{layer}.{part}", f"{mlp}.experts.{index}.{part}.weight")
+            if index and _bias(layer) in self._tensors:
+                self._feed(digest, f"{layer}.bias", _bias(layer), row=index - 1)
+            for part in _PARTS:
+                expert = f"{mlp}.experts.{index}.{part}"
+                self._feed(digest, f"{layer}.{part}", f"{expert}.weight")
+                if self.quantised:
+                    self._feed(digest, f"{layer}.{part}.scales", f"{expert}.{SCALE}")
         return digest.hexdigest()
 
     def _feed(self, digest: Any, label: str, name: str, row: int | None = None) -> None:
         """The tensor called `name`, or one row of it, into `digest`."""
-        try:
-            file, dtype, shape, start = self._tensors[name]
-        except KeyError:
-            raise CheckpointError(f"{self.folder}: tensor {name} is missing") from None
+        file, dtype, shape, start = self._tensor(name)
         if row is not None:
             shape = shape[1:]
-        if dtype not in _DTYPE_BYTES:
+        if dtype not in _DTYPE_BYTES or (dtype not in _PLAIN and not self.quantised):
             raise CheckpointError(f"{file}: tensor {name} has the unexpected dtype {dtype}")
         size = _DTYPE_BYTES[dtype]
         for dimension in shape:
@@ -159,6 +223,12 @@ class Checkpoint:
                     raise CheckpointError(f"{file}: ends within tensor {name}")
                 digest.update(chunk)
                 size -= len(chunk)
+
+    def _tensor(self, name: str) -> _Tensor:
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise CheckpointError(f"{self.folder}: tensor {name} is missing") from None
 
     @cached_property
     def _tensors(self) -> dict[str, _Tensor]:
@@ -191,6 +261,10 @@ class Checkpoint:
         if not found:
             raise CheckpointError(f"{self.folder}: no *.safetensors files")
         return found
+
+
+def _bias(layer: int) -> str:
+    return f"model.layers.{layer}.mlp.gate.expert_bias"
 
 
 def _count(value: object, place: str) -> int:

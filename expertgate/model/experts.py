@@ -23,6 +23,7 @@ from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
+from vllm.model_executor.layers.quantization.fp8 import Fp8MoEMethod
 from vllm.model_executor.layers.quantization.online.fp8 import Fp8PerBlockOnlineMoEMethod
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
     kFp8Dynamic128Sym,
@@ -36,6 +37,7 @@ from expertgate.kernels.cpu import Kernel, run_packed, run_used
 from expertgate.model.masked_experts import MaskedExperts
 from expertgate.model.masks import TokenMasks
 from expertgate.model.moe_kernel import wanted
+from expertgate.model.quantised import BLOCK
 
 
 class MaskedRouter(BaseRouter):
@@ -98,7 +100,7 @@ class MaskedRoutedExperts(RoutedExperts):
             # The weights stay in the order of vLLM's Triton kernels, which is the checkpoint's.
             method.unquantized_backend = UnquantizedMoeBackend.TRITON
             scheme = None, None
-        elif isinstance(method, Fp8PerBlockOnlineMoEMethod):
+        elif isinstance(method, Fp8PerBlockOnlineMoEMethod) or _is_vetted_on_disk(method):
             # Each row has scales of its own. With one for all rows, neighbours would show, and in
             # the second product whatever lies in the rows of empty slots.
             method.fp8_backend = Fp8MoeBackend.TRITON
@@ -176,6 +178,11 @@ class MaskedRoutedExperts(RoutedExperts):
             return run_used(x, RoutingPlan(topk_weights, topk_ids), run)
         plan = RoutingPlan(topk_weights[:count], topk_ids[:count])
         return nn.functional.pad(run_used(x[:count], plan, run), (0, 0, 0, rows - count))
+
+
+def _is_vetted_on_disk(method: FusedMoEMethodBase) -> bool:
+    """Whether it reads FP8 from the checkpoint, in blocks that it doesn't cut for a rank's sake."""
+    return type(method) is Fp8MoEMethod and method.moe_block_shape == [BLOCK, BLOCK]
 
 
 def _used_slots(

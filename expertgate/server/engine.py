@@ -27,6 +27,7 @@ from expertgate.model.checkpoint import ARCHITECTURE, Checkpoint
 from expertgate.model.cpu_dense import least_rows
 from expertgate.model.flex_olmo import FlexOlmoForCausalLM
 from expertgate.model.moe_kernel import DEFAULT, OPTION
+from expertgate.model.quantised import BLOCK
 from expertgate.server.cache_salts import CacheSalts
 from expertgate.server.failures import EngineError
 from expertgate.server.grants import Grants
@@ -114,6 +115,8 @@ def configure(model: Path, name: str, arguments: Mapping[str, object]) -> VllmCo
     except Exception as error:  # vLLM raises a dozen kinds here; each says what doesn't fit
         raise SettingError(f"engine arguments: {_first_line(error)}") from None
     refuse_config(config, worker, str(model), str(arguments.get("tokenizer") or model))
+    if config.model_config.quantization == "fp8":
+        _check_quantised(Checkpoint(model), kernel, config.parallel_config.tensor_parallel_size)
     _check_tokenizer(config.model_config)
     headers = Path(sysconfig.get_path("include"))
     if worker == CPU_WORKER:
@@ -186,15 +189,32 @@ def _quantization(arguments: Mapping[str, object], kernel: object) -> dict[str, 
         return {}
     if "quantization_config" not in arguments:
         raise SettingError(f"engine argument quantization: also quantization_config={FP8_EXPERTS}")
+    if why := _why_no_fp8(kernel):
+        raise SettingError(f"engine argument quantization_config: {why}")
+    return {"quantization": "online"}
+
+
+def _check_quantised(model: Checkpoint, kernel: object, ranks: int) -> None:
+    """Whether experts that are FP8 on disk can run here. Raises SettingError."""
+    if why := _why_no_fp8(kernel):
+        raise SettingError(f"{model.folder}: its experts are FP8: {why}")
+    if model.inner % (ranks * BLOCK):
+        # vLLM would cut blocks, and run another kernel than that of which masks are shown to hold.
+        raise SettingError(
+            f"engine argument tensor_parallel_size={ranks}: the experts of {model.folder} are FP8 "
+            f"in {model.inner // BLOCK} blocks, which must be divisible by it"
+        )
+
+
+def _why_no_fp8(kernel: object) -> str | None:
+    """Why experts can't be multiplied in FP8."""
     if current_platform.is_cpu():
-        why = "only on GPUs; on CPUs vLLM adds few rows otherwise than many: neighbours would show"
-    elif not current_platform.supports_fp8():
-        why = "FP8 takes a GPU of compute capability 8.9 (Ada, Hopper) or later"
-    elif kernel == "expertgate":
-        why = "moe_kernel=expertgate multiplies no quantised weights; leave that out"
-    else:
-        return {"quantization": "online"}
-    raise SettingError(f"engine argument quantization_config: {why}")
+        return "only on GPUs; on CPUs vLLM adds few rows otherwise than many: neighbours would show"
+    if not current_platform.supports_fp8():
+        return "FP8 takes a GPU of compute capability 8.9 (Ada, Hopper) or later"
+    if kernel == "expertgate":
+        return "moe_kernel=expertgate multiplies no quantised weights; leave that out"
+    return None
 
 
 def _check_tokenizer(config: ModelConfig) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from expertgate.model.checkpoint import ARCHITECTURE
 from expertgate.model.moe_kernel import KERNELS
+from expertgate.model.quantised import BLOCK
 
 OUR_PLUGIN = "expertgate"
 OUR_PLUGIN_VALUE = "expertgate.model.plugin:register"
@@ -136,15 +137,29 @@ _KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"
 FP8_EXPERTS = {"moe": "fp8_per_block"}
 """The quantisation of which masks are shown to hold: by vLLM, of the experts, while it loads them.
 
-Each row has scales of its own there. One for a whole batch would let neighbours show.
+Each row has scales of its own there. One for a whole batch would let neighbours show. Experts that
+are FP8 on disk by the same scheme (`expertgate.model.quantised`) run in the same kernel.
 """
 
 
 def _is_vetted_quantization(config: Any) -> bool:
-    """Whether what vLLM made of its arguments and the checkpoint is none, or FP8_EXPERTS."""
+    """Whether what vLLM made of its arguments and the checkpoint is none, or FP8 by blocks.
+
+    Which layers are FP8 on disk `Checkpoint` has looked at.
+    """
     layers = config.quant_config
     if config.model_config.quantization is None:
         return layers is None
+    if config.model_config.quantization == "fp8":
+        from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+
+        return (
+            type(layers) is Fp8Config
+            and layers.weight_block_size == [BLOCK, BLOCK]
+            and layers.activation_scheme == "dynamic"
+            and layers.store_dtype is None
+            and layers.online_quantization_config is None
+        )
     from vllm.config.quantization import resolve_quantization_config
 
     vetted = resolve_quantization_config("online", FP8_EXPERTS)

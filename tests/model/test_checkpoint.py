@@ -3,15 +3,25 @@ import shutil
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from transformers import FineGrainedFP8Config
 
 from expertgate.model.checkpoint import Checkpoint, CheckpointError, locate
+from expertgate.server.cli import cli
+from tests.support import fp8
 from tests.support.checkpoints import random_checkpoint
 
 
 @pytest.fixture
 def folder(tmp_path):
     return random_checkpoint(tmp_path / "one", num_experts=3, layers=2, biases=True)
+
+
+@pytest.fixture
+def quantised(tmp_path):
+    plain = random_checkpoint(tmp_path / "plain", num_experts=3, layers=2, biases=True)
+    return fp8.quantised(plain, tmp_path / "quantised")
 
 
 def test_digests_do_not_depend_on_how_files_are_cut(tmp_path):
@@ -39,6 +49,162 @@ def test_one_changed_bit_changes_its_experts_digest_and_no_other(folder, name, r
     save_file(tensors, path, metadata={"format": "pt"})
     after = Checkpoint(folder).expert_digests(range(3))
     assert {i for i in range(3) if before[i] != after[i]} == {2}
+
+
+def test_a_quantised_expert_is_its_weights_and_their_scales(quantised):
+    before = Checkpoint(quantised).expert_digests(range(3))
+    said = CliRunner().invoke(cli, ["experts", "digest", str(quantised)])
+    assert said.output == "".join(f"{i}  {sha256}\n" for i, sha256 in before.items())
+    path = quantised / "model.safetensors"
+    clean = load_file(path)
+    for name in ("weight", "weight_scale_inv"):
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            tensors = {name: tensor.clone() for name, tensor in clean.items()}
+            changed = tensors[f"model.layers.1.mlp.experts.2.{part}.{name}"]
+            changed.view(torch.uint8).view(-1)[-1] ^= 1
+            save_file(tensors, path, metadata={"format": "pt"})
+            after = Checkpoint(quantised).expert_digests(range(3))
+            assert {i for i in range(3) if before[i] != after[i]} == {2}
+
+
+def test_a_checkpoint_whose_experts_alone_are_fp8_by_blocks_is_fine(quantised):
+    Checkpoint(quantised).check_weights()
+    for own in (
+        {"fmt": "e4m3"},  # as DeepSeek's say
+        json.loads(FineGrainedFP8Config(**fp8.settings(2)).to_json_string()),
+        {"ignored_layers": fp8.settings(2)["modules_to_not_convert"], "modules_to_not_convert": []},
+    ):
+        configure(quantised, fp8.settings(2) | own)
+        Checkpoint(quantised).check_weights()
+
+
+Q_PROJ = "model.layers.1.self_attn.q_proj"
+NAMED = fp8.settings(2)["modules_to_not_convert"]
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"quant_method": "gptq"}, 'quant_method is "gptq", but this server serves "fp8": of what'),
+        ({"quant_method": "compressed-tensors"}, 'quant_method is "compressed-tensors"'),
+        ({"activation_scheme": "static"}, 'scheme is "static", but this server serves "dynamic"'),
+        ({"activation_scheme": None}, "activation_scheme is null"),
+        ({"weight_block_size": None}, "weight_block_size is null"),  # a scale for all of it
+        ({"weight_block_size": [64, 64]}, r"serves \[128, 128\]"),
+        ({"fmt": "e5m2"}, "fmt is"),
+        ({"scale_fmt": "ue8m0"}, 'scale_fmt is "ue8m0", but this server serves "float"'),
+        ({"dequantize": True}, "dequantize is true"),
+        ({"store_dtype": "mxfp4"}, "store_dtype isn't among what can be served, which is quant_"),
+        ({"kv_cache_scheme": {}}, "kv_cache_scheme isn't among"),
+        ({"modules_to_not_convert": None}, "_convert doesn't name model.layers.0.self_attn.q_proj"),
+        ({"modules_to_not_convert": ["self_attn"]}, "doesn't name model.layers.0.self_attn.q_proj"),
+        (
+            {"modules_to_not_convert": [name for name in NAMED if name != Q_PROJ]},
+            f"doesn't name {Q_PROJ}: only experts may be quantised",
+        ),
+        ({"ignored_layers": ["lm_head"]}, "ignored_layers doesn't name"),
+        ({"modules_to_not_convert": "self_attn"}, "must be a list of names"),
+        ({"modules_to_not_convert": [5]}, "must be a list of names"),
+        (
+            {"modules_to_not_convert": [*NAMED, "model.layers.0.mlp.experts"]},
+            "names model.layers.0.mlp.experts: all experts must be quantised",
+        ),
+    ],
+)
+def test_another_quantisation_is_refused_by_name(quantised, own, said):
+    configure(quantised, fp8.settings(2) | own)
+    with pytest.raises(CheckpointError, match=f"config.json: quantization_config.*{said}"):
+        Checkpoint(quantised)
+
+
+def test_blocks_that_are_not_whole_are_refused(quantised):
+    config = json.loads((quantised / "config.json").read_text())
+    (quantised / "config.json").write_text(json.dumps(config | {"intermediate_size": 192}))
+    with pytest.raises(CheckpointError, match=r"intermediate_size is 192, but .* blocks of 128"):
+        Checkpoint(quantised)
+
+
+def test_a_quantisation_that_is_no_object_is_refused(quantised):
+    configure(quantised, [])
+    with pytest.raises(CheckpointError, match="quantization_config holds no JSON object"):
+        Checkpoint(quantised)
+
+
+def configure(folder, settings):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": settings}))
+
+
+UP = "model.layers.1.mlp.experts.2.up_proj"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{UP}.weight",
+        "model.layers.0.mlp.experts.0.down_proj.weight",
+        "model.layers.1.self_attn.q_proj.weight",
+        "model.layers.0.mlp.gate.weight",
+        "lm_head.weight",
+    ],
+)
+def test_a_tensor_that_is_missing_is_named(folder, name):
+    """Of many a weight that it isn't given vLLM says nothing, and serves what lay in memory."""
+    change(folder, lambda tensors: tensors.pop(name))
+    with pytest.raises(CheckpointError, match=f"tensor {name} is missing"):
+        Checkpoint(folder).check_weights()
+
+
+def test_an_expert_that_is_too_small_is_named(folder):
+    """vLLM fills a part of the weight, and serves what lay in memory as the rest."""
+    change(folder, lambda tensors: tensors.update({f"{UP}.weight": torch.zeros(128, 128)}))
+    said = rf"{UP}.weight is F32 \[128, 128\], but by config.json it should be .* \[256, 128\]"
+    with pytest.raises(CheckpointError, match=said):
+        Checkpoint(folder).check_weights()
+
+
+FP8_ROWS = torch.zeros(128, 128, dtype=torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({f"{UP}.weight_scale_inv": None}, f"tensor {UP}.weight_scale_inv is missing"),
+        ({f"{UP}.weight_scale_inv": torch.ones(1, 1)}, r"is F32 \[1, 1\], .* F32 \[2, 1\]"),
+        ({f"{UP}.weight_scale_inv": torch.ones(2, 1).half()}, "is F16 .* should be F32"),
+        ({f"{UP}.weight": torch.zeros(256, 128)}, "is F32 .* should be F8_E4M3"),
+        ({f"{Q_PROJ}.weight": FP8_ROWS}, f"{Q_PROJ}.weight is F8_E4M3"),
+        ({f"{Q_PROJ}.weight_scale_inv": torch.ones(1, 1)}, "there is no place for tensor"),
+        ({f"{UP}.input_scale": torch.ones(1)}, f"no place for tensor {UP}.input_scale"),
+        ({"model.layers.0.self_attn.attn.k_scale": torch.ones(1)}, "no place for tensor"),
+    ],
+)
+def test_tensors_that_do_not_fit_a_quantised_checkpoint_are_named(quantised, tensors, said):
+    def put(found):
+        for name, tensor in tensors.items():
+            found.pop(name, None)
+            if tensor is not None:
+                found[name] = tensor
+
+    change(quantised, put)
+    with pytest.raises(CheckpointError, match=said):
+        Checkpoint(quantised).check_weights()
+
+
+def test_fp8_of_which_the_configuration_says_nothing_is_refused(quantised):
+    """Its scales would be passed over."""
+    configure(quantised, None)
+    with pytest.raises(CheckpointError, match="is F8_E4M3"):
+        Checkpoint(quantised).check_weights()
+    with pytest.raises(CheckpointError, match="unexpected dtype F8_E4M3"):
+        Checkpoint(quantised).expert_digests([0])
+
+
+def change(folder, how):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    how(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from expertgate.model.moe_kernel import KERNELS, OPTION
 from expertgate.policies.expert_set import ExpertSet
 from expertgate.server.refusals import FP8_EXPERTS
 from tests.model.test_non_interference import poison
+from tests.support import fp8
 from tests.support.checkpoints import random_checkpoint
 from tests.support.engine import Ask, engine
 
@@ -32,7 +33,11 @@ def asks(count, seed):
     ]
 
 
-MODES = [*((kernel, mode) for kernel in KERNELS for mode in ("eager", "graphs")), ("vllm", "fp8")]
+MODES = [
+    *((kernel, mode) for kernel in KERNELS for mode in ("eager", "graphs")),
+    ("vllm", "fp8"),
+    ("vllm", "fp8 on disk"),
+]
 
 
 @pytest.fixture(scope="module", params=MODES)
@@ -40,11 +45,14 @@ def served(request, tmp_path_factory):
     """A checkpoint whose experts 2 and 5 are NaN: any token that reaches them shows."""
     kernel, mode = request.param
     quantised = {}
-    if mode == "fp8":
+    folder = random_checkpoint(tmp_path_factory.mktemp("poisoned"))
+    if mode.startswith("fp8"):
         if torch.cuda.get_device_capability() < (8, 9):
             pytest.skip("this GPU multiplies no FP8")
-        quantised = {"quantization": "online", "quantization_config": FP8_EXPERTS}
-    folder = random_checkpoint(tmp_path_factory.mktemp("poisoned"))
+        if mode == "fp8":
+            quantised = {"quantization": "online", "quantization_config": FP8_EXPERTS}
+        else:
+            folder = fp8.quantised(folder, tmp_path_factory.mktemp("quantised") / "checkpoint")
     poison(folder / "model.safetensors")
     with engine(
         folder,

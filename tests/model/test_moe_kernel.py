@@ -5,13 +5,17 @@ own (`tests/kernels/test_interpreted.py`); `test_gpu.py` has the real thing.
 """
 
 import os
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.quantization import QuantizationConfigArgs
+from vllm.distributed import parallel_state
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 from vllm.model_executor.utils import replace_parameter
 from vllm.utils.torch_utils import set_default_torch_dtype
@@ -23,7 +27,7 @@ from expertgate.model import masked_experts, moe_kernel
 from expertgate.model.experts import MaskedRoutedExperts, MaskedRouter
 from expertgate.model.masked_experts import MaskedExperts
 from tests.kernels import interpreter
-from tests.support import vllms_moe
+from tests.support import fp8, vllms_moe
 
 T, E, H, I, TOP_K = 5, 4, 32, 48, 3
 interpreted = pytest.mark.skipif(
@@ -37,12 +41,27 @@ def a_gpu(monkeypatch):
     vllms_moe.a_gpu(monkeypatch)
 
 
-def build(options, *, hidden=H, inner=I, num_experts=E, dtype=torch.float32, quantised=None):
-    """vLLM's layer around ours, as `FlexOlmoMoE` makes it, and its weights."""
+def build(
+    options, *, hidden=H, inner=I, num_experts=E, dtype=torch.float32, quantised=None, rank=None
+):
+    """vLLM's layer around ours, as `FlexOlmoMoE` makes it, and its weights.
+
+    `quantised`: online, or as a checkpoint says that it is. `rank`: of two, or the only one.
+    """
     config = VllmConfig(additional_config=options)
     config.compilation_config.static_forward_context = {}
-    online = quantised and OnlineQuantizationConfig(QuantizationConfigArgs(**quantised))
-    with set_current_vllm_config(config), set_default_torch_dtype(dtype):
+    on_disk = quantised and "quant_method" in quantised
+    scheme = quantised and (
+        Fp8Config.from_config(quantised)
+        if on_disk
+        else OnlineQuantizationConfig(QuantizationConfigArgs(**quantised))
+    )
+    ranks = SimpleNamespace(world_size=1 if rank is None else 2, rank_in_group=rank or 0)
+    with (
+        set_current_vllm_config(config),
+        set_default_torch_dtype(dtype),
+        mock.patch.object(parallel_state, "_TP", ranks),
+    ):
         made = FusedMoEFactory(
             num_experts=num_experts,
             top_k=TOP_K,
@@ -50,23 +69,38 @@ def build(options, *, hidden=H, inner=I, num_experts=E, dtype=torch.float32, qua
             intermediate_size=inner,
             params_dtype=dtype,
             renormalize=False,
-            quant_config=online,
+            quant_config=scheme,
             router=MaskedRouter(top_k=TOP_K, num_experts=num_experts, renormalize=False),
             routed_experts_cls=MaskedRoutedExperts,
             prefix="experts",
-            tp_size=1,
+            tp_size=ranks.world_size,
             dp_size=1,
             pcp_size=1,
         )
         experts = made.routed_experts
         chance = torch.Generator().manual_seed(0)
-        for name in ("w13_weight", "w2_weight"):
-            size = getattr(experts, name).shape
+        kept = []
+        for size in ((num_experts, 2 * inner, hidden), (num_experts, hidden, inner)):
             values = torch.randn(size, generator=chance, dtype=torch.float32) / size[-1] ** 0.5
-            replace_parameter(experts, name, values.to(dtype))
-        kept = experts.w13_weight.data.clone(), experts.w2_weight.data.clone()
+            kept.append(values.to(dtype))
+        if on_disk:
+            loaded = set(experts.load_weights(tensors(*kept)))
+            assert loaded == dict(experts.named_parameters()).keys()
+        else:
+            for name, values in zip(("w13_weight", "w2_weight"), kept, strict=True):
+                replace_parameter(experts, name, values.clone())
         experts.quant_method.process_weights_after_loading(experts)
     return experts, *kept
+
+
+def tensors(w13, w2):
+    """Those of a checkpoint whose experts are FP8, under the names that they have in a layer."""
+    for expert in range(len(w13)):
+        gate, up = w13[expert].chunk(2)
+        for part, weight in (("gate", gate), ("up", up), ("down", w2[expert])):
+            values, scales = fp8.quantise(weight)
+            yield f"{expert}.{part}_proj.weight", values
+            yield f"{expert}.{part}_proj.weight_scale_inv", scales
 
 
 @pytest.fixture
@@ -130,12 +164,59 @@ def test_other_quantised_experts_are_an_error(a_gpu):
         build({}, dtype=torch.bfloat16, quantised={"moe": "fp8_per_tensor"})
 
 
+ON_DISK = fp8.settings(layers=1)
+SCALED = ("w13_weight", "w2_weight", "w13_weight_scale_inv", "w2_weight_scale_inv")
+
+
+def test_what_is_fp8_on_disk_is_what_vllm_makes_of_the_same_weights(a_gpu):
+    """To the bit, each expert's scales with its weights; and the same kernel runs it."""
+    sizes = {"hidden": 256, "inner": 384, "dtype": torch.bfloat16}
+    online, *_ = build({}, **sizes, quantised=FP8)
+    on_disk, *_ = build({}, **sizes, quantised=ON_DISK)
+    assert type(on_disk.kernel) is TritonExperts
+    assert on_disk.empty == online.empty
+    ways = [vars(layer.kernel.quant_config) for layer in (online, on_disk)]
+    assert str(ways[0]) == str(ways[1])
+    for name in SCALED:
+        made, loaded = getattr(online, name), getattr(on_disk, name)
+        assert made.dtype == loaded.dtype
+        assert torch.equal(made.float(), loaded.float()), name
+        assert not torch.equal(loaded[0].float(), loaded[1].float())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_gets_the_scales_of_its_part(a_gpu, rank):
+    whole, *_ = build({}, hidden=128, inner=512, dtype=torch.bfloat16, quantised=ON_DISK)
+    part, *_ = build({}, hidden=128, inner=512, dtype=torch.bfloat16, quantised=ON_DISK, rank=rank)
+    for name in SCALED:
+        mine, every = getattr(part, name).float(), getattr(whole, name).float()
+        if name.startswith("w2"):
+            want = every.chunk(2, dim=2)[rank]
+        else:
+            want = torch.cat([half.chunk(2, dim=1)[rank] for half in every.chunk(2, dim=1)], dim=1)
+        assert torch.equal(mine, want), name
+
+
+@pytest.mark.parametrize(
+    ("own", "inner"),
+    [
+        ({"weight_block_size": [64, 64]}, 128),
+        ({"weight_block_size": None}, 128),
+        ({}, 192),  # of which vLLM makes blocks of 64
+    ],
+)
+def test_other_experts_that_are_fp8_on_disk_are_an_error(a_gpu, own, inner):
+    with pytest.raises(ValueError, match="Fp8MoEMethod: masks aren't shown to hold"):
+        build({}, hidden=128, inner=inner, dtype=torch.bfloat16, quantised=ON_DISK | own)
+
+
+@pytest.mark.parametrize("quantised", [FP8, ON_DISK])
 @pytest.mark.parametrize("options", [{}, {moe_kernel.OPTION: "expertgate"}])
-def test_quantised_experts_are_for_vllms_kernels_and_gpus(options, request):
+def test_quantised_experts_are_for_vllms_kernels_and_gpus(options, quantised, request):
     if options:
         request.getfixturevalue("a_gpu")
     with pytest.raises(ValueError, match="own MoE kernels: kernel does not support"):
-        build(options, hidden=128, inner=128, dtype=torch.bfloat16, quantised=FP8)
+        build(options, hidden=128, inner=128, dtype=torch.bfloat16, quantised=quantised)
 
 
 def test_they_get_the_empty_slots_as_such(a_gpu, batch, monkeypatch):
@@ -208,13 +289,14 @@ def test_the_layer_equals_the_twin(kernel, a_gpu, batch, monkeypatch):
 
 
 @interpreted
-def test_the_quantised_layer_equals_the_twin(a_gpu, batch, monkeypatch):
+@pytest.mark.parametrize("quantised", [FP8, ON_DISK])
+def test_the_quantised_layer_equals_the_twin(quantised, a_gpu, batch, monkeypatch):
     """Each row as it is alone, beside NaN of another batch and in experts that others may use."""
     interpreter.mend(monkeypatch)
     worked = vllms_moe.runs(monkeypatch)
     reset_workspace_manager()
     init_workspace_manager(torch.device("cpu"))
-    layer, *_ = build({}, hidden=256, inner=128, dtype=torch.bfloat16, quantised=FP8)
+    layer, *_ = build({}, hidden=256, inner=128, dtype=torch.bfloat16, quantised=quantised)
     _, plan = batch
     x = torch.randn(T, 256, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
     every = routing.route(torch.randn(T, E), torch.full((T,), 0b1111), top_k=TOP_K)
@@ -233,7 +315,7 @@ def test_the_quantised_layer_equals_the_twin(a_gpu, batch, monkeypatch):
         rows = slice(row, row + 1)
         alone = layer.forward_modular(x[rows], plan.weights[rows], named[rows])
         assert torch.equal(alone[0], out[row])
-    for name in ("w13_weight", "w2_weight", "w13_weight_scale_inv", "w2_weight_scale_inv"):
+    for name in SCALED:
         getattr(layer, name).data[2].fill_(torch.nan)
     dirty = layer.forward_modular(x, plan.weights, named)
     untouched = ~(plan.experts == 2).any(dim=1)

@@ -20,7 +20,7 @@ from expertgate.model.moe_kernel import KERNELS, OPTION
 from expertgate.policies.expert_set import PUBLIC_ONLY, ExpertSet
 from expertgate.server.refusals import FP8_EXPERTS
 from tests.model.test_non_interference import CLEAN, POISONED, poison
-from tests.support import runner_v2
+from tests.support import fp8, runner_v2
 from tests.support.checkpoints import random_checkpoint
 from tests.support.engine import Ask, engine, text
 from tests.support.oracle import RowDeletion
@@ -40,9 +40,8 @@ LIMITS = {
     "num_gpu_blocks_override": 6,
 }
 FP8 = {
-    "dtype": "bfloat16",
-    "quantization": "online",
-    "quantization_config": FP8_EXPERTS,
+    "online": {"quantization": "online", "quantization_config": FP8_EXPERTS},
+    "on disk": {},
 }
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -87,26 +86,33 @@ def test_slots_that_churn_never_reach_poisoned_experts(kernel, tmp_path, monkeyp
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="test_without_a_gpu runs it")
-def test_experts_in_fp8_answer_as_those_of_the_row_deleted_model(tmp_path, monkeypatch):
-    """To the bit, whoever is beside them and whatever else was quantised; NaN moves none."""
+@pytest.mark.parametrize("how", FP8)
+def test_experts_in_fp8_answer_as_those_of_the_row_deleted_model(how, tmp_path, monkeypatch):
+    """To the bit, whoever is beside them and whatever else was quantised; NaN moves none.
+
+    On disk it is in the scales too.
+    """
     runner_v2.pretend(monkeypatch)
     folder = random_checkpoint(tmp_path / "whole", inner=128, layers=2)
+    if how == "on disk":
+        folder = fp8.quantised(folder, tmp_path / "quantised")
+    settings = {"dtype": "bfloat16", **FP8[how]}
     asks = [
         Ask(text(length, i), SETS[i % len(SETS)], 5 - i % 3, account=str(i))
         for i, length in enumerate(LENGTHS)
     ]
-    clean, works = served(folder, "vllm", asks, **FP8)
+    clean, works = served(folder, "vllm", asks, **settings)
     for experts in SETS[:2]:
         deleted = without_others(folder, experts, tmp_path / experts.text)
         whole = ExpertSet.first(len(experts))
-        with running_engine(deleted, "vllm", **FP8) as alone:
+        with running_engine(deleted, "vllm", **settings) as alone:
             [types] = alone.llm.apply_model(expert_types)
             assert types == {torch.float8_e4m3fn}
             for ask, answer in zip(asks, clean, strict=True):
                 if ask.experts == experts:
                     assert alone.ask_one(replace(ask, experts=whole)) == answer, experts.text
     poison(folder / "model.safetensors")
-    assert served(folder, "vllm", asks, **FP8) == (clean, works)
+    assert served(folder, "vllm", asks, **settings) == (clean, works)
 
 
 def expert_types(model):

@@ -14,6 +14,7 @@ from expertgate.server import engine
 from expertgate.server.demo import DEMO
 from expertgate.server.grants import Grants
 from expertgate.server.refusals import SettingError, refuse_arguments
+from tests.support import fp8
 from tests.support.checkpoints import random_checkpoint
 
 
@@ -145,6 +146,49 @@ def test_where_quantised_experts_can_not_run_it_is_said(monkeypatch, platform, a
     arguments = {"quantization_config": FP8, **arguments}
     with pytest.raises(SettingError, match=f"quantization_config: .*{words}"):
         engine.configure(Path("/checkpoint"), "name", arguments)
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory):
+    """A checkpoint whose experts are FP8, in three blocks."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return fp8.quantised(
+        random_checkpoint(folder / "plain", num_experts=2, inner=384, layers=1), folder / "fp8"
+    )
+
+
+@pytest.mark.parametrize(
+    ("platform", "kernel", "ranks", "words"),
+    [
+        (Platform(cpu=True), "vllm", 1, "its experts are FP8: only on GPUs.*neighbours would show"),
+        (Platform(fp8=False), "vllm", 1, "its experts are FP8: .*compute capability 8.9"),
+        (Platform(), "expertgate", 1, "its experts are FP8: moe_kernel=expertgate multiplies no"),
+        (Platform(), "vllm", 2, "tensor_parallel_size=2: .* in 3 blocks, which must be divisible"),
+    ],
+)
+def test_where_experts_that_are_fp8_on_disk_can_not_run_it_is_said(
+    quantised, monkeypatch, platform, kernel, ranks, words
+):
+    monkeypatch.setattr(engine, "current_platform", platform)
+    with pytest.raises(SettingError, match=words):
+        engine._check_quantised(Checkpoint(quantised), kernel, ranks)
+
+
+def test_where_they_can_nothing_is_said(quantised, monkeypatch):
+    monkeypatch.setattr(engine, "current_platform", Platform())
+    for ranks in (1, 3):
+        engine._check_quantised(Checkpoint(quantised), "vllm", ranks)
+
+
+def test_they_are_seen_before_an_engine_starts(quantised):
+    with pytest.raises(SettingError, match="its experts are FP8: only on GPUs"):
+        engine.configure(quantised, "name", {})
+
+
+def test_they_are_not_quantised_once_more(quantised, monkeypatch):
+    monkeypatch.setattr(engine, "_why_no_fp8", lambda _: None)
+    with pytest.raises(SettingError, match="does not match the quantization method"):
+        engine.configure(quantised, "name", {"quantization_config": FP8})
 
 
 def test_quantisation_without_what_to_quantise_is_refused():

@@ -6,6 +6,7 @@ import pytest
 from expertgate.server import refusals
 from expertgate.server.engine import parse_flags
 from expertgate.server.refusals import SettingError, refuse_arguments, refuse_config, refuse_process
+from tests.support import fp8
 
 WORKER = "ours"
 
@@ -162,6 +163,29 @@ def test_experts_in_fp8_of_which_each_row_has_its_own_scales_are_fine(experts, v
     if vetted:
         refuse_config(config, WORKER, "/checkpoint", "/tokenizer")
         config.model_config.quantization = "fp8"  # a checkpoint's own, and the experts' besides
+    with pytest.raises(SettingError, match="engine setting quantization"):
+        refuse_config(config, WORKER, "/checkpoint", "/tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("own", "vetted"),
+    [
+        ({}, True),
+        ({"weight_block_size": [64, 64]}, False),
+        ({"weight_block_size": None}, False),
+        ({"weight_block_size": None, "activation_scheme": "static"}, False),
+        ({"store_dtype": "mxfp4"}, False),
+    ],
+)
+def test_so_are_those_that_are_fp8_on_disk_by_the_same_scheme(own, vetted):
+    from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+
+    config = safe_config()
+    config.model_config.quantization = "fp8"
+    config.quant_config = Fp8Config.from_config(fp8.settings(layers=1) | own)
+    if vetted:
+        refuse_config(config, WORKER, "/checkpoint", "/tokenizer")
+        config.quant_config.online_quantization_config = object()
     with pytest.raises(SettingError, match="engine setting quantization"):
         refuse_config(config, WORKER, "/checkpoint", "/tokenizer")
 

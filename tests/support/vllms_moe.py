@@ -13,6 +13,7 @@ from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExpert
 from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 from vllm.model_executor.layers.fused_moe.runner import moe_runner
+from vllm.model_executor.layers.quantization import fp8 as on_disk
 from vllm.model_executor.layers.quantization.online import fp8
 from vllm.platforms import current_platform
 
@@ -36,7 +37,8 @@ def a_gpu(monkeypatch):
     preferred = UnquantizedMoeBackend.FLASHINFER_CUTLASS, object
     monkeypatch.setattr(unquantized, "select_unquantized_moe_backend", lambda **_: preferred)
     preferred_fp8 = Fp8MoeBackend.FLASHINFER_CUTLASS, object
-    monkeypatch.setattr(fp8, "select_fp8_moe_backend", lambda **_: preferred_fp8)
+    for module in (fp8, on_disk):
+        monkeypatch.setattr(module, "select_fp8_moe_backend", lambda **_: preferred_fp8)
     cast = fp8.per_block_cast_to_fp8._torchdynamo_orig_callable  # compiled for a GPU there
     monkeypatch.setattr(fp8, "per_block_cast_to_fp8", cast)
 
