@@ -78,10 +78,11 @@ def served(monkeypatch):
     app.add_api_route("/body", body, methods=["POST"])
     show_errors(app)
 
-    def serve(client):
+    def serve(client, keep_alive_s=1):
         async def go():
             with socket.create_server(("127.0.0.1", 0)) as bound:
-                server = uvicorn.Server(run._config(run.Listener(app, bound), 0))
+                listener = run.Listener(app, bound, None, keep_alive_s)
+                server = uvicorn.Server(run._config(listener, 0))
                 serving = asyncio.create_task(server.serve(sockets=[bound]))
                 while not server.started:
                     await asyncio.sleep(0.01)
@@ -120,7 +121,7 @@ def test_a_connection_that_asks_nothing_is_closed(served):
     served(client)
 
 
-def test_a_connection_stays_between_requests_for_as_long_as_was_said(served, monkeypatch):
+def test_a_connection_stays_between_requests_for_as_long_as_was_said(served):
     async def client(app, address):
         async with connected(address) as (reader, writer):
             for _ in range(2):
@@ -131,8 +132,7 @@ def test_a_connection_stays_between_requests_for_as_long_as_was_said(served, mon
             writer.write(ASK)
             assert (await ends(reader)).endswith(b"{}")  # and then no longer
 
-    monkeypatch.setattr(run.Listener.__init__, "__defaults__", (None, 7))
-    served(client)
+    served(client, keep_alive_s=7)
 
 
 @pytest.mark.parametrize("behind", [b"", ASK, ASK + ASK, WEBSOCKET])
