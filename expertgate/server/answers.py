@@ -58,25 +58,19 @@ def experts(catalogue: Catalogue, grant: Grant) -> dict[str, Any]:
     return found
 
 
-def body(response: Any, experts: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON of a whole response."""
-    return with_experts(response.model_dump(mode="json", by_alias=True), experts)
+def body(response: Any, more: Mapping[str, Any]) -> str:
+    """The JSON of a whole response, with `more` at its end and without what clients may not see.
 
-
-def with_experts(found: dict[str, Any], experts: Mapping[str, Any]) -> dict[str, Any]:
-    """A response without what clients may not see, and with the experts that spoke."""
-    hide(found)
-    found["experts"] = dict(experts)
-    return found
-
-
-def hide(found: dict[str, Any]) -> None:
-    """Takes from a response what clients may not see."""
-    for name in HIDDEN:
-        found.pop(name, None)
-    for choice in found.get("choices", []):
-        for name in HIDDEN_IN_CHOICE:
-            choice.pop(name, None)
+    Choice by choice: where this runs beside the event loop, that has its turn between them.
+    """
+    choices = getattr(response, "choices", None)
+    shell = response if choices is None else response.model_copy(update={"choices": []})
+    text: str = shell.model_dump_json(by_alias=True, exclude=set(HIDDEN))
+    if choices is not None:
+        hidden = set(HIDDEN_IN_CHOICE)
+        parts = (choice.model_dump_json(by_alias=True, exclude=hidden) for choice in choices)
+        text = text.replace(_TOTALS, f'"choices":[{",".join(parts)}]', 1)
+    return f"{text[:-1]},{to_json(more)[1:]}"
 
 
 async def events(
@@ -204,7 +198,12 @@ def _of_status(status: int, message: str, param: str | None) -> ApiError:
 
 
 def _event(found: Mapping[str, Any]) -> str:
-    return f"{_DATA}{json.dumps(found, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"{_DATA}{to_json(found)}\n\n"
+
+
+def to_json(found: Mapping[str, Any]) -> str:
+    """As short as it goes."""
+    return json.dumps(found, ensure_ascii=False, separators=(",", ":"))
 
 
 def _parsed(chunk: str) -> dict[str, Any]:

@@ -9,17 +9,15 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
-from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.entrypoints.serve.utils.fingerprint import set_default_fingerprint_mode
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.tool_parsers import ToolParserManager
 
+from expertgate.server.building import Chat, Completion, Responses
 from expertgate.server.grants import WithdrawnError
 from expertgate.server.guard import GuardedLLM
 from expertgate.server.refusals import SettingError
@@ -87,7 +85,7 @@ class Handlers:
         render_in_place()
         renderer.warmup()
         return cls(
-            chat=OpenAIServingChat(
+            chat=Chat(
                 engine,
                 models,
                 "assistant",
@@ -96,14 +94,14 @@ class Handlers:
                 **rendering,
                 **tools,
             ),
-            completion=OpenAIServingCompletion(
+            completion=Completion(
                 engine,
                 models,
                 online_renderer=renderer,
                 request_logger=None,
                 enable_prompt_tokens_details=True,
             ),
-            responses=OpenAIServingResponses(
+            responses=Responses(
                 engine,
                 models,
                 renderer,

@@ -28,6 +28,8 @@ _PREAMBLE = ("response.created", "response.in_progress")
 _COMPLETED = "response.completed"
 _LAST = f"event: {_COMPLETED}\n"
 """How the last event of a stream begins."""
+# It can't occur inside a JSON string, where quotes are escaped; and no field comes before it.
+_RESPONSE = '"response":{'
 
 
 class ResponsesRequest(Hints, _ResponsesRequest):
@@ -189,11 +191,8 @@ async def _texts(found: AsyncGenerator[BaseModel, None]) -> AsyncGenerator[str, 
 
 
 def _text(kind: str, event: BaseModel) -> str:
-    if kind not in (*_PREAMBLE, _COMPLETED):
-        return f"event: {kind}\ndata: {event.model_dump_json(by_alias=True)}\n\n"
-    found = event.model_dump(mode="json", by_alias=True)
-    answers.hide(found["response"])
-    return f"event: {kind}\ndata: {json.dumps(found, ensure_ascii=False)}\n\n"
+    hidden = {"response": set(answers.HIDDEN)} if kind in (*_PREAMBLE, _COMPLETED) else None
+    return f"event: {kind}\ndata: {event.model_dump_json(by_alias=True, exclude=hidden)}\n\n"
 
 
 def _cause(error: Exception) -> Exception:
@@ -232,15 +231,14 @@ async def events(
 
 
 def _with_experts(text: str, experts: Callable[[], Mapping[str, Any]]) -> str:
-    if not text.startswith(_LAST):
-        return text
-    event = json.loads(text.partition("\ndata: ")[2])
-    event["response"] = answers.with_experts(event["response"], experts())
-    return f"{_LAST}data: {json.dumps(event, ensure_ascii=False)}\n\n"
+    return _with(text, {"experts": dict(experts())}) if text.startswith(_LAST) else text
 
 
 def with_receipt(last: str, receipt: str | None) -> str:
     """The last event of a stream, with a receipt in the response that it carries."""
-    event = json.loads(last.partition("\ndata: ")[2])
-    event["response"]["receipt"] = receipt
-    return f"{_LAST}data: {json.dumps(event, ensure_ascii=False)}\n\n"
+    return _with(last, {"receipt": receipt})
+
+
+def _with(last: str, more: Mapping[str, Any]) -> str:
+    """With `more` in the response of a last event, which is not read: it may be long."""
+    return last.replace(_RESPONSE, f"{_RESPONSE}{answers.to_json(more)[1:-1]},", 1)

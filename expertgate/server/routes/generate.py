@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from opentelemetry.trace import Span
 from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
@@ -20,6 +20,8 @@ from expertgate.model.catalogue import Catalogue
 from expertgate.server import answers, responses, schemas, tracing
 from expertgate.server.admission import Visit
 from expertgate.server.audit.entry import CLIENT_GONE, Entry
+from expertgate.server.beside import beside
+from expertgate.server.building import has_logprobs
 from expertgate.server.circumstances import context_of
 from expertgate.server.errors import ApiError, bad_request, withdrawn
 from expertgate.server.grants import HANDLE_ARG, Grant, WithdrawnError
@@ -225,10 +227,12 @@ async def _response(result: Any, body: Any, run: _Run, visit: Visit, *, receipt:
         await run.end()
         return Response(status_code=CLIENT_GONE)
     await run.end(200)
-    answer = answers.body(result, run.experts())
+    more: dict[str, Any] = {"experts": run.experts()}
     if receipt:
-        answer["receipt"] = await run.entry.receipt()
-    return JSONResponse(answer, headers=run.headers)
+        more["receipt"] = await run.entry.receipt()
+    render = partial(answers.body, result, more)
+    answer = await beside(render, "answer") if has_logprobs(body) else render()
+    return Response(answer, media_type="application/json", headers=run.headers)
 
 
 def _events(body: Any, stream: _Stream, run: _Run) -> AsyncGenerator[str, None]:
