@@ -100,6 +100,10 @@ def test_lint_strict_finds_nothing(name):
 
 
 def test_every_object_fits_the_schema_of_kubernetes(objects):
+    check_objects(objects)
+
+
+def check_objects(objects):
     for item in objects:
         if item["kind"] == "LeaderWorkerSet":
             assert fits(item, LeaderWorkerSet)
@@ -571,9 +575,11 @@ def test_labels_and_annotations_arrive():
         {"engine": {"tensor_parallel_size": 4}},
         {"policies": {"files": {"notes.txt": "x"}}},
         {"policies": {"files": {"..x.cedar": "x"}}},
+        {"policies": {"files": {".x.cedar": "x"}}},  # which the server passes over
         {"policies": {"files": {f"{'x' * 250}.cedar": "x"}}},
         {"image": {"digest": "sha256:abc"}},
         {"resources": {"limits": {"memory": None}}},
+        {"resources": {"limits": {"cpu": -1}}},
         {"ingress": {"enabled": True}},
         {"httpRoute": {"enabled": True}},
         {"multiNode": {"enabled": True}, "audit": {"existingClaim": "logs"}, "gpus": 0},
@@ -636,9 +642,18 @@ OPERATORS = {"admin": {"existingSecret": "operators", "from": [{"podSelector": {
             {"resources": {"requests": {"cpu": "4500m"}, "limits": {"cpu": "4"}}},
             "resources.requests.cpu (4500m) is above resources.limits.cpu (4)",
         ),
-        ({"resources": {"limits": {"nvidia.com/gpu": "4"}}}, "nvidia.com/gpu: `gpus` says it"),
+        (
+            {"resources": {"requests": {"cpu": 16}, "limits": {"cpu": 0}}},
+            "resources.requests.cpu (16) is above resources.limits.cpu (0)",
+        ),
+        (
+            {"resources": {"requests": {"memory": "1Ei"}, "limits": {"memory": "1E"}}},
+            "resources.requests.memory (1Ei) is above resources.limits.memory (1E)",
+        ),
+        ({"resources": {"limits": {"nvidia.com/gpu": 4}}}, "nvidia.com/gpu: `gpus` says it"),
         ({"resources": {"requests": {"nvidia.com/gpu": "4"}}}, "nvidia.com/gpu: `gpus` says it"),
         ({"audit": {"size": "0Gi"}}, "audit.size (0Gi)"),
+        ({"audit": {"size": 0}}, "audit.size (0)"),
         ({"extraVolumes": [SPACE, SPACE]}, "extraVolumes: a is there twice"),
         (
             {"extraVolumes": [SPACE], "extraVolumeMounts": [{"name": "b", "mountPath": "/b"}]},
@@ -665,6 +680,9 @@ def test_values_that_do_not_fit_one_another_are_named(wrong, said):
         {"resources": {"requests": {"cpu": "0.5", "memory": "1G"}, "limits": {"cpu": "500m"}}},
         {"resources": {"requests": {"memory": "1.5Gi"}, "limits": {"memory": "1536Mi"}}},
         {"resources": {"requests": {"ephemeral-storage": "1Ti"}}},
+        {"resources": {"requests": {"cpu": 0.5}, "limits": {"cpu": "500m"}}},
+        {"resources": {"requests": {"memory": "1024Pi"}, "limits": {"memory": "1Ei"}}},
+        {"resources": {"requests": {"memory": "1E"}, "limits": {"memory": "1000P"}}},
         {"autoscaling": {"enabled": True, "minReplicas": 4}} | OPERATORS,
         {"autoscaling": {"minReplicas": 5}},
     ],
@@ -672,6 +690,26 @@ def test_values_that_do_not_fit_one_another_are_named(wrong, said):
 )
 def test_values_that_fit_one_another_are_taken(right):
     render(right)
+
+
+@pytest.mark.parametrize("size", [16, 0.5, 171798691840, "2Pi", "2E"])
+@pytest.mark.parametrize("name", NAMES)
+def test_sizes_arrive_as_kubernetes_takes_them(name, size):
+    """Numbers too, as `--set resources.requests.cpu=16` makes one."""
+    resources = {"requests": {"cpu": size, "memory": size}, "limits": {"memory": size}}
+    disk = values(name).get("audit", {}) | {"size": size}
+    given = {"resources": resources, "audit": disk, "cache": {"size": size}, "sharedMemory": size}
+    objects = render(values(name) | given)
+    check_objects(objects)
+    for pod in pods(objects):
+        arrived = container(pod)["resources"]
+        assert arrived["requests"] == resources["requests"]
+        assert arrived["limits"]["memory"] == size
+        volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
+        assert volumes["shared-memory"]["emptyDir"]["sizeLimit"] == size
+        assert volumes["cache"]["emptyDir"]["sizeLimit"] == size
+    for claim in claims(objects):
+        assert claim["spec"]["resources"]["requests"]["storage"] == size
 
 
 @pytest.mark.parametrize("name", yaml.safe_load((CHART / "values.yaml").read_text()))

@@ -36,9 +36,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 
 {{- /* Of a quantity of Kubernetes', as those that the schema takes. */ -}}
 {{- define "expertgate.amount" -}}
-{{- $units := dict "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 -}}
-{{- $unit := regexFind "[a-zA-Z]*$" . -}}
-{{- mulf (trimSuffix $unit .) (get $units $unit | default 1) -}}
+{{- $units := dict "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "E" 1e18 "Ki" 0x1p10 "Mi" 0x1p20 "Gi" 0x1p30 "Ti" 0x1p40 "Pi" 0x1p50 "Ei" 0x1p60 -}}
+{{- $text := toString . -}}
+{{- $unit := regexFind "[a-zA-Z]*$" $text -}}
+{{- mulf (trimSuffix $unit $text) (get $units $unit | default 1) -}}
 {{- end -}}
 
 {{- /* expertgate.yaml. What the chart mounts and exposes, no value can move. */ -}}
