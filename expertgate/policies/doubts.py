@@ -42,7 +42,8 @@ def _strange(
         known["tags"] |= set(resource.tags)
     for policy in policies:
         for place, attribute, value in policy.values():
-            if attribute in known and value not in known[attribute]:
+            # An empty one stands for none, whether or not there is an expert without.
+            if value and attribute in known and value not in known[attribute]:
                 what = "tag" if attribute == "tags" else attribute
                 yield f'{place}: no expert has the {what} "{value}"', value, known[attribute]
         if groups is not None:

@@ -83,16 +83,20 @@ class Statement:
         """
         words = ["", "", *(token.text for token in self.tokens), *[""] * 8]
         for start, token in enumerate(self.tokens, 2):
-            resource, dot, attribute, sign, *rest = words[start : start + 8]
-            if (resource, dot) != ("resource", "."):
+            resource, dot, attribute = words[start : start + 3]
+            if resource != "resource" or dot not in (".", "["):
                 continue
+            end = start + 3
+            if dot == "[":  # resource["owner"]
+                attribute, end = attribute.strip('"'), end + 1
+            sign, other = words[end : end + 2]
             texts = []
             if sign in ("==", "!="):
-                texts = rest[:1]
+                texts = [other]
             elif words[start - 1] in ("==", "!="):
                 texts = [words[start - 2]]
-            elif sign == "." and rest[0].startswith("contains"):
-                behind = words[start + 6 :]
+            elif sign == "." and other.startswith("contains"):
+                behind = words[end + 2 :]
                 texts = behind[: behind.index(")")] if ")" in behind else []
             for text in texts:
                 if text.startswith('"') and "\\" not in text:

@@ -566,6 +566,18 @@ def test_what_is_spoken_of_and_nobody_has_is_a_doubt_and_no_fault():
     assert policies(text).doubts({"staff", "contracters"}) == strange
 
 
+def test_an_attribute_by_its_index_is_the_same_one():
+    text = """forbid(principal, action, resource) when { resource["owner"] == "acm" };"""
+    [doubt] = policies(text).doubts()
+    assert doubt == 'rules.cedar:1: no expert has the owner "acm"; did you mean acme?'
+
+
+def test_to_ask_whether_an_expert_has_an_owner_or_licence_is_no_doubt():
+    assert all(resource.owner and resource.license for resource in RESOURCES)
+    text = 'permit(principal, action, resource) when { resource.license != "" };\n'
+    assert policies(text + text.replace("license", "owner")).doubts() == []
+
+
 def test_a_group_that_is_written_with_an_escape_is_no_doubt():
     text = 'permit(principal in Group::"CORP\\\\research", action, resource);'
     assert policies(text).doubts({"CORP\\research"}) == []

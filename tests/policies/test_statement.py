@@ -119,7 +119,9 @@ def test_the_values_that_attributes_are_compared_with():
         '&& "closed" != resource.license && resource.tags.containsAny(["a", "b"])\n'
         '&& resource.tags.contains("c") && resource.owner == "a\\u{62}"\n'
         '&& (resource has owner) && resource.owner like "x*" && context.purpose == "care"\n'
-        "&& resource.tags.contains(resource.owner) && resource.owner };"
+        "&& resource.tags.contains(resource.owner) && resource.owner\n"
+        '&& resource["owner"] == "acme" && "x" != resource["license"]\n'
+        '&& resource["tags"].contains("d") && resource["owner"] };'
     )
     assert list(policy.values()) == [
         ("rules.cedar:1", "owner", "acme"),
@@ -127,6 +129,9 @@ def test_the_values_that_attributes_are_compared_with():
         ("rules.cedar:2", "tags", "a"),
         ("rules.cedar:2", "tags", "b"),
         ("rules.cedar:3", "tags", "c"),
+        ("rules.cedar:6", "owner", "acme"),
+        ("rules.cedar:6", "license", "x"),
+        ("rules.cedar:7", "tags", "d"),
     ]
 
 
