@@ -27,7 +27,9 @@ from expertgate.server.audit.signing import PublicKeys, sync_folder
 HEAD_FILE = "head.json"
 _NAME = re.compile(r"([0-9]{16})\.jsonl")
 _ON_ITS_WAY_S = 0.5
-_LOOK_INTO_IT = "Keep this folder for whoever looks into it, and begin a new one"
+_LOOK_INTO_IT = (
+    "Move this folder away, for whoever looks into it: the next start begins a new log in its place"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -322,6 +322,9 @@ class AuditLog:
             if batch.state.unsigned and not batch.left and (sign or rotate):
                 batch.add_head()
             began = self._began = time.monotonic()
+            if self._head is not None and not (self.folder / folders.HEAD_FILE).exists():
+                # No server would go on with a log that has more than a start, and no such file.
+                folders.replace_head(self.folder, self._head)
             self._file.write(b"".join(batch.lines), self._state.seq + 1, self._state.hash)
         except Exception as error:  # whatever it is, nothing may be taken for written
             self._failed(error, taken)

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import threading
 import time
 
@@ -327,8 +328,11 @@ def test_a_missing_last_file_is_not_gone_on_from(tmp_path):
 def test_a_signed_log_without_its_head_file_is_not_gone_on_from(tmp_path):
     write_log(tmp_path, 3)
     (tmp_path / "audit" / HEAD_FILE).unlink()
-    with pytest.raises(AuditError, match=r"head\.json: is missing"):
+    with pytest.raises(AuditError, match=r"head\.json: is missing.* Move this folder away"):
         open_log(tmp_path)
+    (tmp_path / "audit").rename(tmp_path / "kept")
+    write_log(tmp_path, 1)
+    assert check(tmp_path).faults == []
 
 
 def test_a_first_start_that_died_before_it_could_copy_its_head_is_gone_on_from(tmp_path):
@@ -529,6 +533,37 @@ def test_a_head_that_cannot_be_copied_is_told_once(tmp_path, caplog):
     (line,) = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
     assert line.startswith(f"{head}: can't be written: Is a directory")
     assert check(tmp_path).faults == []
+
+
+@pytest.mark.parametrize("fail_open", [False, True])
+def test_nothing_follows_a_start_whose_head_is_not_copied_yet(tmp_path, monkeypatch, fail_open):
+    """Or no server would go on with the log, had this one died."""
+    copy, errors = folders.replace_head, [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))]
+
+    def full(folder, line):
+        if errors:
+            raise errors[0]
+        copy(folder, line)
+
+    monkeypatch.setattr(folders, "replace_head", full)
+    log = open_log(tmp_path, fail_open=fail_open)
+    log.record("start")
+    log.note("policies")
+    if fail_open:
+        assert isinstance(asyncio.run(log.append("request")), Waived)
+    else:
+        assert fails(log) == os.strerror(errno.ENOSPC)
+    until(lambda: not log.healthy)
+    shutil.copytree(tmp_path / "audit", tmp_path / "crashed" / "audit")
+    errors.clear()
+    until(lambda: log.healthy)
+    log.close()
+    for folder in (tmp_path / "crashed", tmp_path):
+        shutil.copy(tmp_path / "key.pem", tmp_path / "crashed")
+        write_log(folder, 1)
+        assert check(folder).faults == []
+    assert kinds(tmp_path / "crashed") == ["start", "head", "request", "head"]
+    assert kinds(tmp_path)[:4] == ["start", "head", "gap", "policies"]
 
 
 def test_what_cannot_be_written_at_the_end_is_told(tmp_path, disk, caplog):
