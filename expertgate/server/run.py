@@ -27,6 +27,7 @@ from expertgate.server.failures import ProofError
 from expertgate.server.guard import GuardedLLM, UnavailableError
 from expertgate.server.handlers import Handlers
 from expertgate.server.liveness import Liveness
+from expertgate.server.lookups import look_up_beside
 from expertgate.server.metrics import count_work
 from expertgate.server.oversight import Oversight
 from expertgate.server.proof import prove, prove_namespaces
@@ -139,6 +140,7 @@ async def _run(
         stop_requested.set()
 
     loop = asyncio.get_running_loop()
+    look_up_beside(loop)
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop)
     loop.add_signal_handler(signal.SIGHUP, oversight.reload)

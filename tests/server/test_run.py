@@ -4,6 +4,8 @@ import asyncio
 import logging
 import os
 import signal
+import socket
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -146,3 +148,23 @@ def test_a_catalogue_that_changes_while_weights_are_hashed_is_read_again(tmp_pat
     parts = serving._read(Config.load(tmp_path / "expertgate.yaml"), None)
     assert parts.known.experts[1].owner == "acme"
     assert parts.files.stamp() != parts.seen
+
+
+def test_a_server_ends_though_the_lookup_of_a_name_does_not(serve, monkeypatch):
+    go_on, told = threading.Event(), []
+
+    def hang(*_, **__):
+        go_on.wait(60)
+        told.append(True)
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+
+    async def scenario(*_):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await asyncio.get_running_loop().getaddrinfo("issuer.invalid", 443)
+
+    serve(scenario)
+    assert not told
+    go_on.set()
