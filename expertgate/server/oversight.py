@@ -10,11 +10,13 @@ time.
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from expertgate.model.catalogue import Catalogue, CatalogueError
 from expertgate.policies.cedar import PolicySet
@@ -42,6 +44,8 @@ from expertgate.server.suspensions import SuspensionError
 from expertgate.server.watched import stamp
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 LOOK_EVERY_S = 0.025
 _TOKENS_EVERY_S = 1.0
@@ -159,7 +163,7 @@ class Oversight:
 
     async def look_at(self, source: CredentialSource) -> None:
         """Puts in force what its credentials are judged by, and judges those of open grants."""
-        change = await source.refresh()
+        change = await self._timed("credentials", source.refresh())
         if change is None:
             return
         vouchers = change.vouchers
@@ -252,7 +256,7 @@ class Oversight:
         bases = [basis for _, basis in asked]
         try:
             load = partial(self._load, bases)
-            catalogue, policies, decisions = await beside(load, "policies")
+            catalogue, policies, decisions = await self._timed("policies", beside(load, "policies"))
         except (PolicyError, CatalogueError) as error:
             fault = str(error).replace("\n", "; ")
             if _unread(error):
@@ -279,6 +283,15 @@ class Oversight:
             find = partial(policies.doubts, self._service.identity.groups)
             for doubt in await beside(find, "doubts"):
                 log.warning("%s", doubt)
+
+    async def _timed(self, what: str, reading: Awaitable[T]) -> T:
+        """Has the server know of it, as a disk that hangs would hold it up for good."""
+        begun = what, time.monotonic()
+        self._service.reading.append(begun)
+        try:
+            return await reading
+        finally:
+            self._service.reading.remove(begun)
 
     def _load(self, bases: Sequence[Basis]) -> tuple[Catalogue, PolicySet, list[Decision]]:
         """What the files say, and what that means for each of `bases`."""

@@ -1,5 +1,6 @@
 """What the routes share: who may ask, what may be consulted, and the engine once it is ready."""
 
+import time
 from dataclasses import dataclass, field
 
 from starlette.requests import HTTPConnection
@@ -26,6 +27,8 @@ from expertgate.server.turns import Turns
 
 SUSPENDED = "suspended"
 """The reason for an expert that is taken from everybody."""
+_LATE_S = 30.0
+"""What takes longer to read again may not come, and without it the server is not ready."""
 
 
 @dataclass(slots=True)
@@ -49,6 +52,8 @@ class Service:
     liveness: Liveness | None = None
     unwatched: str | None = None
     """What nobody looks at any more, so that changes of it would not be seen."""
+    reading: list[tuple[str, float]] = field(default_factory=list)
+    """What is read again at the moment, and since when by the monotonic clock."""
 
     @property
     def unready(self) -> str | None:
@@ -61,6 +66,9 @@ class Service:
             return "requests can't be recorded"
         if self.unwatched is not None:
             return f"{self.unwatched} is no longer watched"
+        for what, since in self.reading:
+            if time.monotonic() - since > _LATE_S:
+                return f"{what} have changed, and can't be read to their end"
         if self.liveness is not None and self.liveness.late:
             return "the engine does not answer"
         return None

@@ -21,7 +21,7 @@ from expertgate.policies.cedar import PolicySet
 from expertgate.policies.context import Context
 from expertgate.policies.expert_set import ExpertSet
 from expertgate.policies.principal import Principal
-from expertgate.server import answers, suspensions
+from expertgate.server import answers, service, suspensions
 from expertgate.server.changes import (
     CredentialsChanged,
     PoliciesLoaded,
@@ -42,6 +42,7 @@ from expertgate.server.policy_files import PolicyFiles
 from expertgate.server.routes.generate import _GrantedStream
 from expertgate.server.service import SUSPENDED
 from expertgate.server.suspensions import SuspensionError
+from expertgate.server.watched import WatchedFile
 from tests.server.running import EXPERTS
 from tests.server.sites import ALICE, NEWS, PUBLIC, REQUEST, RESEARCH, Site
 
@@ -1011,6 +1012,58 @@ def test_changes_are_seen_whatever_hangs_in_the_loops_own_threads(site):
             go_on.set()
             watching.cancel()
             await asyncio.gather(*hanging)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "what", "change"),
+    [
+        (PolicyFiles, "load", "policies", lambda site: site.write(PUBLIC)),
+        (
+            WatchedFile,
+            "_read",
+            "credentials",
+            lambda site: revoke_key(site.folder / "keys.yaml", "alice"),
+        ),
+    ],
+)
+def test_what_takes_too_long_to_read_again_is_told_as_long_as_it_lasts(
+    site, monkeypatch, owner, method, what, change
+):
+    """As from a network's disk whose server is gone; the rest is still seen."""
+    reached, go_on, real = threading.Event(), threading.Event(), getattr(owner, method)
+
+    def hang(*arguments):
+        reached.set()
+        go_on.wait(60)
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, method, hang)
+    monkeypatch.setattr(service, "_LATE_S", 0.1)
+    site.service.handlers = object()
+
+    async def story():
+        watching = asyncio.create_task(site.oversight.watch())
+        try:
+            async with asyncio.timeout(60):
+                change(site)
+                while not reached.is_set():
+                    await asyncio.sleep(LOOK_EVERY_S)
+                while site.service.unready is None:
+                    await asyncio.sleep(LOOK_EVERY_S)
+                assert (
+                    site.service.unready == f"{what} have changed, and can't be read to their end"
+                )
+                site.suspended.write_text("- math\n")
+                while not site.service.suspended:
+                    await asyncio.sleep(LOOK_EVERY_S)
+                go_on.set()
+                while site.service.unready is not None:
+                    await asyncio.sleep(LOOK_EVERY_S)
+        finally:
+            go_on.set()
+            watching.cancel()
 
     asyncio.run(story())
 
