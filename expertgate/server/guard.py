@@ -32,7 +32,7 @@ from expertgate.server.turns import Turns
 
 log = logging.getLogger(__name__)
 
-_MAX_LOGPROBS = 1 << 15
+MAX_LOGPROBS = 1 << 15
 """Of one request: vLLM makes text of each on everybody's event loop, a quarter of a second of it
 where these come in one step, and objects of a whole chat's in one go, which takes a second."""
 _FREE_LOGPROBS = 20
@@ -198,11 +198,11 @@ class GuardedLLM:
             place = f"in the {tokens} tokens that a choice may have"
             asked.append(((answer + 1) * tokens, "logprobs", place))
         grant.logprobs += sum(count for count, _, _ in asked) * params.n
-        if asked and grant.logprobs > _MAX_LOGPROBS:
+        if asked and grant.logprobs > MAX_LOGPROBS:
             raise VLLMValidationError(
                 f"{grant.logprobs} log probabilities are asked for "
                 f"{' and '.join(place for _, _, place in asked)}, in all choices together; "
-                f"at most {_MAX_LOGPROBS}",
+                f"at most {MAX_LOGPROBS}",
                 parameter=max(asked)[1],
             )
 

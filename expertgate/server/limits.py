@@ -39,10 +39,12 @@ MAX_STOPS = 4
 """As OpenAI has it, and vLLM."""
 MAX_STOP_CHARS = 256
 
-_MAX_SCHEMA_BYTES = 1 << 14
-_MAX_SCHEMA_PROPERTIES = 200
-_MAX_SCHEMA_NESTING = 20
-"""Ten objects, each with its `properties`."""
+MAX_SCHEMA_BYTES = 1 << 14
+MAX_SCHEMA_PROPERTIES = 200
+MAX_SCHEMA_OBJECTS = 10
+"""Within one another."""
+_MAX_SCHEMA_NESTING = 2 * MAX_SCHEMA_OBJECTS
+"""Each object has its `properties`."""
 _MAX_SCHEMA_LENGTHS = 16
 """Strings of another length are another automaton, each a tenth of a second of compiling."""
 _SCHEMA_BOUNDS = {
@@ -318,8 +320,8 @@ def _parameters(tool: Mapping[str, Any]) -> Any:
 
 def _check_schema(schema: Any, place: str) -> None:
     size = len(json.dumps(schema, ensure_ascii=False).encode())
-    if size > _MAX_SCHEMA_BYTES:
-        raise bad_request(f"{place} is {size} bytes; at most {_MAX_SCHEMA_BYTES}", place)
+    if size > MAX_SCHEMA_BYTES:
+        raise bad_request(f"{place} is {size} bytes; at most {MAX_SCHEMA_BYTES}", place)
     # A `$ref` may point anywhere, so anything inside may come to be read as a schema. A property
     # may be called as a keyword is: its value is an object then, never text or a number.
     properties = 0
@@ -350,9 +352,9 @@ def _check_schema(schema: Any, place: str) -> None:
             if key == "properties" and isinstance(inner, dict):
                 properties += len(inner)
             reached.append((inner, depth + 1))
-    if properties > _MAX_SCHEMA_PROPERTIES:
+    if properties > MAX_SCHEMA_PROPERTIES:
         raise bad_request(
-            f"{place} has {properties} properties; at most {_MAX_SCHEMA_PROPERTIES}", place
+            f"{place} has {properties} properties; at most {MAX_SCHEMA_PROPERTIES}", place
         )
 
 

@@ -9,11 +9,13 @@ from typing import Any, get_args
 
 from expertgate.policies.expert_set import MAX_EXPERTS
 from expertgate.server import limits
+from expertgate.server.guard import MAX_LOGPROBS
 from expertgate.server.openapi.references import REFERENCE, Schema, reference
 from expertgate.server.response_items import NULLS, ROLES, STATUSES
 from expertgate.server.responses import MAX_METADATA, ResponsesRequest
 from expertgate.server.schemas import Body, Tier
 
+_SCHEMA_KIB = limits.MAX_SCHEMA_BYTES >> 10
 _TEXT: Schema = {"type": "string"}
 _OBJECT: Schema = {"type": "object"}
 _BOOLEAN: Schema = {"type": "boolean"}
@@ -133,8 +135,9 @@ COMPONENTS: Mapping[str, Schema] = {
             ),
         ),
         "description": (
-            "A schema has at most 16 KiB, 200 properties, 10 levels of objects and no `pattern`; a "
-            "`$ref` lies within it, as `#/...`."
+            f"A schema has at most {_SCHEMA_KIB} KiB, {limits.MAX_SCHEMA_PROPERTIES} properties, "
+            f"{limits.MAX_SCHEMA_OBJECTS} levels of objects and no `pattern`; a `$ref` lies within "
+            "it, as `#/...`."
         ),
     },
     "InputItem": {
@@ -285,8 +288,8 @@ _ROOM = (
 )
 
 _MANY = (
-    "Of more than 20, where the server's `max_logprobs` allows it, there are at most 32768 in all "
-    "tokens that the choices may have, with those along the prompts."
+    "Of more than 20, where the server's `max_logprobs` allows it, there are at most "
+    f"{MAX_LOGPROBS} in all tokens that the choices may have, with those along the prompts."
 )
 
 DESCRIPTIONS: Mapping[str, str] = {
@@ -321,7 +324,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "max_tokens": "How many tokens each choice may have.",
     "max_tool_calls": "Taken for compatibility; no tool runs here.",
     "messages": "The conversation; parts of text alone.",
-    "metadata": "At most 16 texts, which go back with the response.",
+    "metadata": f"At most {MAX_METADATA} texts, which go back with the response.",
     "min_p": "The least probability of a token, as a part of the most likely one's.",
     "min_tokens": "How many tokens are generated before anything may stop it.",
     "model": (
@@ -329,8 +332,8 @@ DESCRIPTIONS: Mapping[str, str] = {
         "Absent, the one that there is."
     ),
     "n": (
-        "How many choices for each prompt; with the prompts, at most 64 in all, and with "
-        "`temperature` 0 one."
+        "How many choices for each prompt; with the prompts, at most "
+        f"{limits.MAX_CHOICES} in all, and with `temperature` 0 one."
     ),
     "parallel_tool_calls": "Whether one answer may call several tools.",
     "presence_penalty": "Makes tokens less likely that are there already.",
@@ -342,7 +345,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     ),
     "prompt_logprobs": (
         "Of how many tokens log probabilities are given, along the prompt. With the prompt's own, "
-        "of all prompts and choices together, at most 32768."
+        f"of all prompts and choices together, at most {MAX_LOGPROBS}."
     ),
     "reasoning": "Taken where the model reasons.",
     "repetition_penalty": "Above 1 makes tokens of prompt and answer less likely, below 1 more.",
@@ -368,7 +371,9 @@ DESCRIPTIONS: Mapping[str, str] = {
     "text": "What the text has to be; a JSON Schema is followed.",
     "tokens": "Token ids of the model's vocabulary, no more than the model can read at once.",
     "tool_choice": "Whether, or which, tool is called.",
-    "tools": "Functions that the model may call; their schemas together have at most 16 KiB.",
+    "tools": (
+        f"Functions that the model may call; their schemas together have at most {_SCHEMA_KIB} KiB."
+    ),
     "top_k": "How many of the likeliest tokens are drawn from; 0 or -1 for all.",
     "top_logprobs": f"Of how many other tokens log probabilities are given. {_MANY}",
     "top_p": "The likeliest tokens of this probability together are drawn from.",

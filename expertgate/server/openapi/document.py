@@ -8,13 +8,14 @@ from expertgate.server.edge import HEADER as REQUEST_ID
 from expertgate.server.errors import CODES
 from expertgate.server.openapi import bodies, replies
 from expertgate.server.openapi.references import Schema, reachable, reference
+from expertgate.server.reading import MAX_BODY_BYTES
 from expertgate.server.routes.table import ROUTES, Route
 
-_ABOUT = """\
+_ABOUT = f"""\
 An inference server for mixtures of experts in which every request consults exactly the experts its
 user may. The routes are OpenAI's, and answer as OpenAI's do; `experts` is ours, in bodies and in
 answers. A field that is not listed is refused, not ignored, unless it is one of OpenAI's and null.
-A body is JSON of at most 1 MiB.
+A body is JSON of at most {MAX_BODY_BYTES >> 20} MiB.
 """
 
 _KEY = "credential"
