@@ -197,6 +197,19 @@ def test_nothing_runs_as_root_or_can_become_it(objects):
         assert all("hostPath" not in volume for volume in pod["spec"]["volumes"])
 
 
+def test_a_cluster_may_assign_the_user():
+    """OpenShift refuses pods that name another than one of their namespace's own."""
+    for pod in pods(render({"runAsUser": None})):
+        assert not {"runAsUser", "runAsGroup", "fsGroup"} & set(pod["spec"]["securityContext"])
+        assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+
+
+def test_a_user_may_be_of_the_range_that_openshift_gives_a_namespace():
+    for pod in pods(render({"runAsUser": 1000650000})):
+        context = pod["spec"]["securityContext"]
+        assert context["runAsUser"] == context["fsGroup"] == 1000650000
+
+
 def test_a_pod_can_do_nothing_to_the_cluster(objects):
     assert not [item for item in objects if "Role" in item["kind"]]
     for holder in [*(pod["spec"] for pod in pods(objects)), *kind(objects, "ServiceAccount")]:
@@ -443,6 +456,14 @@ def test_the_server_takes_its_configuration(objects, tmp_path):
         assert {str(folder) for folder in named} <= mounted
 
 
+def test_pods_of_ipv6_are_reached_at_both_listeners(tmp_path):
+    given = {"address": "::", "admin": {"existingSecret": "operators"}}
+    path = tmp_path / "expertgate.yaml"
+    path.write_text(yaml.safe_dump(config(render(given))))
+    read_back = Config.load(path)
+    assert (read_back.host, read_back.admin.listen) == ("::", "[::]:9100")
+
+
 def test_what_is_read_at_the_start_only_restarts_the_pods():
     [before], [after] = (servers(render({"engine": {"max_model_len": n}})) for n in (1, 2))
     assert before["metadata"]["annotations"] != after["metadata"]["annotations"]
@@ -604,6 +625,8 @@ def test_labels_and_annotations_arrive():
         {"extraVolumeMounts": [{"name": "a", "mountPath": "/"}]},
         {"extraVolumeMounts": [{"name": "a", "mountPath": "/a", "readOnly": False}]},
         {"prometheusRule": {"enabled": True}},
+        {"runAsUser": 0},
+        {"address": "10.0.0.1"},
         {"podLabels": {"app.kubernetes.io/component": "worker"}},
         # A claim that asks for no storage is refused when a pod's volume is made.
         {"audit": {"size": None}},

@@ -55,7 +55,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- $own := dict "model" .Values.model.name "policies" "/etc/expertgate/policies" -}}
 {{- $listed := kindIs "slice" .Values.suspended | ternary "/etc/expertgate/suspended" "/var/lib/expertgate" -}}
 {{- $_ := set $own "suspended" (printf "%s/suspended.yaml" $listed) -}}
-{{- $_ := set $own "host" "0.0.0.0" -}}
+{{- $address := .Values.address | default "0.0.0.0" -}}
+{{- $_ := set $own "host" $address -}}
 {{- $_ := set $own "port" 8000 -}}
 {{- if .Values.apiKeys.existingSecret -}}
 {{- $_ := set $own "identity" (dict "api_keys" "/etc/expertgate/keys/keys.yaml") -}}
@@ -71,7 +72,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- $_ := set $own "catalogue" "/etc/expertgate/catalogue/experts.json" -}}
 {{- end -}}
 {{- if .Values.admin.existingSecret -}}
-{{- $_ := set $own "admin" (dict "listen" "0.0.0.0:9100" "token" "/etc/expertgate/admin/token") -}}
+{{- $_ := set $own "admin" (dict "listen" (printf "%s:9100" (eq $address "::" | ternary "[::]" $address)) "token" "/etc/expertgate/admin/token") -}}
 {{- end -}}
 {{- $_ := set $own "engine" (mergeOverwrite $engine (deepCopy (.Values.engine | default dict))) -}}
 {{- toYaml (mergeOverwrite (deepCopy (.Values.config | default dict)) $own) -}}

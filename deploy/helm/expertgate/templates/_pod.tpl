@@ -35,9 +35,11 @@ spec:
   terminationGracePeriodSeconds: {{ add .preStopSeconds (dig "drain_s" 30 (.config | default dict)) 25 }}
   securityContext:
     runAsNonRoot: true
-    runAsUser: 10001
-    runAsGroup: 10001
-    fsGroup: 10001
+    {{- with .runAsUser }}
+    runAsUser: {{ int64 . }}
+    runAsGroup: {{ int64 . }}
+    fsGroup: {{ int64 . }}
+    {{- end }}
     fsGroupChangePolicy: OnRootMismatch
     seccompProfile: {type: RuntimeDefault}
   containers:
