@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 MAX_LOGPROBS = 1 << 15
 """Of one request: vLLM makes text of each on everybody's event loop, a quarter of a second of it
-where these come in one step, and objects of a whole chat's in one go, which takes a second."""
+where these come in one step."""
 _FREE_LOGPROBS = 20
 """Of a token of the answer, what vLLM lets everybody ask for; an operator may allow more."""
 _LOOK_AFTER_S = 1  # how often the engine is looked after while its answer is waited for
