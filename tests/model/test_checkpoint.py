@@ -12,6 +12,10 @@ from expertgate.server.cli import cli
 from tests.support import fp8
 from tests.support.checkpoints import random_checkpoint
 
+NAMED = fp8.settings(2)["modules_to_not_convert"]
+Q_PROJ = "model.layers.1.self_attn.q_proj"
+UP = "model.layers.1.mlp.experts.2.up_proj"
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -51,6 +55,16 @@ def test_one_changed_bit_changes_its_experts_digest_and_no_other(folder, name, r
     assert {i for i in range(3) if before[i] != after[i]} == {2}
 
 
+def test_the_same_bytes_that_are_read_otherwise_are_another_expert(folder):
+    name = f"{UP}.weight"
+    weight = load_file(folder / "model.safetensors")[name].bfloat16()
+    digests = set()
+    for read in (weight, weight.view(torch.float16), weight.view(128, 256)):
+        change(folder, lambda tensors, read=read: tensors.update({name: read}))
+        digests.update(Checkpoint(folder).expert_digests([2]).values())
+    assert len(digests) == 3
+
+
 def test_a_quantised_expert_is_its_weights_and_their_scales(quantised):
     before = Checkpoint(quantised).expert_digests(range(3))
     said = CliRunner().invoke(cli, ["experts", "digest", str(quantised)])
@@ -72,14 +86,11 @@ def test_a_checkpoint_whose_experts_alone_are_fp8_by_blocks_is_fine(quantised):
     for own in (
         {"fmt": "e4m3"},  # as DeepSeek's say
         json.loads(FineGrainedFP8Config(**fp8.settings(2)).to_json_string()),
-        {"ignored_layers": fp8.settings(2)["modules_to_not_convert"], "modules_to_not_convert": []},
+        {"ignored_layers": NAMED, "modules_to_not_convert": []},
+        {"ignored_layers": []},
     ):
         configure(quantised, fp8.settings(2) | own)
         Checkpoint(quantised).check_weights()
-
-
-Q_PROJ = "model.layers.1.self_attn.q_proj"
-NAMED = fp8.settings(2)["modules_to_not_convert"]
 
 
 @pytest.mark.parametrize(
@@ -94,20 +105,21 @@ NAMED = fp8.settings(2)["modules_to_not_convert"]
         ({"fmt": "e5m2"}, "fmt is"),
         ({"scale_fmt": "ue8m0"}, 'scale_fmt is "ue8m0", but this server serves "float"'),
         ({"dequantize": True}, "dequantize is true"),
+        ({"modules_to_convert": ["mlp"]}, r"modules_to_convert is \["),
         ({"store_dtype": "mxfp4"}, "store_dtype isn't among what can be served, which is quant_"),
         ({"kv_cache_scheme": {}}, "kv_cache_scheme isn't among"),
         ({"modules_to_not_convert": None}, "_convert doesn't name model.layers.0.self_attn.q_proj"),
         ({"modules_to_not_convert": ["self_attn"]}, "doesn't name model.layers.0.self_attn.q_proj"),
-        (
-            {"modules_to_not_convert": [name for name in NAMED if name != Q_PROJ]},
-            f"doesn't name {Q_PROJ}: only experts may be quantised",
-        ),
         ({"ignored_layers": ["lm_head"]}, "ignored_layers doesn't name"),
         ({"modules_to_not_convert": "self_attn"}, "must be a list of names"),
         ({"modules_to_not_convert": [5]}, "must be a list of names"),
         (
             {"modules_to_not_convert": [*NAMED, "model.layers.0.mlp.experts"]},
             "names model.layers.0.mlp.experts: all experts must be quantised",
+        ),
+        (  # by which vLLM takes none of the layer's for quantised
+            {"modules_to_not_convert": [*NAMED, UP]},
+            f"names {UP}: all experts must be quantised",
         ),
     ],
 )
@@ -117,10 +129,26 @@ def test_another_quantisation_is_refused_by_name(quantised, own, said):
         Checkpoint(quantised)
 
 
-def test_blocks_that_are_not_whole_are_refused(quantised):
+@pytest.mark.parametrize("name", ["quant_method", "activation_scheme", "weight_block_size"])
+def test_what_says_how_experts_are_quantised_must_be_there(quantised, name):
+    configure(quantised, {n: value for n, value in fp8.settings(2).items() if n != name})
+    with pytest.raises(CheckpointError, match=f"{name} is null"):
+        Checkpoint(quantised)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMED if "self_attn" in name])
+def test_each_projection_of_attention_is_to_be_named(quantised, name):
+    named = [other for other in NAMED if other != name]
+    configure(quantised, fp8.settings(2) | {"modules_to_not_convert": named})
+    with pytest.raises(CheckpointError, match=f"doesn't name {name}: only experts may be quant"):
+        Checkpoint(quantised)
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "intermediate_size"])
+def test_blocks_that_are_not_whole_are_refused(quantised, name):
     config = json.loads((quantised / "config.json").read_text())
-    (quantised / "config.json").write_text(json.dumps(config | {"intermediate_size": 192}))
-    with pytest.raises(CheckpointError, match=r"intermediate_size is 192, but .* blocks of 128"):
+    (quantised / "config.json").write_text(json.dumps(config | {name: 192}))
+    with pytest.raises(CheckpointError, match=f"{name} is 192, but .* blocks of 128"):
         Checkpoint(quantised)
 
 
@@ -133,9 +161,6 @@ def test_a_quantisation_that_is_no_object_is_refused(quantised):
 def configure(folder, settings):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": settings}))
-
-
-UP = "model.layers.1.mlp.experts.2.up_proj"
 
 
 @pytest.mark.parametrize(
@@ -155,11 +180,27 @@ def test_a_tensor_that_is_missing_is_named(folder, name):
         Checkpoint(folder).check_weights()
 
 
-def test_an_expert_that_is_too_small_is_named(folder):
+@pytest.mark.parametrize("shape", [(128, 128), (256, 64)])
+def test_an_expert_that_is_too_small_is_named(folder, shape):
     """vLLM fills a part of the weight, and serves what lay in memory as the rest."""
-    change(folder, lambda tensors: tensors.update({f"{UP}.weight": torch.zeros(128, 128)}))
-    said = rf"{UP}.weight is F32 \[128, 128\], but by config.json it should be .* \[256, 128\]"
+    change(folder, lambda tensors: tensors.update({f"{UP}.weight": torch.zeros(shape)}))
+    said = rf"{UP}.weight is F32 \[{shape[0]}, {shape[1]}\], but .* should be .* \[256, 128\]"
     with pytest.raises(CheckpointError, match=said):
+        Checkpoint(folder).check_weights()
+
+
+@pytest.mark.parametrize("kind", ["folder", "quantised"])
+def test_a_head_is_missed_unless_it_is_the_embeddings(kind, request):
+    folder = request.getfixturevalue(kind)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    Checkpoint(folder).check_weights()  # it may be there all the same
+    change(folder, lambda tensors: tensors.pop("lm_head.weight"))
+    Checkpoint(folder).check_weights()
+    del config["tie_word_embeddings"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"tensor lm_head\.weight is missing"):
         Checkpoint(folder).check_weights()
 
 
@@ -220,6 +261,7 @@ def change(folder, how):
         ({"num_experts": "7"}, "a whole number"),
         ({"num_hidden_layers": True}, "a whole number"),
         ({"hidden_act": "gelu"}, 'hidden_act is "gelu", but this server serves "silu"'),
+        ({"hidden_act": None}, "hidden_act is null"),
         ({"attention_bias": True}, "attention_bias is true, but this server serves false"),
     ],
 )
