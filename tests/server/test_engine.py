@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -185,6 +186,20 @@ def test_they_are_seen_before_an_engine_starts(quantised):
         engine.configure(quantised, "name", {})
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"moe_kernel": "expertgate"}, "moe_kernel=expertgate multiplies no"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2: .* in 3 blocks"),
+    ],
+)
+def test_they_are_seen_with_what_they_would_run_on(quantised, monkeypatch, arguments, words):
+    monkeypatch.setattr(engine, "_worker", lambda: engine.GPU_WORKER)
+    monkeypatch.setattr(engine, "current_platform", Platform())
+    with pytest.raises(SettingError, match=words):
+        engine.configure(quantised, "name", arguments)
+
+
 def test_they_are_not_quantised_once_more(quantised, monkeypatch):
     monkeypatch.setattr(engine, "_why_no_fp8", lambda _: None)
     with pytest.raises(SettingError, match="does not match the quantization method"):
@@ -218,6 +233,17 @@ def test_what_vllm_refuses_has_its_name(arguments, words):
     with pytest.raises(SettingError, match=words) as refused:
         engine.start(DEMO / "model", "name", arguments, Grants())
     assert "\n" not in str(refused.value)
+
+
+def test_what_would_lose_masks_is_refused_as_given_and_as_vllm_made_it(tmp_path):
+    with pytest.raises(SettingError, match="engine argument enable_eplb: refused"):
+        engine.configure(DEMO / "model", "name", {"enable_eplb": True})
+    folder = random_checkpoint(tmp_path / "toy", num_experts=2)
+    config = json.loads((folder / "config.json").read_text())
+    architectures = {"architectures": ["FlexOlmoForCausalLM", "OlmoeForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config | architectures))
+    with pytest.raises(SettingError, match="the model's architecture is"):
+        engine.configure(folder, "name", {})
 
 
 @pytest.mark.parametrize("arguments", [{}, {"load_format": "auto"}])
