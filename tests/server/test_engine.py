@@ -292,3 +292,6 @@ def test_a_batch_smaller_than_a_step_is_a_line(monkeypatch):
         SettingError, match="max_num_batched_tokens=7: on this processor at least 8"
     ):
         engine._check_batch(config(7))
+    monkeypatch.setattr(engine, "least_rows", lambda: 1 << 20)
+    with pytest.raises(SettingError, match="on this processor at least 1048576"):
+        engine.configure(DEMO / "model", "name", {})

@@ -168,24 +168,23 @@ def test_experts_in_fp8_of_which_each_row_has_its_own_scales_are_fine(experts, v
 
 
 @pytest.mark.parametrize(
-    ("own", "vetted"),
+    ("name", "value"),
     [
-        ({}, True),
-        ({"weight_block_size": [64, 64]}, False),
-        ({"weight_block_size": None}, False),
-        ({"weight_block_size": None, "activation_scheme": "static"}, False),
-        ({"store_dtype": "mxfp4"}, False),
+        ("online_quantization_config", object()),
+        ("activation_scheme", "static"),
+        ("store_dtype", "mxfp4"),
+        ("weight_block_size", [64, 64]),
+        ("weight_block_size", None),
     ],
 )
-def test_so_are_those_that_are_fp8_on_disk_by_the_same_scheme(own, vetted):
+def test_so_are_those_that_are_fp8_on_disk_by_the_same_scheme_alone(name, value):
     from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 
     config = safe_config()
     config.model_config.quantization = "fp8"
-    config.quant_config = Fp8Config.from_config(fp8.settings(layers=1) | own)
-    if vetted:
-        refuse_config(config, WORKER, "/checkpoint", "/tokenizer")
-        config.quant_config.online_quantization_config = object()
+    config.quant_config = Fp8Config.from_config(fp8.settings(layers=1))
+    refuse_config(config, WORKER, "/checkpoint", "/tokenizer")
+    setattr(config.quant_config, name, value)
     with pytest.raises(SettingError, match="engine setting quantization"):
         refuse_config(config, WORKER, "/checkpoint", "/tokenizer")
 
@@ -301,7 +300,7 @@ def test_an_environment_that_opens_a_door_is_refused(environment):
 
 def test_a_plain_environment_passes():
     refuse_process({"VLLM_PLUGINS": "expertgate", "VLLM_USE_V2_MODEL_RUNNER": "1", "HOME": "/"})
-    refuse_process({"VLLM_RAISE_ON_LOGIT_NANS": "0", "VLLM_MAX_BAD_WORDS_TOTAL_TOKENS": "2048"})
+    refuse_process({"VLLM_RAISE_ON_LOGIT_NANS": "0", "VLLM_MAX_BAD_WORDS_TOTAL_TOKENS": "1024"})
 
 
 @pytest.mark.parametrize(
