@@ -6,8 +6,10 @@ the credential is looked at.
 """
 
 import asyncio
+import sys
 from typing import Any
 
+from httptools import HttpParserUpgrade
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from expertgate.server.certificates import STATE
@@ -42,6 +44,10 @@ class PatientProtocol(HttpToolsProtocol):
     _unparsed_bytes = 0
     """Received in a row without the end of a head, or anything of a body: the parser gives a header
     when it is whole, and gathers it until then. A trailer is one to it as well."""
+    _data = b""
+    """What the parser is given now."""
+    _repeated = False
+    """The head that is parsed is one that was parsed before."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -53,7 +59,7 @@ class PatientProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._unparsed_bytes += len(data)
-        super().data_received(data)
+        self._parse(data)
         if self.cycle is None or self.cycle.response_complete:
             self._wait_for_headers()
         else:
@@ -62,11 +68,20 @@ class PatientProtocol(HttpToolsProtocol):
         if self._unparsed_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self.transport.abort()
 
+    def _parse(self, data: bytes) -> None:
+        self._data = data
+        super().data_received(data)
+        self._data = b""
+
     def on_message_begin(self) -> None:
+        if self._repeated:
+            return
         self._in_head, self._head_bytes = True, 0
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
+        if self._repeated:
+            return
         self._count(url)
         super().on_url(url)
 
@@ -77,6 +92,9 @@ class PatientProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self._repeated:
+            self._repeated = False
+            return
         self._in_head, self._unparsed_bytes = False, 0
         if len(self.pipeline) >= MAX_BEHIND:
             self.transport.abort()  # a 400 would stand in the middle of the answer that runs
@@ -89,7 +107,8 @@ class PatientProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._unparsed_bytes = 0
-        super().on_message_complete()
+        if not self.parser.should_upgrade():  # else its body comes now
+            super().on_message_complete()
 
     def _count(self, part: bytes) -> None:
         self._head_bytes += len(part)
@@ -113,7 +132,18 @@ class PatientProtocol(HttpToolsProtocol):
             self._answering.message_event.set()
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Nothing: such a request is answered as others are, and uvicorn would log a hint."""
+        """Reads such a request as others are read (RFC 9110, §7.8), and logs nothing of it.
+
+        To the parser, what follows its head is the other protocol's, and then another request. So
+        it is given a head that says as much of the body, and asks for nothing.
+        """
+        asked = sys.exception()
+        assert isinstance(asked, HttpParserUpgrade)
+        names = (b"content-length", b"transfer-encoding")
+        framing = [b"%b: %b\r\n" % each for each in self.headers if each[0] in names]
+        rest = self._data[asked.args[0] :]
+        self._repeated = True
+        self._parse(b"".join([b"POST / HTTP/1.1\r\n", *framing, b"\r\n", rest]))
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answering = cycle

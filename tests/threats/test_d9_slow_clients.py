@@ -162,6 +162,28 @@ def test_whoever_asks_for_a_websocket_has_an_answer_of_plain_http(served, caplog
     assert "WebSocket" not in caplog.text  # it is the client's affair
 
 
+@pytest.mark.parametrize("piece_bytes", [1 << 16, 50, 7])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_the_body_of_who_asks_for_another_protocol_is_no_request(served, chunked, piece_bytes):
+    """Clients of HTTP/2 ask so; and a smuggled one would be answered to whoever comes next."""
+    body = ASK * 2
+    length = b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+    chunks = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    asking = POST + b"Connection: Upgrade\r\nUpgrade: h2c\r\n" + (chunks if chunked else length)
+    sent = asking * 2 + ASK + WEBSOCKET + ASK
+
+    async def client(app, address):
+        async with connected(address) as (reader, writer):
+            for start in range(0, len(sent), piece_bytes):
+                writer.write(sent[start : start + piece_bytes])
+                await asyncio.sleep(0.001)
+            answers = (await ends(reader)).split(b"HTTP/1.1 200 OK\r\n")
+        bodies = [answer.partition(b"\r\n\r\n")[2] for answer in answers[1:]]
+        assert bodies == [b'{"bytes":%d}' % len(body)] * 2 + [b"{}"] * 3
+
+    served(client)
+
+
 def test_who_asks_for_too_much_behind_an_answer_is_cut_off(served):
     """Else all of it would be kept until its turn comes, of anybody's: nobody has said who asks."""
 
