@@ -8,6 +8,7 @@ weight updates, whatever a later vLLM brings) does not exist for them.
 import asyncio
 import copy
 import logging
+import math
 import sys
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import aclosing
@@ -38,6 +39,8 @@ where these come in one step."""
 _FREE_LOGPROBS = 20
 """Of a token of the answer, what vLLM lets everybody ask for; an operator may allow more."""
 _LOOK_AFTER_S = 1  # how often the engine is looked after while its answer is waited for
+_LAST_WORDS_S = 2.0
+"""In which an engine that is cut off has to say what it counted: their clients must be told too."""
 
 
 class UnavailableError(GenerationError):
@@ -65,6 +68,8 @@ class GuardedLLM:
         self._turns = Turns(sys.maxsize) if turns is None else turns
         self._draining = False
         self._cut = False
+        self._unheard_from = math.inf
+        """From when on, in the event loop's time, the engine's answers are waited for no more."""
         self._running: set[str] = set()
         self.on_work: Callable[[Work], None] = lambda _: None
         """Told what each engine call was computed with."""
@@ -326,8 +331,9 @@ class GuardedLLM:
             self._engine.collective_rpc("expertgate_usage", args=(accounts,))
         )
         # The engine's own timeout never fires if its core dies meanwhile.
+        now = asyncio.get_running_loop().time
         while not (await asyncio.wait({asking}, timeout=_LOOK_AFTER_S))[0]:
-            if self._engine.errored:
+            if self._engine.errored or now() > self._unheard_from:
                 asking.cancel()
                 raise self.dead_error
         try:
@@ -359,6 +365,7 @@ class GuardedLLM:
     async def cut(self) -> None:
         """Ends what still runs, each with an error that says why."""
         self._draining = self._cut = True
+        self._unheard_from = asyncio.get_running_loop().time() + _LAST_WORDS_S
         if self._running and not self._engine.errored:
             await self._engine.abort(list(self._running))
 

@@ -9,6 +9,7 @@ from expertgate.model.ledger import ACCOUNT_ARG
 from expertgate.model.masks import EXTRA_ARG
 from expertgate.model.usage import Usage, Work
 from expertgate.policies.expert_set import ExpertSet
+from expertgate.server import guard as guard_module
 from expertgate.server.cache_salts import CacheSalts
 from expertgate.server.grants import HANDLE_ARG, GrantError, Grants
 from expertgate.server.guard import GuardedLLM, UnavailableError
@@ -326,6 +327,40 @@ def test_what_is_cut_off_ends_with_an_error_and_what_waits_does_not_begin(grants
             with pytest.raises(UnavailableError, match="going down"):
                 guard.generate(PROMPT, params(grant.handle), "c")
         assert len(engine.calls) == 1
+
+    asyncio.run(go())
+
+
+def test_what_an_engine_that_is_cut_off_counted_is_not_waited_for_for_ever(
+    guard, engine, grants, monkeypatch
+):
+    """It may answer no more at all, and each request has to end, with its result on record."""
+    monkeypatch.setattr(guard_module, "_LOOK_AFTER_S", 0.01)
+    monkeypatch.setattr(guard_module, "_LAST_WORDS_S", 0.1)
+    engine.outputs = 3
+
+    async def silent(method, *, args):
+        await asyncio.Event().wait()
+
+    async def go():
+        grant = grants.issue(MATH, "alice", recorded=RECORDED)
+        answer = guard.generate(PROMPT, params(grant.handle), "a")
+        await anext(answer)
+        speaking, engine.collective_rpc = engine.collective_rpc, silent
+        ending = asyncio.create_task(guard.end(grant))
+        await asyncio.sleep(0.2)
+        assert not ending.done()  # as long as it is not cut off, it may yet say
+        await guard.cut()
+        async with asyncio.timeout(10):
+            await ending
+        assert grant.usage is None
+
+        engine.collective_rpc = speaking
+        grant = grants.issue(MATH, "alice", recorded=RECORDED)
+        call = grant.expect_call([1, 2], 1)
+        grant.calls.append(call)
+        await guard.end(grant)
+        assert call.usage is not None  # what it says at once is heard
 
     asyncio.run(go())
 
