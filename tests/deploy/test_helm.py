@@ -588,12 +588,7 @@ def test_labels_and_annotations_arrive():
         {"replica": 3},
         {"model": {"nam": "x"}},
         {"gpus": "two"},
-        {"config": {"port": 80}},
-        {"config": {"identity": {"api_keys": "elsewhere"}}},
-        {"config": {"audit": {"path": "/elsewhere"}}},
-        {"config": {"audit": {"signing_key": "elsewhere.pem"}}},
         {"model": {"name": "/models/flex"}},  # without the claim that is mounted there
-        {"engine": {"tensor_parallel_size": 4}},
         {"policies": {"files": {"notes.txt": "x"}}},
         {"policies": {"files": {"..x.cedar": "x"}}},
         {"policies": {"files": {".x.cedar": "x"}}},  # which the server passes over
@@ -609,7 +604,6 @@ def test_labels_and_annotations_arrive():
         {"audit": {"existingClaim": "shared"}},
         {"serviceMonitor": {"enabled": True}},
         {"autoscaling": {"enabled": True}, "admin": {"existingSecret": "operators"}},
-        {"config": {"admin": {"listen": "0.0.0.0:1"}}},
         {"env": {"HTTPS_PROXY": "http://proxy"}},
         {"env": [{"name": "HTTPS_PROXY"}]},
         {"env": [{"name": "THREADS", "value": 4}]},
@@ -694,6 +688,37 @@ def test_values_that_do_not_fit_one_another_are_named(wrong, said):
     """No schema can say them. Kubernetes takes a StatefulSet whose pods it then refuses."""
     with pytest.raises(helm.HelmError, match=re.escape(said)):
         render(wrong)
+
+
+def leaves(given, *path):
+    """The way to each value of nested dictionaries, by their keys."""
+    for name, value in given.items():
+        if isinstance(value, dict):
+            yield from leaves(value, *path, name)
+        else:
+            yield (*path, name)
+
+
+def test_what_the_chart_writes_itself_is_refused_by_name():
+    written = config(
+        render(
+            OPERATORS
+            | {"model": {"revision": "main"}, "catalogue": {"content": "{}"}}
+            | {"multiNode": {"enabled": True}, "audit": {"existingClaim": "logs"}}
+        )
+    )
+    engine = written.pop("engine")
+    found = [*leaves(written, "config"), *leaves(engine, "engine"), ("config", "engine", "seed")]
+    assert len(found) > 12
+    for path in found:
+        given = "elsewhere"
+        for name in reversed(path):
+            given = {name: given}
+        with pytest.raises(
+            helm.HelmError, match=r"must not be set: `\w+(\.\w+)?` says it"
+        ) as caught:
+            render(given)
+        assert re.search(r"([\w.]+) must not", str(caught.value))[1] in ".".join(path)
 
 
 @pytest.mark.parametrize(
