@@ -1,7 +1,6 @@
 """Runs beside the event loop what may take long, each call in a thread of its own.
 
-The loop's own threads are few. Names of hosts are looked up in them, for as long as a resolver
-likes, and the process doesn't end before they have.
+The loop's own threads are few, and the process doesn't end before they have.
 """
 
 import asyncio
