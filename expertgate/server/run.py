@@ -127,17 +127,17 @@ async def _run(
     on_ready: Callable[[], None],
     drain_s: int,
 ) -> None:
-    stop_requested = asyncio.Event()
+    stop_requested, cut_requested = asyncio.Event(), asyncio.Event()
 
     def stop() -> None:
-        again = stop_requested.is_set()
-        if again:
-            log.warning("told again to stop: what runs is cut off")
-        else:
+        if not stop_requested.is_set():
             log.info("stopping: nothing new is taken, and what runs may take %d s", drain_s)
+            stop_requested.set()
+            return
+        log.warning("told again to stop: what runs is cut off")
         for server in servers:
-            server.force_exit = again
-        stop_requested.set()
+            server.force_exit = cut_requested.is_set()
+        cut_requested.set()
 
     loop = asyncio.get_running_loop()
     look_up_beside(loop)
@@ -175,10 +175,17 @@ async def _run(
             engine.drain()
         for server in servers:
             server.should_exit = True
-        await asyncio.wait([serving], timeout=drain_s)
+        cutting = asyncio.create_task(cut_requested.wait())
+        await _first_of(serving, cutting, timeout_s=drain_s)
         if not serving.done() and engine is not None:
-            log.warning("what has not ended by now is cut off")
+            if not cut_requested.is_set():
+                log.warning("what has not ended by now is cut off")
             await engine.cut()
+        if cutting.done():  # else uvicorn has its own end to patience
+            await asyncio.wait([serving], timeout=_CUT_S)
+            for server in servers:
+                server.force_exit = True
+        cutting.cancel()
         await serving
         for watch in watching:
             watch.cancel()
@@ -252,8 +259,8 @@ def _deaf_to_ctrl_c(start_engine: Callable[[], GuardedLLM]) -> GuardedLLM:
     return start_engine()
 
 
-async def _first_of(*tasks: asyncio.Future[Any]) -> None:
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+async def _first_of(*tasks: asyncio.Future[Any], timeout_s: float | None = None) -> None:
+    await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
 
 
 def _end_children() -> None:

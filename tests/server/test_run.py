@@ -20,13 +20,13 @@ from tests.server.running import prepare
 
 
 class Server:
-    """Serves nobody until it is told to stop."""
+    """Serves nobody until it is told to stop, or what runs until it is cut off."""
 
     def __init__(self):
-        self.should_exit = self.force_exit = False
+        self.should_exit = self.force_exit = self.runs = False
 
     async def listen(self):
-        while not self.should_exit:
+        while not self.should_exit or (self.runs and not self.force_exit):
             await asyncio.sleep(0.01)
 
 
@@ -40,7 +40,14 @@ class Watch:
 
 
 class Engine:
+    def __init__(self, server):
+        self._server = server
+
     def drain(self): ...
+
+    async def cut(self):
+        self._server.runs = False
+
     def shutdown(self, timeout_s): ...
 
 
@@ -48,11 +55,11 @@ class Engine:
 def serve(monkeypatch):
     """Runs a scenario, given the service and its two watches, in a server that has begun."""
 
-    async def serve(scenario):
+    async def serve(scenario, drain_s):
         server, service = Server(), Service(None, None, None, SimpleNamespace(ready=True))
         oversight, liveness, ready = Watch(), Watch(), asyncio.Event()
         liveness.late = False
-        engine = Engine()
+        engine = Engine(server)
         engine.errored = False
 
         async def open_(*_):
@@ -61,15 +68,17 @@ def serve(monkeypatch):
 
         monkeypatch.setattr(run, "_open", open_)
         running = asyncio.create_task(
-            run._run([server], service, oversight, lambda: engine, lambda _: None, ready.set, 1)
+            run._run(
+                [server], service, oversight, lambda: engine, lambda _: None, ready.set, drain_s
+            )
         )
         await asyncio.wait_for(ready.wait(), 20)
-        await scenario(service, oversight, liveness)
+        await scenario(service, oversight, liveness, server=server)
         server.should_exit = True
         await asyncio.wait_for(running, 20)
         return service
 
-    return lambda scenario: asyncio.run(serve(scenario))
+    return lambda scenario, drain_s=1: asyncio.run(serve(scenario, drain_s))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +86,7 @@ def serve(monkeypatch):
 )
 @pytest.mark.parametrize("fault", [ZeroDivisionError, asyncio.CancelledError])
 def test_a_watch_that_ends_is_told_and_leaves_the_server_unready(serve, caplog, which, what, fault):
-    async def scenario(service, *watches):
+    async def scenario(service, *watches, server):
         assert service.unready is None
         watches[which].fault.set_result(fault())
         for _ in range(3):
@@ -108,7 +117,7 @@ def test_the_signal_to_read_again_ends_no_server_that_starts(monkeypatch):
 
 
 def test_watches_that_end_with_the_server_are_no_fault(serve, caplog):
-    async def scenario(*_):
+    async def scenario(*_, server):
         pass
 
     assert serve(scenario).unready is None
@@ -118,7 +127,7 @@ def test_watches_that_end_with_the_server_are_no_fault(serve, caplog):
 def test_the_log_says_that_it_was_told_to_stop(serve, caplog):
     caplog.set_level(logging.INFO, "expertgate")
 
-    async def scenario(*_):
+    async def scenario(*_, server):
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
             await asyncio.sleep(0.05)
@@ -128,6 +137,35 @@ def test_the_log_says_that_it_was_told_to_stop(serve, caplog):
         "stopping: nothing new is taken, and what runs may take 1 s",
         "told again to stop: what runs is cut off",
     ]
+
+
+def test_told_again_to_stop_the_engine_ends_what_runs_with_an_error(serve):
+    """Cut off by the server alone, it would have no answer, and no result on record."""
+
+    async def scenario(*_, server):
+        server.runs = True
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(0.05)
+        async with asyncio.timeout(20):
+            while server.runs:
+                await asyncio.sleep(0.01)
+
+    serve(scenario, drain_s=600)
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_told_again_to_stop_nobody_who_does_not_end_is_waited_for(serve, monkeypatch, times):
+    monkeypatch.setattr(Engine, "cut", lambda _: asyncio.sleep(0))
+    monkeypatch.setattr(run, "_CUT_S", 600 if times == 3 else 0.1)
+
+    async def scenario(*_, server):
+        server.runs = True
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(0.05)
+
+    serve(scenario, drain_s=600)
 
 
 def test_a_catalogue_that_changes_while_weights_are_hashed_is_read_again(tmp_path, monkeypatch):
