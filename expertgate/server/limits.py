@@ -383,4 +383,4 @@ def _are_integers(values: Iterable[Any]) -> bool:
 
 
 def _are_token_ids(values: Iterable[Any]) -> bool:
-    return all(type(value) is int and value >= 0 for value in values)
+    return all(type(value) is int and 0 <= value < INT32_END for value in values)

@@ -375,6 +375,8 @@ def test_bytes_that_are_no_request(raw):
         (text, {"prompt": ["a"] * 33, "n": 2}),
         (text, {"prompt": []}),
         (text, {"prompt": None}),
+        (text, {"prompt": [1 << 31]}),
+        (text, {"prompt": [[1], [1 << 32]]}),
         (chat, {"n": 2, "temperature": 1, "seed": (1 << 63) - 1}),
         (chat, {"seed": 1 << 63}),
         (chat, {"allowed_token_ids": [1] * 1025}),
