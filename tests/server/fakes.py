@@ -28,7 +28,7 @@ class FakeEngine:
         self.refuses: Exception | None = None
         """Raised once the request is registered, as by a message that can't be encoded."""
         self.finish_reason: str | None = None
-        self.computed = 3
+        self.computed, self.cached = 3, 0
         self.slots = [2, 0]
         """What each pipeline rank says of each call: tokens, and slots by expert."""
         self.asked: list[list[str]] = []
@@ -64,7 +64,7 @@ class FakeEngine:
         if self.dies:
             raise EngineDeadError
         weights = [slots << 32 for slots in self.slots]
-        rank = [[1, self.computed, 0, self.slots, weights] for _ in accounts]
+        rank = [[1, self.computed, self.cached, self.slots, weights] for _ in accounts]
         return [rank, None, rank, None]
 
     async def encode(self, *args: Any) -> None: ...

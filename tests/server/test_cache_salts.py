@@ -45,3 +45,28 @@ def test_fields_of_a_salt_cannot_run_into_each_other():
 
 def test_a_servers_secret_is_its_own():
     assert CacheSalts(b"w").salt(MATH, "a", None) != CacheSalts(b"w").salt(MATH, "a", None)
+
+
+def test_what_is_renewed_is_found_by_nobody_and_all_else_still_is():
+    salts = CacheSalts(b"weights", b"secret")
+    seen = {BASE}
+    for _ in range(2):
+        salts.renew(ExpertSet.of([1, 5]))
+        seen.add(salts.salt(MATH, "alice", None))
+    assert len(seen) == 3
+    assert salts.salt(AS_MANY, "alice", None) == SALTS.salt(AS_MANY, "alice", None)
+
+
+@pytest.mark.parametrize("tenant", ["dave", "portal/ada", "corp:ada"])
+def test_so_is_what_was_cached_for_whom_a_key_or_an_issuer_vouched(tenant):
+    salts = CacheSalts(b"weights", b"secret")
+    seen = {SALTS.salt(MATH, tenant, None)}
+    for _ in range(2):
+        salts.renew_of({"dave", "portal", "corp"})
+        seen.add(salts.salt(MATH, tenant, None))
+    assert len(seen) == 3
+    assert salts.salt(MATH, "alice", None) == BASE
+
+
+def test_a_callers_own_salt_is_not_what_the_engine_reads():
+    assert "own" not in SALTS.salt(MATH, "alice", "own")

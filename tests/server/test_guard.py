@@ -1,4 +1,6 @@
 import asyncio
+import sys
+from types import SimpleNamespace
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
@@ -8,7 +10,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOu
 from expertgate.model.ledger import ACCOUNT_ARG
 from expertgate.model.masks import EXTRA_ARG
 from expertgate.model.usage import Usage, Work
-from expertgate.policies.expert_set import ExpertSet
+from expertgate.policies.expert_set import PUBLIC_ONLY, ExpertSet
 from expertgate.server import guard as guard_module
 from expertgate.server.cache_salts import CacheSalts
 from expertgate.server.grants import HANDLE_ARG, GrantError, Grants
@@ -66,6 +68,20 @@ def test_prompts_keep_only_tokens_and_text(guard, engine, grants):
         run(guard.generate(prompt, params(grant.handle), "id"))
     (call,) = engine.calls
     assert set(call.prompt) == {"type", "prompt_token_ids", "prompt", "cache_salt"}
+
+
+@pytest.mark.parametrize("own", [None, "", "own"])
+@pytest.mark.parametrize("tenant", ["alice", "bob"])
+@pytest.mark.parametrize("experts", [MATH, PUBLIC_ONLY])
+def test_a_prefix_is_shared_within_a_grants_set_and_tenant(
+    guard, engine, grants, experts, tenant, own
+):
+    """And the caller's own salt, which parts it further, is never the engine's."""
+    prompt = PROMPT if own is None else {**PROMPT, "cache_salt": own}
+    with grants.issue(experts, tenant, recorded=RECORDED) as grant:
+        run(guard.generate(prompt, params(grant.handle), "id"))
+    salt = CacheSalts(b"weights", b"secret").salt(experts, tenant, own)
+    assert engine.calls[-1].prompt["cache_salt"] == salt
 
 
 @pytest.mark.parametrize(
@@ -178,6 +194,14 @@ def test_a_lora_request_is_refused(guard, grants):
         guard.generate(PROMPT, params(grant.handle), "id", lora_request=object())
 
 
+def test_only_sampling_runs(guard, engine, grants):
+    with grants.issue(MATH, "alice", recorded=RECORDED) as grant:
+        pooling = SimpleNamespace(extra_args={HANDLE_ARG: grant.handle})
+        with pytest.raises(GrantError, match="only sampling"):
+            guard.generate(PROMPT, pooling, "id")
+    assert engine.calls == []
+
+
 def test_outputs_carry_no_traces(guard, grants):
     with grants.issue(MATH, "alice", recorded=RECORDED) as grant:
         (found,) = run(guard.generate(PROMPT, params(grant.handle), "id"))
@@ -260,6 +284,40 @@ def test_usage_of_a_call_that_is_left_or_aborted_is_told_when_the_grant_ends(gua
     for close in (True, False):
         usage = asyncio.run(leave(close))
         assert (usage.completion_tokens, usage.work.computed) == (1, 3)
+
+
+def test_a_call_that_never_began_hides_no_usage(guard, grants):
+    async def leave():
+        grant = grants.issue(MATH, "alice", recorded=RECORDED)
+        first, _ = (guard.generate(PROMPT, params(grant.handle), "id") for _ in range(2))
+        _ = [output async for output in first]
+        await guard.end(grant)
+        return grant.usage
+
+    assert asyncio.run(leave()).prompt_tokens == 2
+
+
+def test_whoever_leaves_while_usage_is_asked_for_is_counted(guard, engine, grants):
+    answer, asked, told = engine.collective_rpc, asyncio.Event(), asyncio.Event()
+
+    async def slow(method, args):
+        asked.set()
+        await told.wait()
+        return await answer(method, args=args)
+
+    engine.collective_rpc = slow
+
+    async def leave():
+        grant = grants.issue(MATH, "alice", recorded=RECORDED)
+        last = asyncio.create_task(anext(guard.generate(PROMPT, params(grant.handle), "id")))
+        await asked.wait()
+        last.cancel()
+        await asyncio.wait({last})
+        told.set()
+        await guard.end(grant)
+        return grant.usage
+
+    assert asyncio.run(leave()).work.computed == 3
 
 
 def test_each_call_is_asked_for_once_and_many_share_a_question(guard, engine, grants):
@@ -365,24 +423,33 @@ def test_what_an_engine_that_is_cut_off_counted_is_not_waited_for_for_ever(
     asyncio.run(go())
 
 
-@pytest.mark.parametrize(("outputs", "computed", "charged"), [(3, 10, 10), (1, 2, 3), (3, 2, 3)])
-def test_what_was_written_and_never_seen_is_charged_too(grants, outputs, computed, charged):
-    """As of an answer in one piece whose client leaves before its end."""
-    engine = FakeEngine(outputs)
-    engine.computed = computed
-    guard = GuardedLLM(engine, grants, CacheSalts(b"w"))
-    spent = []
+@pytest.mark.parametrize(
+    ("outputs", "computed", "cached", "n", "charged"),
+    [(3, 10, 0, 1, 10), (1, 2, 0, 1, 3), (3, 2, 0, 1, 3), (3, 10, 2, 1, 12), (3, 10, 2, 2, 10)],
+)
+def test_what_was_written_and_never_seen_is_charged_too(
+    grants, monkeypatch, outputs, computed, cached, n, charged
+):
+    """As of an answer in one piece whose client leaves before its end: of the limits and turns."""
+    engine, turns = FakeEngine(outputs), Turns(sys.maxsize)
+    engine.computed, engine.cached = computed, cached
+    guard = GuardedLLM(engine, grants, CacheSalts(b"w"), turns)
+    spent, of_turns = [], []
+    monkeypatch.setattr(turns, "spend", lambda _, tokens: of_turns.append(tokens))
 
     async def go():
         grant = grants.issue(MATH, "alice", recorded=RECORDED)
         grant.spend = spent.append
-        call = guard.generate(PROMPT, params(grant.handle), "a")
+        asked = params(grant.handle)
+        asked.n = n
+        call = guard.generate(PROMPT, asked, "a")
         await anext(call)
         await call.aclose()
         await guard.end(grant)
 
     asyncio.run(go())
     assert sum(spent) == charged
+    assert sum(of_turns) == charged - 2, "a turn has charged the prompt by itself"
 
 
 VLLMS_DEFAULT = EngineArgs.max_logprobs
@@ -448,3 +515,19 @@ def test_more_log_probabilities_are_refused_before_any_runs(
             ask()
         assert (error.value.parameter, "at most 32768" in str(error.value)) == (field, True)
         assert (len(waiting), engine.calls) == (prompts - 1, [])
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"logprobs": -1, "max_tokens": 32}, "32800 log probabilities .* 32 tokens"),
+        ({"logprobs": 1023, "max_tokens": None}, "33792 log probabilities .* 33 tokens"),
+        ({"prompt_logprobs": -1, "n": 16}, "32800 log probabilities .* along the prompts"),
+    ],
+)
+def test_where_no_number_is_given_all_there_may_be_are_counted(engine, grants, asked, message):
+    engine.model_config = SimpleNamespace(get_vocab_size=lambda: 1024, max_model_len=33)
+    guard = GuardedLLM(engine, grants, CacheSalts(b"w"))
+    grant = grants.issue(MATH, "alice", recorded=RECORDED)
+    with pytest.raises(VLLMValidationError, match=message):
+        guard.generate(PROMPT, telling(grant, asked), "id")
