@@ -218,3 +218,20 @@ def test_accounts_of_those_who_left_are_dropped(clock):
     assert len(admission._accounts) < 5000
     assert refused(lambda: [admission.enter(EVE) for _ in range(61)]).status == 429
     kept.leave()
+
+
+def test_whoever_used_up_a_rate_is_not_forgotten_for_newcomers(clock):
+    admission = Admission({"*": Limits(requests_per_minute=2)}, clock=clock)
+    for _ in range(2):
+        admission.enter(BOB).leave()
+    for n in range(5000):
+        admission.enter(Principal(f"{n}")).leave()
+    assert refused(admission.enter, BOB).status == 429
+
+
+def test_whoever_found_no_place_is_not_counted_as_running():
+    admission = Admission({"*": Limits(concurrent=2)}, places=1)
+    with admission.enter(BOB):
+        for _ in range(2):
+            refused(admission.enter, ALICE)
+    admission.enter(ALICE)

@@ -10,12 +10,15 @@ import threading
 import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
+from starlette.requests import HTTPConnection
 
+from expertgate.model.catalogue import Catalogue
 from expertgate.policies import cedar
 from expertgate.policies.cedar import PolicySet
 from expertgate.policies.context import Context
@@ -36,7 +39,7 @@ from expertgate.server.grants import WithdrawnError
 from expertgate.server.identity import Anonymous
 from expertgate.server.key_edits import create_key, expire_key, revoke_key, rotate_key
 from expertgate.server.namespaces import Namespaces
-from expertgate.server.oversight import LOOK_EVERY_S
+from expertgate.server.oversight import LOOK_EVERY_S, Oversight
 from expertgate.server.plain_file import MAX_BYTES
 from expertgate.server.policy_files import PolicyFiles
 from expertgate.server.routes.generate import _GrantedStream
@@ -303,6 +306,27 @@ def test_a_key_that_becomes_anothers_ends_what_it_began(site):
     asyncio.run(story())
 
 
+@pytest.mark.parametrize("taken", ["the key", "its word"])
+def test_whom_a_gateway_named_ends_with_its_key(site, taken):
+    keys = site.folder / "keys.yaml"
+    secret = create_key(keys, "portal", [], None, may_assert=True)
+    headers = [(b"authorization", f"Bearer {secret}".encode()), (b"x-forwarded-user", b"ada")]
+    named = HTTPConnection({"type": "http", "headers": headers, "state": {}})
+
+    async def story():
+        await site.look()
+        grant = await site.service.permit(named, Context.now(), None)
+        assert grant.tenant == "portal/ada"
+        if taken == "the key":
+            revoke_key(keys, "portal")
+        else:
+            keys.write_text(keys.read_text().replace("may_assert: true", "may_assert: false"))
+        await site.look()
+        assert grant.withdrawn
+
+    asyncio.run(story())
+
+
 def test_who_cannot_be_judged_now_is_let_be(site):
     async def story():
         grant = await site.ask("alice")
@@ -325,6 +349,19 @@ def test_who_cannot_be_judged_now_is_let_be(site):
 def salts(site, *names, tenant="alice"):
     experts = ExpertSet.of(site.service.catalogue.index(name) for name in names)
     return site.salts.salt(experts, tenant, None)
+
+
+def test_what_an_open_request_loses_is_forgotten_with_it(site):
+    async def story():
+        grant = await site.ask("dave")
+        before = salts(site, "math", tenant="dave")
+        site.write(PUBLIC + ALICE)
+        for _ in range(2):
+            await site.oversight.look_at_policies()
+        assert grant.withdrawn
+        assert salts(site, "math", tenant="dave") != before
+
+    asyncio.run(story())
 
 
 def test_what_is_cached_with_a_lost_expert_is_never_found_again(site):
@@ -611,6 +648,7 @@ def test_a_catalogue_that_changes_is_a_change_of_policy(site):
         dave = await site.ask("dave")
         site.experts.write_text(catalogue(tags=["stem"]))
         await site.look()
+        assert site.service.catalogue.experts == Catalogue.read(site.experts).experts
         assert not dave.withdrawn
         wider = await site.ask("dave")
         assert len(wider.experts) == 4
@@ -873,6 +911,27 @@ def test_a_listener_that_fails_keeps_nothing_in_force(site):
 
     asyncio.run(story())
     assert len(site.changes) == 4
+
+
+def test_the_watch_looks_at_everything(site, monkeypatch):
+    looks = {name for name in dir(Oversight) if name.startswith("look_at")}
+    seen = set()
+
+    async def story():
+        every = asyncio.Event()
+
+        async def look(name, *_):
+            seen.add(name)
+            if seen == looks:
+                every.set()
+
+        for name in looks:
+            monkeypatch.setattr(site.oversight, name, partial(look, name))
+        watching = asyncio.create_task(site.oversight.watch())
+        await every.wait()
+        watching.cancel()
+
+    asyncio.run(story())
 
 
 def test_the_watch_goes_on_after_a_look_that_fails(site, monkeypatch, caplog):
