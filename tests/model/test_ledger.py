@@ -126,12 +126,24 @@ def test_more_accounts_than_rows():
         route(ledger, ["a"] * len(some), start)
     works = ledger.close(names)
     assert {(work.computed, sum(work.slots)) for work in works} == {(1, LAYERS * TOP_K)}
-    held = len(ledger._free)
-    ledger.begin([Scheduled("again", "again", 0, 1)])
-    assert len(ledger._free) == held - 1, "rows are used again"
-    route(ledger, ["a"], 0)
-    (again,) = ledger.close(["again"])
-    assert (again.computed, sum(again.slots)) == (1, LAYERS * TOP_K)
+    rows = ledger._totals.shape[1]
+    for name in names:
+        ledger.begin([Scheduled(name, name, 0, 1)])
+        route(ledger, ["a"], 0)
+        (again,) = ledger.close([name])
+        assert (again.computed, sum(again.slots)) == (1, LAYERS * TOP_K)
+    ledger.begin([Scheduled(name, name, 0, 1) for name in names])
+    assert ledger._totals.shape[1] == rows, "rows are used again"
+
+
+def test_no_more_is_put_aside_than_the_largest_step_has():
+    ledger, most = new_ledger(), 0
+    for start in range(0, 5 * TOKENS, 10):
+        ledger.begin([Scheduled("r", "a", start, 10)])
+        route(ledger, ["a"] * 10, start)
+        ledger.settle()
+        most = max(most, sum(map(len, ledger._aside_rows)))
+    assert TOKENS - 10 < most <= TOKENS
 
 
 def test_accounts_that_nobody_closes_are_bounded(monkeypatch, caplog):
@@ -195,6 +207,17 @@ def test_a_preempted_request_is_removed_added_anew_and_counted_once(state):
     step(state, ["a1"], [1], [7], seed=5)
     (work,) = state.ledger.close(["a"])
     assert (work.computed, work.cached, sum(work.slots)) == (6, 2, 6 * LAYERS * TOP_K)
+
+
+def test_what_a_captured_graph_leaves_is_not_counted(state):
+    state.add_request(0, request("a1", MASKS["a"], "a"))
+    step(state, ["a1"], [4], [0])
+    want = new_ledger()
+    want.begin([Scheduled("a1", "a", 0, 4)])
+    route(want, ["a"] * 4, 0)
+    state.prepare_dummy_inputs(1, 8)
+    state.ledger.logits.fill_(7.0)
+    assert state.ledger.close(["a"]) == want.close(["a"])
 
 
 def test_dummies_between_steps_are_not_counted(state):

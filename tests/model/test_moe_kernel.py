@@ -4,6 +4,7 @@ A GPU is only pretended here, and the kernels run in Triton's interpreter, so in
 own (`tests/kernels/test_interpreted.py`); `test_gpu.py` has the real thing.
 """
 
+import copy
 import os
 from types import SimpleNamespace
 from unittest import mock
@@ -14,6 +15,8 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.quantization import QuantizationConfigArgs
 from vllm.distributed import parallel_state
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
@@ -136,6 +139,34 @@ def test_ours_are_chosen_when_asked_for(a_gpu):
 def test_what_they_cannot_run_is_an_error_and_not_another_kernel(a_gpu, sizes, said):
     with pytest.raises(ValueError, match=said):
         build({moe_kernel.OPTION: "expertgate"}, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("in_dtype", torch.float64, "dtype torch.float64"),
+        ("has_bias", True, "experts with biases"),
+        ("experts_per_token", 17, "top_k 17"),
+        ("hidden_dim", 40, "40 hidden dim"),
+        ("activation", MoEActivation.GELU, "activation"),
+        ("moe_parallel_config", SimpleNamespace(use_ep=True, dp_size=1), "parallel config"),
+        ("moe_parallel_config", SimpleNamespace(use_ep=False, dp_size=2), "parallel config"),
+    ],
+)
+def test_each_thing_that_they_cannot_is_told(a_gpu, setting, value, said):
+    experts, *_ = build({moe_kernel.OPTION: "expertgate"})
+    asked = copy.copy(experts.quant_method.moe)
+    rest = (None, None, MaskedExperts.activation_format())
+    assert MaskedExperts.is_supported_config(MaskedExperts, asked, *rest) == (True, None)
+    setattr(asked, setting, value)
+    supported, why = MaskedExperts.is_supported_config(MaskedExperts, asked, *rest)
+    assert not supported
+    assert said in why
+
+
+def test_no_kernel_may_route_by_itself():
+    router = MaskedRouter(top_k=TOP_K, num_experts=E, renormalize=False)
+    assert router.routing_method_type is RoutingMethodType.Custom
 
 
 def test_they_are_not_for_cpus():

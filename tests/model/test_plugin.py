@@ -46,3 +46,25 @@ def test_a_process_ends_with_the_one_that_started_it(tmp_path):
     except subprocess.TimeoutExpired:
         os.kill(child, signal.SIGKILL)
         raise
+
+
+ENDS_BY_ITSELF = """
+import multiprocessing
+from expertgate.model.plugin import register
+
+if __name__ == "__main__":
+    register()
+    child = multiprocessing.get_context("spawn").Process(target=register, daemon=True)
+    child.start()
+    child.join(120)
+    exit(child.exitcode != 0)
+"""
+
+
+def test_a_process_that_is_done_waits_for_nobody(tmp_path):
+    """Nor does one that nobody of ours started."""
+    script = tmp_path / "script.py"
+    script.write_text(ENDS_BY_ITSELF)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr

@@ -564,6 +564,18 @@ def test_what_is_spoken_of_and_nobody_has_is_a_doubt_and_no_fault():
     assert policies(text).doubts() == strange
     assert policies(text).doubts({"staff", "contractors"}) == [*strange, group]
     assert policies(text).doubts({"staff", "contracters"}) == strange
+    nobody = policies(text).doubts(frozenset())
+    assert nobody == [
+        *strange,
+        group.partition(";")[0],
+        'rules.cedar:4: nobody is in Group::"staff"',
+    ]
+
+
+def test_what_there_is_is_no_doubt():
+    for resource in RESOURCES:
+        named = f'resource.owner == "{resource.owner}" || resource.license == "{resource.license}"'
+        assert policies(when(named)).doubts() == []
 
 
 def test_an_attribute_by_its_index_is_the_same_one():
@@ -595,4 +607,5 @@ def test_of_many_doubts_the_first_are_told_and_among_many_groups_no_likeness_is_
         "5 more places name what nobody has",
     ]
     assert found[0].endswith("; did you mean tenant-x?")
+    assert policies(text[: text.index("\n", text.index("tenant-19"))]).doubts(few) == found[:20]
     assert "did you mean" not in "".join(policies(text).doubts(many))

@@ -56,10 +56,15 @@ def test_a_kernel_that_routes_by_itself_is_not_served():
 
 @pytest.mark.parametrize("monolithic", [False, True])
 def test_a_worker_tells_of_a_kernel_that_routes_by_itself(monkeypatch, monolithic):
-    experts = SimpleNamespace(
-        is_monolithic=monolithic, router=None, routed_experts=SimpleNamespace(kernel=None)
-    )
-    layers = [SimpleNamespace(prefix="mlp", experts=experts)]
+    layers = [
+        SimpleNamespace(
+            prefix=prefix,
+            experts=SimpleNamespace(
+                is_monolithic=routes, router=None, routed_experts=SimpleNamespace(kernel=None)
+            ),
+        )
+        for prefix, routes in (("first", False), ("mlp", monolithic))
+    ]
     monkeypatch.setattr(FlexOlmoForCausalLM, "moe_layers", layers)
     model = FlexOlmoForCausalLM.__new__(FlexOlmoForCausalLM)
     worker = ProvesMasks()

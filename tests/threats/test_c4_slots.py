@@ -30,6 +30,16 @@ def test_a_request_without_a_mask_does_not_inherit_its_slots(state):
     assert run(state, batch([2], [1])) == rows((PUBLIC, 1))
 
 
+def test_nothing_stays_of_who_has_left(state):
+    state.add_request(2, request("a", 127, "account"))
+    run(state, batch([2], [1]))
+    state.remove_request("a")
+    state.add_request(0, request("b", 0b11))
+    run(state, batch([0], [1]))
+    assert state.slots.tolist() == [0b11] + [PUBLIC] * (SLOTS - 1)
+    assert list(state._account_of) == list(state._slot_of) == ["b"]
+
+
 def test_removing_is_idempotent_and_unknown_ids_are_ignored(state):
     """The runner removes every request before it adds it."""
     state.remove_request("never seen")
