@@ -928,7 +928,7 @@ def test_the_watch_looks_at_everything(site, monkeypatch):
         for name in looks:
             monkeypatch.setattr(site.oversight, name, partial(look, name))
         watching = asyncio.create_task(site.oversight.watch())
-        await every.wait()
+        await asyncio.wait_for(every.wait(), 60)
         watching.cancel()
 
     asyncio.run(story())
