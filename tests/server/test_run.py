@@ -198,7 +198,7 @@ def test_a_server_ends_though_the_lookup_of_a_name_does_not(serve, monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", hang)
 
-    async def scenario(*_):
+    async def scenario(*_, server):
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
                 await asyncio.get_running_loop().getaddrinfo("issuer.invalid", 443)
