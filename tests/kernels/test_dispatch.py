@@ -98,6 +98,15 @@ def test_more_pairs_than_one_call_takes(run, monkeypatch):
     monkeypatch.setattr(cpu, "_MAX_PAIRS_A_CALL", 8)
     case = layer(T=11, E=7, H=32, I=32)
     case.check(run(case))
+    plan = route(case.router_logits, case.allowed, **case.options)
+
+    def counted(x, _, experts):
+        assert experts.numel() <= 8
+        return torch.zeros_like(x)
+
+    for rows in range(1, 12):
+        first = type(plan)(*(whole[:rows] for whole in plan))
+        assert len(cpu.run_used(case.x[:rows], first, counted)) == rows
 
 
 @every_example_alike

@@ -432,3 +432,19 @@ def test_what_clients_send_every_day_passes():
     )
     assert request.n == 2
     assert text(prompt=[[1, 2], [3]], logprobs=1, echo=True).prompt == [[1, 2], [3]]
+
+
+@pytest.mark.parametrize(
+    ("body", "count"),
+    [
+        (text(prompt="a"), 1),
+        (text(prompt="a", n=3), 3),
+        (text(prompt=["a", "b"], n=3), 6),
+        (text(prompt=[[1, 2], [3]]), 2),
+        (text(prompt=[1, 2, 3], n=2), 2),
+        (chat(n=3), 3),
+        (response(), 1),
+    ],
+)
+def test_each_choice_of_each_prompt_takes_a_place(body, count):
+    assert schemas.choices(body) == count

@@ -639,6 +639,22 @@ def test_a_file_of_keys_is_read_again_when_it_changes(issuer, tmp_path):
     assert issuer.asked == []
 
 
+def test_another_key_of_the_same_name_is_a_change(issuer, tmp_path):
+    """What was signed by the old one is no longer believed, in open requests either."""
+    path = tmp_path / "jwks.json"
+    path.write_text(json.dumps({"keys": issuer.jwks()}))
+    identity = trusting(issuer, jwks_file=path)
+    old = issuer.token()
+    issuer.rotate("two")
+    issuer.rotate("one")
+    path.write_text(json.dumps({"keys": issuer.jwks()}))
+    (change,) = look(identity)
+    assert [credential.id for credential in change.changed] == ["one"]
+    assert change.vouchers == {"corp"}
+    refused(identity, old)
+    assert ask(identity, issuer.token()).id == "corp:ada"
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
