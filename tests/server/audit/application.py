@@ -2,6 +2,8 @@
 
 from types import SimpleNamespace
 
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
+from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from vllm.sampling_params import SamplingParams
 
 from expertgate.model.catalogue import Catalogue
@@ -27,13 +29,6 @@ CATALOGUE = Catalogue.model_validate(
 BODY = {"messages": [{"role": "user", "content": "a secret question"}]}
 
 
-class Answer:
-    """What vLLM's handlers give back for a whole answer."""
-
-    def model_dump(self, mode, by_alias):
-        return {"id": "chatcmpl-x", "choices": []}
-
-
 class EngineHandler:
     """Stands for vLLM's handlers: renders the request's id, and really calls the guarded engine."""
 
@@ -48,7 +43,7 @@ class EngineHandler:
             return self._stream(outputs)
         async for _ in outputs:
             pass
-        return Answer()
+        return ChatCompletionResponse(model="toy", choices=[], usage=UsageInfo())
 
     create_completion = create_chat_completion
 
