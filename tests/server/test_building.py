@@ -26,6 +26,7 @@ ASKED = {
         "top_logprobs": 20,
     },
 }
+EXTRA = ("logprobs", "top_logprobs", "include")
 BUILT = {
     "/v1/chat/completions": (OpenAIServingChat, "_create_chat_logprobs", 3),
     "/v1/completions": (OpenAIServingCompletion, "_create_completion_logprobs", 4),
@@ -92,6 +93,23 @@ def test_what_fails_while_it_is_built_is_told_and_ends_the_request(coreless, mon
     assert len(coreless.service.grants) == 0
     monkeypatch.undo()
     assert ask(coreless, path).status_code == 200
+
+
+@pytest.mark.parametrize("path", ASKED)
+@pytest.mark.parametrize("logprobs", [True, False])
+def test_what_clients_may_not_see_is_left_out(coreless, path, logprobs):
+    body = {name: value for name, value in ASKED[path].items() if logprobs or name not in EXTRA}
+    url, headers = coreless.url + path, coreless.headers()
+    answer = httpx.post(url, json=body, headers=headers, timeout=60).json()
+    assert not set(answers.HIDDEN) & set(answer)
+    assert answer["experts"]["effective"]
+    for choice in answer.get("choices", []):
+        assert not set(answers.HIDDEN_IN_CHOICE) & set(choice)
+    if path == "/v1/responses":
+        told = httpx.post(url, json={**body, "stream": True}, headers=headers, timeout=60).text
+        for name in answers.HIDDEN:
+            assert f'"{name}":' not in told
+        assert '"experts":' in told
 
 
 def test_a_builder_that_would_wait_is_an_error():
