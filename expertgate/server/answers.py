@@ -58,8 +58,8 @@ def experts(catalogue: Catalogue, grant: Grant) -> dict[str, Any]:
     return found
 
 
-def body(response: Any, more: Mapping[str, Any]) -> str:
-    """The JSON of a whole response, with `more` at its end and without what clients may not see.
+def rendered(response: Any) -> str:
+    """The JSON of a whole response, without what clients may not see.
 
     Choice by choice: where this runs beside the event loop, that has its turn between them.
     """
@@ -70,6 +70,11 @@ def body(response: Any, more: Mapping[str, Any]) -> str:
         hidden = set(HIDDEN_IN_CHOICE)
         parts = (choice.model_dump_json(by_alias=True, exclude=hidden) for choice in choices)
         text = text.replace(_TOTALS, f'"choices":[{",".join(parts)}]', 1)
+    return text
+
+
+def with_more(text: str, more: Mapping[str, Any]) -> str:
+    """The JSON of a response with `more` at its end."""
     return f"{text[:-1]},{to_json(more)[1:]}"
 
 

@@ -12,6 +12,24 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
+class Lane:
+    """One call at a time beside the event loop, in the order in which they came.
+
+    Threads share one lock of the interpreter's: several are no faster, and each more of them makes
+    the event loop wait longer for its turn.
+    """
+
+    def __init__(self) -> None:
+        self._free = asyncio.Lock()
+
+    async def run(self, call: Callable[[], T], name: str) -> T:
+        """What `call` returns or raises. The next begins when it is done, waited for or not."""
+        await self._free.acquire()
+        future = beside(call, name)
+        future.add_done_callback(lambda _: self._free.release())
+        return await asyncio.shield(future)
+
+
 def beside(call: Callable[[], T], name: str) -> asyncio.Future[T]:
     """What `call` returns or raises. Nobody waits for it at the end of the process."""
     loop = asyncio.get_running_loop()

@@ -96,7 +96,9 @@ class Grant:
     calls_expected: int = 0
     """Engine calls asked for, whether they have begun or wait for their turn."""
     logprobs: int = 0
-    """Log probabilities that these ask for, all together, as far as they count."""
+    """Log probabilities that these ask for, all together, as far as they come in one step."""
+    held_logprobs: int = 0
+    """The others, which come token by token."""
     withdrawn: bool = False
     _limit: asyncio.Timeout | None = field(default=None, init=False)
 

@@ -38,6 +38,9 @@ MAX_LOGPROBS = 1 << 15
 where these come in one step."""
 _FREE_LOGPROBS = 20
 """Of a token of the answer, what vLLM lets everybody ask for; an operator may allow more."""
+MAX_HELD_LOGPROBS = 1 << 20
+"""Of several choices of one request together, where each token has no more than those: vLLM holds
+them all until the end, and then takes over a gigabyte."""
 _LOOK_AFTER_S = 1  # how often the engine is looked after while its answer is waited for
 _LAST_WORDS_S = 2.0
 """In which an engine that is cut off has to say what it counted: their clients must be told too."""
@@ -188,7 +191,8 @@ class GuardedLLM:
     ) -> None:
         """How many an answer will hold: those asked for and the token's own, in each choice.
 
-        Raises VLLMValidationError where the grant's calls together ask for too many.
+        Raises VLLMValidationError where the grant's calls together ask for too many. What vLLM lets
+        everybody ask for, one choice may have along all that it can write.
         """
         answer, along = (
             self.model_config.get_vocab_size() if count == -1 else count
@@ -199,7 +203,17 @@ class GuardedLLM:
         if along is not None:
             count = (along + 1) * len(prompt["prompt_token_ids"])
             asked.append((count, "prompt_logprobs", "along the prompts"))
-        if answer is not None and answer > _FREE_LOGPROBS:
+        if answer is not None and answer <= _FREE_LOGPROBS:
+            count = (answer + 1) * tokens
+            grant.held_logprobs += count * params.n
+            if grant.held_logprobs > max(MAX_HELD_LOGPROBS, count):
+                raise VLLMValidationError(
+                    f"{grant.held_logprobs} log probabilities are asked for in the {tokens} tokens "
+                    f"that each choice may have, in all choices together; at most "
+                    f"{MAX_HELD_LOGPROBS}, so limit the tokens or ask for fewer choices",
+                    parameter="logprobs",
+                )
+        elif answer is not None:
             place = f"in the {tokens} tokens that a choice may have"
             asked.append(((answer + 1) * tokens, "logprobs", place))
         grant.logprobs += sum(count for count, _, _ in asked) * params.n

@@ -17,7 +17,7 @@ from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.tool_parsers import ToolParserManager
 
-from expertgate.server.building import Chat, Completion, Responses
+from expertgate.server.building import Chat, Completion, Lanes, Responses
 from expertgate.server.grants import WithdrawnError
 from expertgate.server.guard import GuardedLLM
 from expertgate.server.refusals import SettingError
@@ -84,8 +84,10 @@ class Handlers:
             raise SettingError(f"tool_parser {tool_parser}: {error}") from None
         render_in_place()
         renderer.warmup()
+        lanes = Lanes()
         return cls(
             chat=Chat(
+                lanes,
                 engine,
                 models,
                 "assistant",
@@ -95,6 +97,7 @@ class Handlers:
                 **tools,
             ),
             completion=Completion(
+                lanes,
                 engine,
                 models,
                 online_renderer=renderer,
@@ -102,6 +105,7 @@ class Handlers:
                 enable_prompt_tokens_details=True,
             ),
             responses=Responses(
+                lanes,
                 engine,
                 models,
                 renderer,

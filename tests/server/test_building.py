@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -10,6 +11,8 @@ from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 
 from expertgate.server import answers, building
+from expertgate.server.beside import Lane
+from tests.support.waiting import until
 
 ASKED = {
     "/v1/chat/completions": {
@@ -74,10 +77,79 @@ def test_others_are_served_while_it_is_built(coreless, watched, path):
 
 @pytest.mark.parametrize("path", ASKED)
 def test_and_while_it_is_rendered(coreless, watched, path):
-    calls = watched(answers, "body")
+    calls = watched(answers, "rendered")
     answer = ask(coreless, path)
     assert answer.status_code == 200, answer.text
     assert calls == [[200]]
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Holds up what is put together, each until it is let go; tells how many wait so."""
+    begun, gates = [], []
+    original = answers.rendered
+
+    def rendered(response):
+        gate = threading.Event()
+        gates.append(gate)
+        begun.append(response.id)
+        assert gate.wait(60)
+        return original(response)
+
+    monkeypatch.setattr(answers, "rendered", rendered)
+    yield begun, gates
+    for gate in gates:
+        gate.set()
+
+
+def test_large_ones_are_put_together_one_at_a_time_and_small_ones_past_them(
+    coreless, held, monkeypatch
+):
+    begun, gates = held
+    monkeypatch.setattr(building, "_SMALL", 12)
+    large = ["/v1/chat/completions", "/v1/completions", "/v1/responses"]
+    with ThreadPoolExecutor(5) as clients:
+        asked = [clients.submit(ask, coreless, path) for path in large]
+        until(lambda: len(begun) == 1)
+        small = clients.submit(ask, coreless, "/v1/chat/completions", n=1, top_logprobs=2)
+        until(lambda: len(begun) == 2)
+        gates[1].set()
+        assert small.result().json()["id"] == begun[1], "a small one waits for large ones"
+        for place in [0, 2, 3]:
+            until(lambda place=place: len(begun) == max(place + 1, 2))
+            until(lambda: coreless.running == 0)
+            assert len(begun) == max(place + 1, 2), "large ones are put together side by side"
+            gates[place].set()
+    assert {each.result().status_code for each in asked} == {200}
+    assert {each.result().json()["id"] for each in asked} == {*begun} - {begun[1]}
+
+
+def test_a_lane_is_taken_until_its_thread_is_done():
+    """Whoever waits may leave: what a thread has begun goes on."""
+    gate, ran = threading.Event(), []
+
+    async def go():
+        lane = Lane()
+
+        def first():
+            gate.wait(20)
+            ran.append("first")
+
+        waiting = asyncio.create_task(lane.run(first, "test"))
+        await asyncio.sleep(0.05)
+        waiting.cancel()
+        second = asyncio.create_task(lane.run(lambda: ran.append("second"), "test"))
+        left = asyncio.create_task(lane.run(lambda: ran.append("left"), "test"))
+        await asyncio.wait({second}, timeout=0.2)
+        left.cancel()
+        gate.set()
+        await second
+        with pytest.raises(ZeroDivisionError):
+            await lane.run(lambda: 1 / 0, "test")
+        assert await lane.run(lambda: "next", "test") == "next"
+
+    asyncio.run(go())
+    assert ran == ["first", "second"]
 
 
 @pytest.mark.parametrize("path", ASKED)
@@ -117,4 +189,4 @@ def test_a_builder_that_would_wait_is_an_error():
         await asyncio.sleep(0)
 
     with pytest.raises(RuntimeError, match="waits"):
-        building._finished(waits())
+        building._finished(waits)

@@ -462,8 +462,11 @@ def telling(grant, asked):
 @pytest.mark.parametrize(
     ("asked", "prompts"),
     [
-        ({"logprobs": VLLMS_DEFAULT, "max_tokens": 1 << 20, "n": 64}, 1),
-        ({"logprobs": VLLMS_DEFAULT, "max_tokens": 1 << 20, "n": 2, "prompt_logprobs": 9}, 32),
+        ({"logprobs": VLLMS_DEFAULT, "max_tokens": 1 << 20}, 1),
+        ({"logprobs": VLLMS_DEFAULT, "max_tokens": 1 << 20, "prompt_logprobs": 9}, 1),
+        ({"logprobs": 15, "max_tokens": 1 << 10, "n": 64}, 1),
+        ({"logprobs": 15, "max_tokens": 1 << 10, "n": 2, "prompt_logprobs": 9}, 32),
+        ({"logprobs": 0, "max_tokens": 1 << 14, "n": 64}, 1),
         ({"logprobs": 1023, "max_tokens": 32}, 1),
         ({"logprobs": 1023, "max_tokens": 1, "n": 8}, 4),
         ({"logprobs": (1 << 15) - 1, "max_tokens": 1}, 1),
@@ -515,6 +518,29 @@ def test_more_log_probabilities_are_refused_before_any_runs(
             ask()
         assert (error.value.parameter, "at most 32768" in str(error.value)) == (field, True)
         assert (len(waiting), engine.calls) == (prompts - 1, [])
+
+
+@pytest.mark.parametrize(
+    ("asked", "prompts", "found"),
+    [
+        ({"logprobs": VLLMS_DEFAULT, "max_tokens": 1 << 20, "n": 2}, 1, 42 << 20),
+        ({"logprobs": VLLMS_DEFAULT, "max_tokens": 1 << 20}, 2, 42 << 20),
+        ({"logprobs": 15, "max_tokens": 1025, "n": 64}, 1, 16 * 1025 * 64),
+        ({"logprobs": 15, "max_tokens": 1025, "n": 8}, 8, 16 * 1025 * 64),
+        ({"logprobs": 0, "max_tokens": (1 << 14) + 1, "n": 64}, 1, ((1 << 14) + 1) * 64),
+        ({"logprobs": 15, "max_tokens": None, "n": 64}, 1, 16 * 1025 * 64),
+    ],
+)
+def test_several_choices_are_refused_what_would_fill_the_memory(
+    engine, grants, asked, prompts, found
+):
+    engine.model_config = SimpleNamespace(get_vocab_size=lambda: 1024, max_model_len=1025)
+    guard = GuardedLLM(engine, grants, CacheSalts(b"w"))
+    with grants.issue(MATH, "alice", recorded=RECORDED) as grant:
+        waiting = [guard.generate(PROMPT, telling(grant, asked), "id") for _ in range(prompts - 1)]
+        with pytest.raises(VLLMValidationError, match=f"{found} .* at most {1 << 20}") as error:
+            guard.generate(PROMPT, telling(grant, asked), "id")
+        assert (error.value.parameter, len(waiting), engine.calls) == ("logprobs", prompts - 1, [])
 
 
 @pytest.mark.parametrize(

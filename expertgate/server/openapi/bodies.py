@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from expertgate.policies.expert_set import MAX_EXPERTS
 from expertgate.server import limits
-from expertgate.server.guard import MAX_LOGPROBS
+from expertgate.server.guard import MAX_HELD_LOGPROBS, MAX_LOGPROBS
 from expertgate.server.openapi.references import REFERENCE, Schema, reference
 from expertgate.server.response_items import NULLS, ROLES, STATUSES
 from expertgate.server.responses import MAX_METADATA, ResponsesRequest
@@ -288,6 +288,7 @@ _ROOM = (
 )
 
 _MANY = (
+    f"Several choices may have {MAX_HELD_LOGPROBS} in all tokens of theirs, with the tokens' own. "
     "Of more than 20, where the server's `max_logprobs` allows it, there are at most "
     f"{MAX_LOGPROBS} in all tokens that the choices may have, with those along the prompts."
 )

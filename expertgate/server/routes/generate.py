@@ -20,8 +20,6 @@ from expertgate.model.catalogue import Catalogue
 from expertgate.server import answers, responses, schemas, tracing
 from expertgate.server.admission import Visit
 from expertgate.server.audit.entry import CLIENT_GONE, Entry
-from expertgate.server.beside import beside
-from expertgate.server.building import has_logprobs
 from expertgate.server.circumstances import context_of
 from expertgate.server.errors import ApiError, bad_request, withdrawn
 from expertgate.server.grants import HANDLE_ARG, Grant, WithdrawnError
@@ -230,8 +228,8 @@ async def _response(result: Any, body: Any, run: _Run, visit: Visit, *, receipt:
     more: dict[str, Any] = {"experts": run.experts()}
     if receipt:
         more["receipt"] = await run.entry.receipt()
-    render = partial(answers.body, result, more)
-    answer = await beside(render, "answer") if has_logprobs(body) else render()
+    text = result if isinstance(result, str) else answers.rendered(result)
+    answer = answers.with_more(text, more)
     return Response(answer, media_type="application/json", headers=run.headers)
 
 
