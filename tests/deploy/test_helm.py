@@ -620,6 +620,10 @@ def test_labels_and_annotations_arrive():
         {"extraVolumeMounts": [{"name": "a", "mountPath": "/a", "readOnly": False}]},
         {"prometheusRule": {"enabled": True}},
         {"runAsUser": 0},
+        {"fullnameOverride": "Models"},
+        {"fullnameOverride": "x" * 50},
+        {"fullnameOverride": "true"},
+        {"serviceAccount": {"name": "no name"}},
         {"address": "10.0.0.1"},
         {"podLabels": {"app.kubernetes.io/component": "worker"}},
         # A claim that asks for no storage is refused when a pod's volume is made.
@@ -670,6 +674,7 @@ OPERATORS = {"admin": {"existingSecret": "operators", "from": [{"podSelector": {
         ({"resources": {"limits": {"nvidia.com/gpu": 4}}}, "nvidia.com/gpu: `gpus` says it"),
         ({"resources": {"requests": {"nvidia.com/gpu": "4"}}}, "nvidia.com/gpu: `gpus` says it"),
         ({"audit": {"size": "0Gi"}}, "audit.size (0Gi)"),
+        ({"serviceAccount": {"name": "mlops", "annotations": {"a": "b"}}}, "annotate mlops itself"),
         ({"audit": {"size": 0}}, "audit.size (0)"),
         ({"extraVolumes": [SPACE, SPACE]}, "extraVolumes: a is there twice"),
         (
@@ -785,6 +790,22 @@ def test_names_follow_the_release():
     assert services(named)[0]["metadata"]["name"] == "expertgate-eu"
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_all_objects_may_be_called_otherwise(name):
+    given = values(name)
+    plain, other = render(given), render(given | {"fullnameOverride": "models"})
+    assert json.dumps(other) == re.sub(r"gate-expertgate", "models", json.dumps(plain))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pods_may_have_an_account_that_is_there_already(name):
+    objects = render(values(name) | {"serviceAccount": {"name": "mlops", "annotations": None}})
+    assert not kind(objects, "ServiceAccount")
+    for pod in pods(objects):
+        assert pod["spec"]["serviceAccountName"] == "mlops"
+        assert pod["spec"]["automountServiceAccountToken"] is False
+
+
 # Helm takes all: with dots, a digit first, what YAML reads as no text, and the longest.
 RELEASES = ["a.b", "1gate", "12", "true", "null", f"{'x' * 47}.v1-eu", f"{'x' * 47}--a-b", "x" * 53]
 
@@ -816,6 +837,7 @@ audit: {signingKeySecret: NAME, CHOSEN}
 ingress: {enabled: true, className: NAME, host: NAME, tlsSecret: NAME}
 priorityClassName: NAME
 runtimeClassName: NAME
+serviceAccount: {name: NAME}
 """
 
 

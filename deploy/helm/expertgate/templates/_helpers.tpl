@@ -4,7 +4,9 @@ put behind it in a label: the number of a group of nodes, and a hash.
 */ -}}
 {{- define "expertgate.name" -}}
 {{- $name := .Release.Name | replace "." "-" -}}
-{{- if regexMatch "^[0-9]" $name -}}
+{{- if .Values.fullnameOverride -}}
+{{- $name = .Values.fullnameOverride -}}
+{{- else if regexMatch "^[0-9]" $name -}}
 {{- $name = printf "expertgate-%s" $name -}}
 {{- else if not (contains "expertgate" $name) -}}
 {{- $name = printf "%s-expertgate" $name -}}

@@ -22,7 +22,7 @@ metadata:
     {{- end }}
 {{- with $root.Values }}
 spec:
-  serviceAccountName: {{ include "expertgate.name" $root }}
+  serviceAccountName: {{ .serviceAccount.name | default (include "expertgate.name" $root) | quote }}
   automountServiceAccountToken: false
   enableServiceLinks: false
   {{- with .imagePullSecrets }}
