@@ -28,8 +28,9 @@ from tests.deploy.stopping import takes_s
 CHART = ROOT / "deploy" / "helm" / "expertgate"
 VALUES = Path(__file__).parent / "values"
 NAMES = ["defaults", *sorted(path.stem for path in VALUES.glob("*.yaml"))]
-KUBERNETES = "1.30"
-"""The oldest that Chart.yaml admits; its schemas know every field that the chart writes."""
+KUBERNETES = ("1.30", kubernetes_validate.latest_version())
+"""The oldest that Chart.yaml admits, which must know every field that the chart writes, and the
+newest, which must serve every version yet."""
 
 
 def values(name):
@@ -110,10 +111,15 @@ def check_objects(objects):
             for pod in pods(objects):
                 assert pod["metadata"]["labels"]
                 whole = {"apiVersion": "v1", "kind": "PodTemplate", "template": pod}
-                kubernetes_validate.validate(whole, KUBERNETES, strict=True)
+                check(whole)
         elif item["kind"] not in ("HTTPRoute", "PrometheusRule", "ServiceMonitor", "ScaledObject"):
             # Those are of the Gateway API, the Prometheus operator and KEDA, not of Kubernetes.
-            kubernetes_validate.validate(item, KUBERNETES, strict=True)
+            check(item)
+
+
+def check(item):
+    for version in KUBERNETES:
+        kubernetes_validate.validate(item, version, strict=True)
 
 
 def fits(item, model):
