@@ -41,7 +41,9 @@ def namespace(api):
 
 
 def taken(response):
+    """Without a warning, as servers send of what is deprecated or has no effect."""
     assert response.is_success, response.json()["message"]
+    assert "warning" not in response.headers, response.headers["warning"]
     return response.json()
 
 
