@@ -13,7 +13,17 @@ from pathlib import Path
 import pytest
 
 from tests.deploy.api_server import running
-from tests.deploy.test_helm import NAMES, claims, container, kind, pods, render, servers, values
+from tests.deploy.test_helm import (
+    NAMES,
+    SPREAD,
+    claims,
+    container,
+    kind,
+    pods,
+    render,
+    servers,
+    values,
+)
 
 ASSETS = os.environ.get("KUBEBUILDER_ASSETS")
 pytestmark = pytest.mark.skipif(
@@ -110,6 +120,13 @@ def in_pod(change):
         ("Pod", in_pod(lambda c: c["volumeMounts"][0].update(mountPath="/tmp")), "must be unique"),
         ("Pod", in_pod(lambda c: c["resources"]["limits"].update(memory="1Gi")), "memory limit"),
         ("Pod", in_pod(lambda c: c["ports"][0].update(name="p" * 16)), "ports[0].name"),
+        (
+            "Pod",
+            lambda objects: pods(objects)[0]["spec"].update(
+                topologySpreadConstraints=[SPREAD, SPREAD]
+            ),
+            "Duplicate value",
+        ),
         (
             "StatefulSet",
             lambda objects: pods(objects)[0]["metadata"]["labels"].clear(),

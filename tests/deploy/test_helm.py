@@ -617,6 +617,7 @@ def test_labels_and_annotations_arrive():
         {"apiKeys": {"existingSecret": ""}},  # lets nobody in
         {"apiKeys": {"existingSecret": ""}, "config": {"identity": {"jwt": []}}},
         {"config": {"tls": {"certificate": "/a", "key": "/b", "client_ca": "/c"}}},
+        {"imagePullSecrets": ["registry", "registry"]},
         {"extraVolumes": [{"name": "keys", "emptyDir": {}}]},
         {"extraVolumes": [{"name": "node", "hostPath": {"path": "/"}}]},
         {"extraVolumeMounts": [{"name": "audit", "mountPath": "/a"}]},
@@ -654,6 +655,7 @@ def test_values_that_make_no_sense_are_refused(wrong):
 
 
 SPACE = {"name": "a", "emptyDir": {}}
+SPREAD = {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule"}
 MANY = {"autoscaling": {"enabled": True, "minReplicas": 5}}
 OPERATORS = {"admin": {"existingSecret": "operators", "from": [{"podSelector": {}}]}}
 
@@ -682,6 +684,14 @@ OPERATORS = {"admin": {"existingSecret": "operators", "from": [{"podSelector": {
         ({"audit": {"size": "0Gi"}}, "audit.size (0Gi)"),
         ({"serviceAccount": {"name": "mlops", "annotations": {"a": "b"}}}, "annotate mlops itself"),
         ({"audit": {"size": 0}}, "audit.size (0)"),
+        (
+            {"env": [{"name": "A", "value": "1"}, {"name": "A", "value": "2"}]},
+            "env: A is there twice",
+        ),
+        (
+            {"topologySpreadConstraints": [SPREAD, SPREAD | {"maxSkew": 2}]},
+            "topologySpreadConstraints: zone DoNotSchedule is there twice",
+        ),
         ({"extraVolumes": [SPACE, SPACE]}, "extraVolumes: a is there twice"),
         (
             {"extraVolumes": [SPACE], "extraVolumeMounts": [{"name": "b", "mountPath": "/b"}]},
@@ -696,7 +706,8 @@ OPERATORS = {"admin": {"existingSecret": "operators", "from": [{"podSelector": {
     ids=json.dumps,
 )
 def test_values_that_do_not_fit_one_another_are_named(wrong, said):
-    """No schema can say them. Kubernetes takes a StatefulSet whose pods it then refuses."""
+    """No schema can say them. Kubernetes takes a StatefulSet whose pods it then refuses, and of a
+    list with something twice it keeps one, or, from Helm 4, nothing."""
     with pytest.raises(helm.HelmError, match=re.escape(said)):
         render(wrong)
 
@@ -744,6 +755,14 @@ def test_what_the_chart_writes_itself_is_refused_by_name():
         {"resources": {"requests": {"memory": "1E"}, "limits": {"memory": "1000P"}}},
         {"autoscaling": {"enabled": True, "minReplicas": 4}} | OPERATORS,
         {"autoscaling": {"minReplicas": 5}},
+        {"env": [{"name": "A", "value": "1"}, {"name": "B", "value": "1"}]},
+        {
+            "topologySpreadConstraints": [
+                SPREAD,
+                SPREAD | {"topologyKey": "node"},
+                SPREAD | {"whenUnsatisfiable": "ScheduleAnyway"},
+            ]
+        },
     ],
     ids=json.dumps,
 )
