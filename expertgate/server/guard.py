@@ -139,17 +139,7 @@ class GuardedLLM:
         where more log probabilities are asked for than can be told.
         """
         del request_id
-        if not isinstance(sampling_params, SamplingParams):
-            raise GrantError("only sampling can be granted")
-        grant = self._grants.redeem((sampling_params.extra_args or {}).get(HANDLE_ARG))
-        grant.check()
-        if lora_request is not None:
-            raise GrantError("an adapter can't be granted")
-        if not isinstance(prompt, dict) or prompt.get("type") != "token":
-            raise GrantError("only prompts of rendered tokens can be granted")
-        if self.errored:
-            raise self.dead_error
-
+        grant = self._redeemed(prompt, sampling_params, lora_request)
         self._count_logprobs(grant, prompt, sampling_params)
         params = copy.copy(sampling_params)
         granted: dict[str, Any] = {
@@ -185,6 +175,20 @@ class GuardedLLM:
             piecemeal=params.output_kind is RequestOutputKind.DELTA,
         )
         return self._in_turn(grant, call, running, progress)
+
+    def _redeemed(self, prompt: Any, params: Any, lora_request: Any) -> Grant:
+        """The open grant in `params`, for what can be granted. Raises as `generate` does."""
+        if not isinstance(params, SamplingParams):
+            raise GrantError("only sampling can be granted")
+        grant = self._grants.redeem((params.extra_args or {}).get(HANDLE_ARG))
+        grant.check()
+        if lora_request is not None:
+            raise GrantError("an adapter can't be granted")
+        if not isinstance(prompt, dict) or prompt.get("type") != "token":
+            raise GrantError("only prompts of rendered tokens can be granted")
+        if self.errored:
+            raise self.dead_error
+        return grant
 
     def _count_logprobs(
         self, grant: Grant, prompt: Mapping[str, Any], params: SamplingParams

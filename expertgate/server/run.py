@@ -118,6 +118,25 @@ class _Server(uvicorn.Server):
         yield
 
 
+class _Stop:
+    """What signals ask for: to stop, then to cut off what runs, then to wait for nobody."""
+
+    def __init__(self, servers: Sequence[_Server], drain_s: int) -> None:
+        self._servers = servers
+        self._drain_s = drain_s
+        self.requested, self.cut_requested = asyncio.Event(), asyncio.Event()
+
+    def ask(self) -> None:
+        if not self.requested.is_set():
+            log.info("stopping: nothing new is taken, and what runs may take %d s", self._drain_s)
+            self.requested.set()
+            return
+        log.warning("told again to stop: what runs is cut off")
+        for server in self._servers:
+            server.force_exit = self.cut_requested.is_set()
+        self.cut_requested.set()
+
+
 async def _run(
     servers: Sequence[_Server],
     service: Service,
@@ -127,25 +146,14 @@ async def _run(
     on_ready: Callable[[], None],
     drain_s: int,
 ) -> None:
-    stop_requested, cut_requested = asyncio.Event(), asyncio.Event()
-
-    def stop() -> None:
-        if not stop_requested.is_set():
-            log.info("stopping: nothing new is taken, and what runs may take %d s", drain_s)
-            stop_requested.set()
-            return
-        log.warning("told again to stop: what runs is cut off")
-        for server in servers:
-            server.force_exit = cut_requested.is_set()
-        cut_requested.set()
-
+    stop = _Stop(servers, drain_s)
     loop = asyncio.get_running_loop()
     look_up_beside(loop)
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, stop.ask)
     loop.add_signal_handler(signal.SIGHUP, oversight.reload)
     watching = [_watched(oversight.watch(), "what permissions rest on", service)]
-    stopping = asyncio.create_task(stop_requested.wait())
+    stopping = asyncio.create_task(stop.requested.wait())
     serving = asyncio.gather(*(server.listen() for server in servers))
     engine: GuardedLLM | None = None
     try:
@@ -154,7 +162,7 @@ async def _run(
         while not starting.done():  # asked to stop, so it only has to end
             _end_children()
             await asyncio.wait([starting], timeout=0.5)
-        if stop_requested.is_set():
+        if stop.requested.is_set():
             if starting.exception() is None:
                 engine = starting.result()
             return
@@ -173,26 +181,37 @@ async def _run(
     finally:
         if engine is not None:
             engine.drain()
-        for server in servers:
-            server.should_exit = True
-        cutting = asyncio.create_task(cut_requested.wait())
-        await _first_of(serving, cutting, timeout_s=drain_s)
-        if not serving.done() and engine is not None:
-            if not cut_requested.is_set():
-                log.warning("what has not ended by now is cut off")
-            await engine.cut()
-        if cutting.done():  # else uvicorn has its own end to patience
-            await asyncio.wait([serving], timeout=_CUT_S)
-            for server in servers:
-                server.force_exit = True
-        cutting.cancel()
-        await serving
+        await _end_serving(servers, serving, engine, stop.cut_requested, drain_s)
         for watch in watching:
             watch.cancel()
         if engine is not None:
             await beside(partial(engine.shutdown, _ENGINE_STOP_S), "engine-stop")
         _end_children()
         gc.unfreeze()  # or libraries report as leaked what the end would have collected
+
+
+async def _end_serving(
+    servers: Sequence[_Server],
+    serving: asyncio.Future[Any],
+    engine: GuardedLLM | None,
+    cut_requested: asyncio.Event,
+    drain_s: int,
+) -> None:
+    """Takes nothing new, and cuts off what is left after `drain_s`. Raises what serving did."""
+    for server in servers:
+        server.should_exit = True
+    cutting = asyncio.create_task(cut_requested.wait())
+    await _first_of(serving, cutting, timeout_s=drain_s)
+    if not serving.done() and engine is not None:
+        if not cut_requested.is_set():
+            log.warning("what has not ended by now is cut off")
+        await engine.cut()
+    if cutting.done():  # else uvicorn has its own end to patience
+        await asyncio.wait([serving], timeout=_CUT_S)
+        for server in servers:
+            server.force_exit = True
+    cutting.cancel()
+    await serving
 
 
 def _watched(watch: Coroutine[Any, Any, None], what: str, service: Service) -> asyncio.Task[None]:
