@@ -10,7 +10,7 @@ import copy
 import logging
 import math
 import sys
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
@@ -27,20 +27,13 @@ from expertgate.model.usage import Usage, Work
 from expertgate.policies.expert_set import ExpertSet
 from expertgate.server.cache_salts import CacheSalts
 from expertgate.server.grants import HANDLE_ARG, Call, Grant, GrantError, Grants
+from expertgate.server.logprobs import count_logprobs
 from expertgate.server.progress import Progress
 from expertgate.server.reports import Reports
 from expertgate.server.turns import Turns
 
 log = logging.getLogger(__name__)
 
-MAX_LOGPROBS = 1 << 15
-"""Of one request: vLLM makes text of each on everybody's event loop, a quarter of a second of it
-where these come in one step."""
-_FREE_LOGPROBS = 20
-"""Of a token of the answer, what vLLM lets everybody ask for; an operator may allow more."""
-MAX_HELD_LOGPROBS = 1 << 20
-"""Of several choices of one request together, where each token has no more than those: vLLM holds
-them all until the end, and then takes over a gigabyte."""
 _LOOK_AFTER_S = 1  # how often the engine is looked after while its answer is waited for
 _LAST_WORDS_S = 2.0
 """In which an engine that is cut off has to say what it counted: their clients must be told too."""
@@ -140,7 +133,8 @@ class GuardedLLM:
         """
         del request_id
         grant = self._redeemed(prompt, sampling_params, lora_request)
-        self._count_logprobs(grant, prompt, sampling_params)
+        tokens = len(prompt["prompt_token_ids"])
+        count_logprobs(grant, sampling_params, tokens, self.model_config)
         params = copy.copy(sampling_params)
         granted: dict[str, Any] = {
             "type": "token",
@@ -189,45 +183,6 @@ class GuardedLLM:
         if self.errored:
             raise self.dead_error
         return grant
-
-    def _count_logprobs(
-        self, grant: Grant, prompt: Mapping[str, Any], params: SamplingParams
-    ) -> None:
-        """How many an answer will hold: those asked for and the token's own, in each choice.
-
-        Raises VLLMValidationError where the grant's calls together ask for too many. What vLLM lets
-        everybody ask for, one choice may have along all that it can write.
-        """
-        answer, along = (
-            self.model_config.get_vocab_size() if count == -1 else count
-            for count in (params.logprobs, params.prompt_logprobs)
-        )
-        tokens = params.max_tokens or self.model_config.max_model_len
-        asked = []
-        if along is not None:
-            count = (along + 1) * len(prompt["prompt_token_ids"])
-            asked.append((count, "prompt_logprobs", "along the prompts"))
-        if answer is not None and answer <= _FREE_LOGPROBS:
-            count = (answer + 1) * tokens
-            grant.held_logprobs += count * params.n
-            if grant.held_logprobs > max(MAX_HELD_LOGPROBS, count):
-                raise VLLMValidationError(
-                    f"{grant.held_logprobs} log probabilities are asked for in the {tokens} tokens "
-                    f"that each choice may have, in all choices together; at most "
-                    f"{MAX_HELD_LOGPROBS}, so limit the tokens or ask for fewer choices",
-                    parameter="logprobs",
-                )
-        elif answer is not None:
-            place = f"in the {tokens} tokens that a choice may have"
-            asked.append(((answer + 1) * tokens, "logprobs", place))
-        grant.logprobs += sum(count for count, _, _ in asked) * params.n
-        if asked and grant.logprobs > MAX_LOGPROBS:
-            raise VLLMValidationError(
-                f"{grant.logprobs} log probabilities are asked for "
-                f"{' and '.join(place for _, _, place in asked)}, in all choices together; "
-                f"at most {MAX_LOGPROBS}",
-                parameter=max(asked)[1],
-            )
 
     async def _in_turn(
         self,

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from expertgate.policies.expert_set import MAX_EXPERTS
 from expertgate.server import limits
-from expertgate.server.guard import MAX_HELD_LOGPROBS, MAX_LOGPROBS
+from expertgate.server.logprobs import MAX_HELD_LOGPROBS, MAX_LOGPROBS
 from expertgate.server.openapi.references import REFERENCE, Schema, reference
 from expertgate.server.response_items import NULLS, ROLES, STATUSES
 from expertgate.server.responses import MAX_METADATA, ResponsesRequest
