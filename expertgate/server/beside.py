@@ -25,7 +25,11 @@ class Lane:
     async def run(self, call: Callable[[], T], name: str) -> T:
         """What `call` returns or raises. The next begins when it is done, waited for or not."""
         await self._free.acquire()
-        future = beside(call, name)
+        try:
+            future = beside(call, name)
+        except BaseException:  # there may be no more threads just then
+            self._free.release()
+            raise
         future.add_done_callback(lambda _: self._free.release())
         return await asyncio.shield(future)
 

@@ -152,6 +152,21 @@ def test_a_lane_is_taken_until_its_thread_is_done():
     assert ran == ["first", "second"]
 
 
+def test_a_lane_is_free_again_where_no_thread_could_be_had(monkeypatch):
+    def none(_):
+        raise RuntimeError("can't start new thread")
+
+    async def go():
+        lane = Lane()
+        with monkeypatch.context() as without:
+            without.setattr(threading.Thread, "start", none)
+            with pytest.raises(RuntimeError, match="new thread"):
+                await lane.run(lambda: "never", "test")
+        assert await asyncio.wait_for(lane.run(lambda: "next", "test"), 60) == "next"
+
+    asyncio.run(go())
+
+
 @pytest.mark.parametrize("path", ASKED)
 def test_what_fails_while_it_is_built_is_told_and_ends_the_request(coreless, monkeypatch, path):
     def broken(*_, **__):
