@@ -46,7 +46,14 @@ def _fits_header(text: str) -> bool:
     help="Who may speak: public,math or -news. Default: all you may ask.",
 )
 @click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(1))
-def chat(url: str, key: str, experts: str | None, max_tokens: int) -> None:
+@click.option(
+    "--temperature",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0, 2),
+    help="At 0 the likeliest answer, each time the same.",
+)
+def chat(url: str, key: str, experts: str | None, max_tokens: int, temperature: float) -> None:
     """Talk to the model of a running server.
 
     Exit status 1 where nothing that was said got an answer.
@@ -76,7 +83,7 @@ def chat(url: str, key: str, experts: str | None, max_tokens: int) -> None:
             continue
         messages.append({"role": "user", "content": said})
         try:
-            answer = _answer(api, model, messages, experts, max_tokens)
+            answer = _answer(api, model, messages, experts, max_tokens, temperature)
         except openai.APIError as error:
             words = _words(error)
         except httpx.HTTPError as error:
@@ -99,7 +106,12 @@ def _ask() -> str:
 
 
 def _answer(
-    api: openai.OpenAI, model: str, messages: list[Any], experts: str | None, max_tokens: int
+    api: openai.OpenAI,
+    model: str,
+    messages: list[Any],
+    experts: str | None,
+    max_tokens: int,
+    temperature: float,
 ) -> str:
     """Prints the answer as it comes, and who spoke. Raises openai.APIError."""
     text = ""
@@ -108,6 +120,7 @@ def _answer(
         model=model,
         messages=messages,
         max_tokens=max_tokens,
+        temperature=temperature,
         stream=True,
         stream_options={"include_usage": True},
         extra_headers={} if experts is None else {"X-Experts": experts},

@@ -130,7 +130,12 @@ def _address(_: click.Context, __: click.Parameter, text: str | None) -> Any:
 @click.option(
     "--as", "principal", required=True, metavar="PRINCIPAL", help="Who asks: alice, or corp:ada."
 )
-@click.option("--group", "groups", multiple=True, help="A group of theirs; may be repeated.")
+@click.option(
+    "--group",
+    "groups",
+    multiple=True,
+    help="A group of theirs; may be repeated. Key files aren't read: without this, none.",
+)
 @click.option("--experts", help="Only these, by commas; all where missing.")
 @click.option(
     "--claim",

@@ -111,12 +111,12 @@ def answering(*texts):
 
 
 def test_answers_stand_in_lines_of_their_own_and_who_spoke_beside_them(capsys):
-    assert _answer(answering("so ", "it is"), "toy", [], None, 4) == "so it is"
+    assert _answer(answering("so ", "it is"), "toy", [], None, 4, 0.0) == "so it is"
     assert capsys.readouterr() == ("so it is\n", "[public, math]\n")
 
 
 def test_an_answer_orders_the_terminal_nothing(capsys):
     said = "caf\u00e9\n\t\x1b]52;c;aGk=\x07 \r\x9b2J\x7f \u200d"
-    assert _answer(answering(*said), "toy", [], None, 4) == said
+    assert _answer(answering(*said), "toy", [], None, 4, 0.0) == said
     shown = "caf\u00e9\n\t\\x1b]52;c;aGk=\\x07 \\r\\x9b2J\\x7f \u200d\n"
     assert capsys.readouterr().out == shown

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import socket
 import time
 from concurrent import futures
@@ -407,8 +408,9 @@ def test_what_the_engine_is_done_with_holds_no_turn(coreless, monkeypatch):
         assert server.running == 2  # which nobody has read to their ends
 
 
-def test_who_does_not_read_keeps_no_expert_that_is_withdrawn(coreless, monkeypatch):
+def test_who_does_not_read_keeps_no_expert_that_is_withdrawn(coreless, monkeypatch, caplog):
     """The word of it can't be sent either, and what runs must not wait for that."""
+    caplog.set_level(logging.INFO, "expertgate.access")
     monkeypatch.setattr(protocol, "READING_S", 1e6)
     server = coreless(runs=2)
     server.bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
@@ -430,6 +432,11 @@ def test_who_does_not_read_keeps_no_expert_that_is_withdrawn(coreless, monkeypat
         loop.call_soon_threadsafe(grant.withdraw)
         until(lambda: not server.engine.busy)
         assert not server.llm.output_processor.request_states
+    until(lambda: [r for r in caplog.records if r.name == "expertgate.access"])
+    [line] = [r.facts for r in caplog.records if r.name == "expertgate.access"]
+    assert (line["status"], line["code"]) == (200, "expert_withdrawn"), (
+        "its line says nothing of it"
+    )
 
 
 def test_an_answer_in_one_piece_is_seen_to_have_begun(coreless, monkeypatch):

@@ -62,9 +62,7 @@ def verify(path: Path, key: Path | None, head: Path | None, first: int) -> None:
     report = verify_log(path, None if key is None else PublicKeys.load(key), first=first, head=head)
     if report.faults:
         raise DoesNotHold("\n".join([*report.faults, *report.notes]))
-    click.echo("\n".join(in_words(report)))
-    if key is None:
-        click.echo("no signature was checked: name the public key with --key", err=True)
+    click.echo("\n".join(in_words(report, checked=key is not None)))
 
 
 def _print_public(key: SigningKey) -> None:

@@ -6,9 +6,9 @@
 | `owner` | owner of experts, as the catalogue named them then | whose data did the work |
 | `principal` | principal | for whom it was done |
 
-A row has `requests`; `tokens`, what the router sent there, as `docs/audit.md` counts it; `share`,
-the part of the computed tokens that is theirs by routing weight, in tokens; by principal, all
-computed tokens are. `unknown` are requests whose usage is not on record.
+A row has `requests`; `tokens`, what the router sent there, as `docs/audit.md` counts it;
+`computed`, the part of the computed tokens that is theirs by routing weight; by principal, all of
+them are. `unknown` are requests whose usage is not on record.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,7 +29,7 @@ class Row:
     requests: int = 0
     unknown: int = 0
     tokens: float = 0.0
-    share: float = 0.0
+    computed: float = 0.0
 
 
 def add_up(folder: Path, by: By, since: datetime | None, until: datetime | None) -> list[Row]:
@@ -75,14 +75,14 @@ def _add(
         whose = {"expert": name, "owner": owners.get(name, ""), "principal": principal}[by]
         if not isinstance(whose, str):
             raise TypeError
-        tokens, share = parts.get(whose, (0.0, 0.0))
-        parts[whose] = tokens + found["tokens"], share + found["share"] * computed
-    for whose, (tokens, share) in parts.items():
+        tokens, work = parts.get(whose, (0.0, 0.0))
+        parts[whose] = tokens + found["tokens"], work + found["share"] * computed
+    for whose, (tokens, work) in parts.items():
         row = rows.setdefault(whose, Row(whose))
         row.requests += 1
         row.unknown += usage is None
         row.tokens += tokens
-        row.share += share
+        row.computed += work
 
 
 def _records(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:

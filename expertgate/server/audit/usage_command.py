@@ -15,7 +15,7 @@ from expertgate.server.audit.chain import shown
 from expertgate.server.audit.usage import By, add_up
 from expertgate.server.config import CONFIG_FILE, AuditConfig, Config, ConfigError
 
-_COLUMNS = ("requests", "unknown", "tokens", "share")
+_COLUMNS = ("requests", "unknown", "tokens", "computed")
 _DIGITS = 3
 
 

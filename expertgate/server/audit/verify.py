@@ -261,14 +261,16 @@ def _counted(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def in_words(report: Report) -> list[str]:
-    """What holds, as lines."""
+def in_words(report: Report, *, checked: bool) -> list[str]:
+    """What holds, as lines. `checked`: signatures were."""
     records, files = _counted(report.records, "record"), _counted(report.files, "file")
     hold = "hold" if report.heads != 1 else "holds"
     since = _counted(report.unsigned, "record")
     return [
         f"{records} in {files}: {report.first} to {report.last}",
         f"from {shown(report.first_time)} to {shown(report.last_time)}",
-        f"{_counted(report.heads, 'signature')} {hold}; {since} since the last head",
+        f"{_counted(report.heads, 'signature')} {hold}; {since} since the last head"
+        if checked
+        else "NO SIGNATURE WAS CHECKED, and anybody can make a chain: name the public key by --key",
         *report.notes,
     ]

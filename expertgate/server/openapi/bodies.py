@@ -297,7 +297,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "add_generation_prompt": "Whether the template opens the assistant's turn after the messages.",
     "add_special_tokens": "Whether the tokenizer adds its own tokens, such as one for the start.",
     "allowed_token_ids": "Only these tokens may be generated.",
-    "background": "Nothing is stored here, so nothing can be come back for.",
+    "background": "Nothing is stored here, so there is nothing to fetch later.",
     "bad_words": (
         f"Text that may not be generated; {limits.MAX_BAD_WORD_BYTES} bytes in all, as NFKD."
     ),

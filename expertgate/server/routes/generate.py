@@ -123,6 +123,8 @@ class _Run:
     catalogue: Catalogue
     """That by which it was permitted."""
     entry: Entry
+    facts: dict[str, Any]
+    """Of its line in the log."""
     span: Span
 
     @property
@@ -133,6 +135,12 @@ class _Run:
     def experts(self) -> dict[str, Any]:
         """The `experts` object of its response; the usage is in it once all is done."""
         return answers.experts(self.catalogue, self.grant)
+
+    def streamed(self, code: str | None) -> None:
+        """Its stream has ended: whole, or with an error of this code."""
+        self.entry.ended(200, code)
+        if code is not None:
+            self.facts["code"] = code
 
     async def end(self, status: int | None = None, code: str | None = None) -> None:
         """Again, it goes on where it was cut off. `status`, `code`: of the result, where known."""
@@ -158,7 +166,7 @@ def _bind(body: Any, request: Request, service: Service, engine: GuardedLLM, gra
         principal=grant.tenant, experts=",".join(names), response=body.request_id
     )
     span = tracing.begin("engine", {tracing.EXPERTS: names})
-    return _Run(engine, grant, catalogue, entry, span)
+    return _Run(engine, grant, catalogue, entry, request.state.facts, span)
 
 
 async def _call_handler(run: _Run, request: Request, call: Callable[[], Awaitable[Any]]) -> Any:
@@ -245,21 +253,20 @@ def _events(body: Any, stream: _Stream, run: _Run) -> AsyncGenerator[str, None]:
 async def _tracked(
     run: _Run, events: AsyncGenerator[str, None], *, receipt: bool
 ) -> AsyncGenerator[str, None]:
-    """The events of a stream; the entry learns from them how it ended.
+    """The events of a stream; the run learns from them how it ended.
 
     Where a receipt is wanted, the request ends before the last event, which brings it.
     """
-    entry = run.entry
     code, last = None, ""
     try:
         async with aclosing(events):
             async for event in events:
                 code = answers.error_code(event) or code
                 if code is not None or answers.is_last(event):
-                    entry.ended(200, code)
+                    run.streamed(code)
                 if receipt and answers.is_last(event):
                     await run.end()
-                    signed = await entry.receipt()
+                    signed = await run.entry.receipt()
                     if event == answers.DONE:
                         yield answers.receipt_event(last, signed)
                     else:
@@ -267,7 +274,7 @@ async def _tracked(
                 last = event
                 yield event
     except Exception:
-        entry.ended(200, answers.internal_error().code)
+        run.streamed(answers.internal_error().code)
         raise
 
 
@@ -303,7 +310,7 @@ class _GrantedStream(StreamingResponse):
         except WithdrawnError as error:
             await self._events.aclose()  # now: a client that doesn't read holds up what is sent
             shown = withdrawn(error)
-            self._run.entry.ended(200, shown.code)
+            self._run.streamed(shown.code)
             last = self._ending(shown, sent)
         await send({"type": "http.response.body", "body": last})
 

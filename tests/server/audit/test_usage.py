@@ -60,10 +60,10 @@ def test_a_table(call, folder):
     status, out, err = call(folder, "--by", "expert")
     assert (status, err) == (0, "")
     assert out.splitlines() == [
-        "expert  requests  unknown  tokens  share",
-        "code           2        0    12.0    4.0",
-        "math           3        1    14.0    9.0",
-        "public         2        0    30.0   25.0",
+        "expert  requests  unknown  tokens  computed",
+        "code           2        0    12.0       4.0",
+        "math           3        1    14.0       9.0",
+        "public         2        0    30.0      25.0",
     ]
 
 
@@ -79,7 +79,7 @@ def test_every_sum_in_every_form(call, folder, by, expected, form):
     _, out, _ = call(folder, "--by", by, "--format", form)
     rows = json.loads(out) if form == "json" else list(csv.DictReader(out.splitlines()))
     found = {
-        row[by]: tuple(float(row[name]) for name in ("requests", "unknown", "tokens", "share"))
+        row[by]: tuple(float(row[name]) for name in ("requests", "unknown", "tokens", "computed"))
         for row in rows
     }
     assert found == expected
@@ -112,7 +112,7 @@ def test_a_part_of_the_time(call, folder):
 def test_the_shares_of_all_experts_are_what_was_computed(call, folder):
     _, out, _ = call(folder, "--by", "expert", "--format", "json")
     computed = sum(tokens or 0 for _, _, tokens, _ in REQUESTS)
-    assert sum(row["share"] for row in json.loads(out)) == pytest.approx(computed)
+    assert sum(row["computed"] for row in json.loads(out)) == pytest.approx(computed)
 
 
 def test_a_record_that_is_being_written_is_waited_for(call, folder, monkeypatch):
