@@ -2,10 +2,14 @@
 
 vLLM makes an object of each, all at the end and in one go, which every other request waited for:
 twenty for each token, in many choices, are a million, and take half a minute and a gigabyte. So no
-two large answers are put together at once, nor do the small ones wait for a large one.
+two large answers are put together at once, nor do the small ones wait for a large one, nor those of
+one principal for all of another's.
 """
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable
+import asyncio
+import gc
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,25 +20,51 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.outputs import RequestOutput
 
 from expertgate.server import answers
-from expertgate.server.beside import Lane
+from expertgate.server.beside import ANSWER, Lane
+from expertgate.server.grants import HANDLE_ARG
+from expertgate.server.guard import GuardedLLM
+from expertgate.server.turns import Turns
 
 T = TypeVar("T")
 
 _SMALL = 1 << 14
-"""Log probabilities that are put together in some quarter of a second."""
+"""Log probabilities that are put together in a tenth of a second or two."""
 
 
 class Lanes:
     """Where answers are put together, on all routes."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: GuardedLLM) -> None:
+        self._engine = engine
         self._small, self._large = Lane(), Lane()
+        self._turns = Turns(1)
+        """Whose large one is next."""
 
-    async def rendered(self, build: Callable[[], Any], outputs: Iterable[RequestOutput]) -> Any:
-        """The JSON of the response that `build` makes of `outputs`, or vLLM's ErrorResponse."""
+    async def rendered(
+        self, request: Any, build: Callable[[], Any], outputs: Iterable[RequestOutput]
+    ) -> Any:
+        """The JSON of the response that `build` makes of `outputs`, or vLLM's ErrorResponse.
+
+        Raises UnavailableError where the server cuts off what still runs.
+        """
         count = sum(map(_logprobs, outputs))
-        lane = self._small if count <= _SMALL else self._large
-        return await lane.run(partial(_rendered, build), "answer")
+        tenant = self._engine.tenant_of(request.vllm_xargs[HANDLE_ARG])
+        working = asyncio.ensure_future(self._in_lane(tenant, count, partial(_rendered, build)))
+        cutting = asyncio.ensure_future(self._engine.cutting.wait())
+        try:
+            await asyncio.wait({working, cutting}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise self._engine.dead_error
+            return working.result()
+        finally:
+            working.cancel()
+            cutting.cancel()
+
+    async def _in_lane(self, tenant: str, count: int, work: Callable[[], Any]) -> Any:
+        if count <= _SMALL:
+            return await self._small.run(work, ANSWER)
+        async with self._turns.turn(tenant, 1, count):
+            return await self._large.run(partial(_uncollected, work), ANSWER)
 
 
 class Chat(OpenAIServingChat):
@@ -52,7 +82,15 @@ class Chat(OpenAIServingChat):
             return await build(result_generator, *args, **kwargs)
         outputs = [output async for output in result_generator]
         whole = partial(build, _again(outputs), *args, **kwargs)
-        return await self._lanes.rendered(partial(_finished, whole), outputs)
+        return await self._lanes.rendered(request, partial(_finished, whole), outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Unbuilt:
+    """In place of a response: what it is made of, and how."""
+
+    outputs: Sequence[RequestOutput]
+    build: Callable[[], Any]
 
 
 class Completion(OpenAIServingCompletion):
@@ -64,14 +102,13 @@ class Completion(OpenAIServingCompletion):
 
     async def create_completion(self, request: Any, raw_request: Any = None) -> Any:
         answer = await super().create_completion(request, raw_request)
-        if not isinstance(answer, partial):
+        if not isinstance(answer, _Unbuilt):
             return answer
-        return await self._lanes.rendered(answer, answer.args[0])
+        return await self._lanes.rendered(request, answer.build, answer.outputs)
 
     def request_output_to_completion_response(self, outputs: Any, request: Any, *args: Any) -> Any:
-        """A call that makes the response, where there are log probabilities in it."""
         build = partial(super().request_output_to_completion_response, outputs, request, *args)
-        return build() if request.logprobs is None else build
+        return build() if request.logprobs is None else _Unbuilt(outputs, build)
 
 
 class Responses(OpenAIServingResponses):
@@ -90,7 +127,7 @@ class Responses(OpenAIServingResponses):
         contexts = [context async for context in result_generator]
         whole = partial(build, _again(contexts), *args, **kw)
         outputs = [context.last_output for context in contexts if context.last_output]
-        return await self._lanes.rendered(partial(_finished, whole), outputs)
+        return await self._lanes.rendered(request, partial(_finished, whole), outputs)
 
 
 def _logprobs(output: RequestOutput) -> int:
@@ -105,6 +142,18 @@ def _logprobs(output: RequestOutput) -> int:
 async def _again(outputs: list[T]) -> AsyncGenerator[T, None]:
     for output in outputs:
         yield output
+
+
+def _uncollected(work: Callable[[], T]) -> T:
+    """What `work` makes without garbage being looked for among its million objects.
+
+    Each time that would hold up everybody for more than a second; there is no garbage.
+    """
+    gc.disable()
+    try:
+        return work()
+    finally:
+        gc.enable()
 
 
 def _rendered(build: Callable[[], Any]) -> Any:

@@ -14,6 +14,7 @@ from expertgate.server.audit.chain import AuditError
 from expertgate.server.audit.command import audit
 from expertgate.server.audit.receipts_command import receipts
 from expertgate.server.audit.usage_command import usage
+from expertgate.server.beside import leave
 from expertgate.server.cases import CasesError
 from expertgate.server.chat_command import chat
 from expertgate.server.config import CONFIG_FILE, Config, ConfigError
@@ -96,6 +97,7 @@ def serve(
     from expertgate.server.serving import serve_config  # after --help, which needs none of it
 
     serve_config(config, model=model, host=host, port=port, flags=flags)
+    leave()
 
 
 @cli.command(
@@ -144,6 +146,7 @@ def demo(host: str, port: int) -> None:
     from expertgate.server.demo import serve_demo
 
     serve_demo(host, port)
+    leave()
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -63,7 +63,8 @@ class GuardedLLM:
         self._reports = Reports(self._ask_workers)
         self._turns = Turns(sys.maxsize) if turns is None else turns
         self._draining = False
-        self._cut = False
+        self.cutting = asyncio.Event()
+        """Set where what still runs is to end now."""
         self._unheard_from = math.inf
         """From when on, in the event loop's time, the engine's answers are waited for no more."""
         self._running: set[str] = set()
@@ -101,6 +102,10 @@ class GuardedLLM:
     def places(self) -> int:
         """Choices that the engine takes, running and waiting."""
         return int(self.vllm_config.scheduler_config.max_num_queued_reqs)
+
+    def tenant_of(self, handle: object) -> str:
+        """Whom the open grant of this handle is for. Raises GrantError."""
+        return self._grants.redeem(handle).tenant
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
         """Raises vLLM's QueueOverflowError where the engine's queue is full."""
@@ -213,7 +218,7 @@ class GuardedLLM:
     ) -> AsyncGenerator[RequestOutput, None]:
         # A handler may call and iterate much later; the grant can have closed in between.
         grant.check()
-        if self._cut:
+        if self.cutting.is_set():
             raise self.dead_error
         progress.call_id = call.id
         grant.calls.append(call)
@@ -230,7 +235,7 @@ class GuardedLLM:
                     raise VLLMValidationError(
                         "the schema in response_format or tools can't be used"
                     )
-                if self._cut:  # and so aborted, which would look like an answer
+                if self.cutting.is_set():  # and so aborted, which would look like an answer
                     raise self.dead_error
                 self.heard += 1
                 _strip(output)
@@ -337,7 +342,8 @@ class GuardedLLM:
 
     async def cut(self) -> None:
         """Ends what still runs, each with an error that says why."""
-        self._draining = self._cut = True
+        self._draining = True
+        self.cutting.set()
         self._unheard_from = asyncio.get_running_loop().time() + _LAST_WORDS_S
         if self._running and not self._engine.errored:
             await self._engine.abort(list(self._running))

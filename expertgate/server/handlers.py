@@ -84,7 +84,7 @@ class Handlers:
             raise SettingError(f"tool_parser {tool_parser}: {error}") from None
         render_in_place()
         renderer.warmup()
-        lanes = Lanes()
+        lanes = Lanes(engine)
         return cls(
             chat=Chat(
                 lanes,

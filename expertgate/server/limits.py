@@ -16,6 +16,8 @@ from expertgate.policies.expert_set import MAX_EXPERTS
 from expertgate.server.errors import ApiError, bad_request
 
 _MAX_DEPTH = 64
+_LONG_LIST = 16
+"""From so many entries on, to look whether all are integers costs less than to look at each."""
 _INT64_END = 1 << 63
 INT32_END = 1 << 31
 
@@ -131,7 +133,8 @@ def check_values(value: Any, depth: int = 0) -> None:
             check_values(inner, depth + 1)
     elif isinstance(value, list):
         # A prompt may be a quarter of a million token ids, and everybody waits meanwhile.
-        for inner in (min(value), max(value)) if value and _are_integers(value) else value:
+        long = len(value) > _LONG_LIST and _are_integers(value)
+        for inner in (min(value), max(value)) if long else value:
             check_values(inner, depth + 1)
 
 
@@ -176,6 +179,8 @@ def count_prompts(prompt: Any) -> int:
         if not _are_token_ids(prompt):
             raise bad_request("prompt must be text, token ids, or a list of either", "prompt")
         return 1
+    if len(prompt) > MAX_CHOICES:  # too many, whatever they are
+        return len(prompt)
     texts = all(isinstance(item, str) for item in prompt)
     if not texts and not all(isinstance(item, list) and _are_token_ids(item) for item in prompt):
         raise bad_request("prompt must be text, token ids, or a list of either", "prompt")
@@ -384,6 +389,4 @@ def _are_integers(values: Iterable[Any]) -> bool:
 
 
 def _are_token_ids(values: Collection[Any]) -> bool:
-    if not values:
-        return True
-    return _are_integers(values) and min(values) >= 0 and max(values) < INT32_END
+    return _are_integers(values) and (not values or 0 <= min(values) <= max(values) < INT32_END)

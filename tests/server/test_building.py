@@ -1,6 +1,9 @@
 """While an answer with log probabilities is put together, others are served."""
 
 import asyncio
+import gc
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,8 +13,11 @@ from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 
-from expertgate.server import answers, building
-from expertgate.server.beside import Lane
+from expertgate.server import answers, building, logs
+from expertgate.server.beside import ANSWER, Lane, beside
+from expertgate.server.routes import generate
+from tests.server.audit.logs import records
+from tests.server.coreless import Coreless
 from tests.support.waiting import until
 
 ASKED = {
@@ -122,6 +128,126 @@ def test_large_ones_are_put_together_one_at_a_time_and_small_ones_past_them(
             gates[place].set()
     assert {each.result().status_code for each in asked} == {200}
     assert {each.result().json()["id"] for each in asked} == {*begun} - {begun[1]}
+
+
+def test_large_ones_of_one_user_let_those_of_others_pass(coreless, held, monkeypatch):
+    begun, gates = held
+    monkeypatch.setattr(building, "_SMALL", 0)
+    path = "/v1/chat/completions"
+
+    def ask_as(user):
+        body = {**ASKED[path], "user": user}
+        url, headers = coreless.url + path, coreless.headers(user)
+        return httpx.post(url, json=body, headers=headers, timeout=60).json()["id"]
+
+    with ThreadPoolExecutor(5) as clients:
+        alices = [clients.submit(ask_as, "alice") for _ in range(3)]
+        until(lambda: len(begun) == 1 and coreless.running == 0)
+        bobs = clients.submit(ask_as, "bob")
+        until(lambda: len(coreless.service.grants) == 4 and coreless.running == 0)
+        for place in range(4):
+            until(lambda place=place: len(begun) == place + 1)
+            gates[place].set()
+    assert begun.index(bobs.result()) == 1
+    assert {each.result() for each in alices} == {*begun} - {bobs.result()}
+
+
+def test_a_server_that_is_cut_off_tells_whoever_waits_for_a_lane(tmp_path, issuer, held):
+    """The engine is done with them, so what ends its calls ends nothing there."""
+    begun, _ = held
+    server = Coreless(tmp_path)
+    try:
+        with ThreadPoolExecutor(2) as clients:
+            asked = [clients.submit(ask, server, "/v1/completions") for _ in range(2)]
+            until(lambda: begun and len(server.service.grants) == 2 and server.running == 0)
+            loop = server.llm.output_handler.get_loop()
+            asyncio.run_coroutine_threadsafe(server.engine.cut(), loop).result(60)
+            errors = [each.result().json()["error"]["code"] for each in asked]
+        assert errors == ["engine_unavailable"] * 2
+        assert len(server.service.grants) == 0
+    finally:
+        server.close()
+    ended = [each for each in records(tmp_path) if each["kind"] == "result"]
+    assert [(each["status"], each["code"]) for each in ended] == [(503, "engine_unavailable")] * 2
+    assert all(each["usage"] for each in ended), "what was computed is not on record"
+
+
+def test_no_garbage_is_looked_for_in_a_large_one(coreless, monkeypatch):
+    seen = []
+    original = answers.rendered
+
+    def rendered(response):
+        seen.append(gc.isenabled())
+        return original(response)
+
+    monkeypatch.setattr(answers, "rendered", rendered)
+    ask(coreless, "/v1/completions")
+    monkeypatch.setattr(building, "_SMALL", 0)
+    ask(coreless, "/v1/completions")
+    assert (seen, gc.isenabled()) == ([True, False], True)
+
+
+class End(StopIteration):
+    """A kind of error that no future takes."""
+
+
+def test_a_lane_is_free_again_whatever_is_raised_in_it():
+    def ends():
+        raise End("here")
+
+    async def go():
+        lane = Lane()
+        with pytest.raises(RuntimeError, match="here"):
+            await asyncio.wait_for(lane.run(ends, "test"), 60)
+        assert await asyncio.wait_for(lane.run(lambda: "next", "test"), 60) == "next"
+
+    asyncio.run(go())
+
+
+def test_what_is_logged_beside_the_loop_is_of_the_same_request():
+    async def go():
+        logs.request_id.set("mine")
+        return await beside(logs.request_id.get, "test")
+
+    assert asyncio.run(go()) == "mine"
+
+
+@pytest.mark.parametrize("size", [2, generate._PIECE, generate._PIECE + 1, 5 * generate._PIECE])
+def test_a_whole_answer_goes_out_in_pieces_each_of_which_is_waited_for(size):
+    """Else a client must read all of it in the time in which any reader must read something."""
+    text = "".join(chr(65 + place % 26) for place in range(size))
+    sent = []
+
+    async def send(message):
+        assert not sent or sent[-1]["taken"]
+        sent.append({**message, "taken": False})
+        await asyncio.sleep(0)
+        sent[-1]["taken"] = True
+
+    asyncio.run(generate._Whole(text, media_type="application/json")({}, None, send))
+    start, *parts = sent
+    assert dict(start["headers"])[b"content-length"] == str(size).encode()
+    assert b"".join(part["body"] for part in parts).decode() == text
+    assert max(len(part["body"]) for part in parts) <= generate._PIECE
+    assert [part["more_body"] for part in parts] == [True] * (len(parts) - 1) + [False]
+
+
+LEAVING = """
+import threading, time
+from expertgate.server import beside
+threading.Thread(target=time.sleep, args=(600,), name=NAME, daemon=True).start()
+print("closed", flush=True)
+beside.leave()
+print("by itself", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("name", "last"), [(ANSWER, "closed"), ("other", "by itself")])
+def test_a_process_ends_at_once_where_an_answer_is_being_put_together(name, last):
+    code = LEAVING.replace("NAME", repr(name))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == last
 
 
 def test_a_lane_is_taken_until_its_thread_is_done():

@@ -154,7 +154,13 @@ def test_an_integer_of_more_than_64_bits_reaches_no_engine(value):
     refused(chat, response_format=schema_of({"const": value}))
     refused(chat, tools=tools_of({"enum": [1, value]}), tool_choice="none")
     refused(text, seed=value)
-    for others in ([], [1, 2], [1, True, "a", 0.5]):  # where it stands shouldn't matter
+    for others in (
+        [],
+        [1, 2],
+        [1] * 40,
+        [*range(40), True],
+        [1, True, "a", 0.5],
+    ):  # where it stands shouldn't matter
         for place in range(len(others) + 1):
             listed = [*others[:place], value, *others[place:]]
             assert "64 bits" in refused(chat, metadata=listed).message
@@ -164,7 +170,7 @@ def test_a_list_of_integers_is_as_deep_as_any():
     def nested(inner, depth):
         return inner if depth == 0 else [nested(inner, depth - 1)]
 
-    for inner in ([1, 2], [], ["a"], [1, "a"]):
+    for inner in ([1, 2], [1] * 40, [], ["a"], [1, "a"]):
         for depth in (62, 63, 64):
             message = refused(chat, metadata=nested(inner, depth)).message
             # The body is one level, and what is in the innermost list another.

@@ -34,6 +34,9 @@ from expertgate.server.selection import select
 from expertgate.server.service import Service
 from expertgate.server.slips import refuse_slip
 
+_PIECE = 1 << 16
+"""Bytes of a whole answer."""
+
 
 async def chat(request: Request) -> Response:
     return await _generate(request, ChatRequest, lambda h: h.chat.create_chat_completion)
@@ -191,7 +194,8 @@ async def _call_handler(run: _Run, request: Request, call: Callable[[], Awaitabl
             raise
         raise shown from None
     except BaseException:
-        await run.end()
+        # At the end of a server that waits for nothing any more, it isn't the client that has left.
+        await run.end(*((503, "engine_unavailable") if run.engine.errored else ()))
         raise
     return result
 
@@ -238,7 +242,7 @@ async def _response(result: Any, body: Any, run: _Run, visit: Visit, *, receipt:
         more["receipt"] = await run.entry.receipt()
     text = result if isinstance(result, str) else answers.rendered(result)
     answer = answers.with_more(text, more)
-    return Response(answer, media_type="application/json", headers=run.headers)
+    return _Whole(answer, media_type="application/json", headers=run.headers)
 
 
 def _events(body: Any, stream: _Stream, run: _Run) -> AsyncGenerator[str, None]:
@@ -276,6 +280,20 @@ async def _tracked(
     except Exception:
         run.streamed(answers.internal_error().code)
         raise
+
+
+class _Whole(Response):
+    """Sent in pieces: a client is cut off that leaves one unread for long, however large it is."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        del scope, receive
+        start = {"status": self.status_code, "headers": self.raw_headers}
+        await send({"type": "http.response.start", **start})
+        body = memoryview(self.body)
+        for begin in range(0, len(body), _PIECE):
+            part = bytes(body[begin : begin + _PIECE])
+            more = begin + _PIECE < len(body)
+            await send({"type": "http.response.body", "body": part, "more_body": more})
 
 
 class _GrantedStream(StreamingResponse):
