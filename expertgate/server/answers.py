@@ -58,8 +58,8 @@ def experts(catalogue: Catalogue, grant: Grant) -> dict[str, Any]:
     return found
 
 
-def rendered(response: Any) -> str:
-    """The JSON of a whole response, without what clients may not see.
+def rendered(response: Any) -> bytes:
+    """The JSON of a whole response, without what clients may not see. Uses the response up.
 
     Choice by choice: where this runs beside the event loop, that has its turn between them.
     """
@@ -68,14 +68,16 @@ def rendered(response: Any) -> str:
     text: str = shell.model_dump_json(by_alias=True, exclude=set(HIDDEN))
     if choices is not None:
         hidden = set(HIDDEN_IN_CHOICE)
-        parts = (choice.model_dump_json(by_alias=True, exclude=hidden) for choice in choices)
+        parts = []
+        while choices:  # each is let go when it is rendered, and not all at the end in one go
+            parts.append(choices.pop(0).model_dump_json(by_alias=True, exclude=hidden))
         text = text.replace(_TOTALS, f'"choices":[{",".join(parts)}]', 1)
-    return text
+    return text.encode()
 
 
-def with_more(text: str, more: Mapping[str, Any]) -> str:
+def with_more(text: bytes, more: Mapping[str, Any]) -> bytes:
     """The JSON of a response with `more` at its end."""
-    return f"{text[:-1]},{to_json(more)[1:]}"
+    return b"".join((memoryview(text)[:-1], b",", to_json(more).encode()[1:]))
 
 
 async def events(

@@ -108,6 +108,11 @@ def held(monkeypatch):
         gate.set()
 
 
+def waiting(server):
+    """How many large answers wait to be put together."""
+    return server.service.handlers.chat._lanes._turns.waiting
+
+
 def test_large_ones_are_put_together_one_at_a_time_and_small_ones_past_them(
     coreless, held, monkeypatch
 ):
@@ -121,9 +126,9 @@ def test_large_ones_are_put_together_one_at_a_time_and_small_ones_past_them(
         until(lambda: len(begun) == 2)
         gates[1].set()
         assert small.result().json()["id"] == begun[1], "a small one waits for large ones"
-        for place in [0, 2, 3]:
+        for left, place in [(2, 0), (1, 2), (0, 3)]:
             until(lambda place=place: len(begun) == max(place + 1, 2))
-            until(lambda: coreless.running == 0)
+            until(lambda left=left: waiting(coreless) == left)
             assert len(begun) == max(place + 1, 2), "large ones are put together side by side"
             gates[place].set()
     assert {each.result().status_code for each in asked} == {200}
@@ -142,9 +147,9 @@ def test_large_ones_of_one_user_let_those_of_others_pass(coreless, held, monkeyp
 
     with ThreadPoolExecutor(5) as clients:
         alices = [clients.submit(ask_as, "alice") for _ in range(3)]
-        until(lambda: len(begun) == 1 and coreless.running == 0)
+        until(lambda: len(begun) == 1 and waiting(coreless) == 2)
         bobs = clients.submit(ask_as, "bob")
-        until(lambda: len(coreless.service.grants) == 4 and coreless.running == 0)
+        until(lambda: waiting(coreless) == 3)
         for place in range(4):
             until(lambda place=place: len(begun) == place + 1)
             gates[place].set()
@@ -152,14 +157,15 @@ def test_large_ones_of_one_user_let_those_of_others_pass(coreless, held, monkeyp
     assert {each.result() for each in alices} == {*begun} - {bobs.result()}
 
 
-def test_a_server_that_is_cut_off_tells_whoever_waits_for_a_lane(tmp_path, issuer, held):
+def test_a_server_that_is_cut_off_tells_whoever_waits_for_a_lane(tmp_path, held, monkeypatch):
     """The engine is done with them, so what ends its calls ends nothing there."""
     begun, _ = held
+    monkeypatch.setattr(building, "_SMALL", 0)
     server = Coreless(tmp_path)
     try:
         with ThreadPoolExecutor(2) as clients:
             asked = [clients.submit(ask, server, "/v1/completions") for _ in range(2)]
-            until(lambda: begun and len(server.service.grants) == 2 and server.running == 0)
+            until(lambda: len(begun) == 1 and waiting(server) == 1)
             loop = server.llm.output_handler.get_loop()
             asyncio.run_coroutine_threadsafe(server.engine.cut(), loop).result(60)
             errors = [each.result().json()["error"]["code"] for each in asked]

@@ -240,7 +240,7 @@ async def _response(result: Any, body: Any, run: _Run, visit: Visit, *, receipt:
     more: dict[str, Any] = {"experts": run.experts()}
     if receipt:
         more["receipt"] = await run.entry.receipt()
-    text = result if isinstance(result, str) else answers.rendered(result)
+    text = result if isinstance(result, bytes) else answers.rendered(result)
     answer = answers.with_more(text, more)
     return _Whole(answer, media_type="application/json", headers=run.headers)
 
