@@ -133,6 +133,7 @@ USER = ("X-Forwarded-User", "ada")
         ((("X-Forwarded-Groups", ""),), set()),
         ((("X-Forwarded-Groups", "staff"),), {"staff"}),
         ((("X-Forwarded-Groups", "staff , research,staff"),), {"staff", "research"}),
+        ((("X-Forwarded-Groups", ",".join(["staff"] * 128)),), {"staff"}),
     ],
 )
 def test_a_gateway_names_its_user(with_gateway, gateway, groups, expected):
@@ -142,7 +143,8 @@ def test_a_gateway_names_its_user(with_gateway, gateway, groups, expected):
 
 def test_a_gateways_user_is_nobody_else(with_gateway, gateway, secret):
     """Whatever a gateway says: a user with that key, another gateway's user, or nobody's."""
-    for name in ("alice", "portal", "anonymous", "other/ada", "corp:ada", "zoë", "a@acme.example"):
+    odd = ("other/ada", "corp:ada", "zoë", "a@acme.example", "x" * 256)
+    for name in ("alice", "portal", "anonymous", *odd):
         raw = named(gateway, ("X-Forwarded-User", name.encode().decode("latin-1")))
         assert ask(with_gateway, raw).id == f"portal/{name}"
 
@@ -175,12 +177,15 @@ def test_a_gateway_hands_on_no_group_that_it_does_not_have(with_gateway, gateway
         pytest.param([("X-Forwarded-User", "a\x85b")], id="a line end"),
         pytest.param([("X-Forwarded-User", "a\xff")], id="not UTF-8"),
         pytest.param([("X-Forwarded-User", "\xc2\xa0ada")], id="a blank that isn't stripped"),
+        pytest.param([("X-Forwarded-User", "ada ")], id="a blank behind the name"),
         pytest.param([("X-Forwarded-User", "x" * 257)], id="long"),
         pytest.param([USER, ("X-Forwarded-Groups", "staff"), ("X-Forwarded-Groups", "research")],
                      id="two lists of groups"),
         pytest.param([USER, ("X-Forwarded-Group", "staff")], id="almost the header of groups"),
         pytest.param([USER, ("X-Forwarded-Groups", "staff,,research")], id="an empty group"),
         pytest.param([USER, ("X-Forwarded-Groups", "staff,")], id="a comma at the end"),
+        pytest.param([USER, ("X-Forwarded-Groups", "staff\xc2\xa0")],
+                     id="a group with a blank that isn't stripped"),
         pytest.param([USER, ("X-Forwarded-Groups", ",".join(["staff"] * 129))], id="many groups"),
     ],
 )  # fmt: skip
@@ -188,6 +193,12 @@ def test_a_user_that_is_named_wrongly_is_a_400(with_gateway, gateway, headers):
     error = refused(with_gateway, ("Authorization", f"Bearer {gateway}"), *headers)
     assert (error.status, error.code) == (400, "invalid_request")
     assert error.param in ("X-Forwarded-User", "X-Forwarded-Groups")
+
+
+@pytest.mark.parametrize("groups", ["staff,", ",", "staff,,research"])
+def test_that_a_group_has_no_name_is_told_as_such(with_gateway, gateway, groups):
+    raw = ("Authorization", f"Bearer {gateway}"), USER, ("X-Forwarded-Groups", groups)
+    assert "a name is 1 to 256" in refused(with_gateway, *raw).message
 
 
 def test_a_key_that_ends_is_no_gateway(tmp_path):
@@ -201,8 +212,9 @@ def test_a_key_that_ends_is_no_gateway(tmp_path):
 def test_nobody_else_names_a_user(with_gateway, secret, name):
     for credential in ("", f"Bearer {secret}", "Basic eA=="):
         authorization = [("Authorization", credential)] if credential else []
-        error = refused(with_gateway, *authorization, (name, "staff"))
-        assert (error.status, error.code, error.param) == (400, "invalid_request", name)
+        for value in ("staff", ""):
+            error = refused(with_gateway, *authorization, (name, value))
+            assert (error.status, error.code, error.param) == (400, "invalid_request", name)
 
 
 # --- nobody -----------------------------------------------------------------------------------
