@@ -87,7 +87,7 @@ def lines(path: Path) -> Iterator[tuple[int, bytes]]:
 def read_head(path: Path) -> dict[str, Any]:
     """A head that was kept. Raises AuditError."""
     try:
-        head = parse(path.read_bytes().strip())
+        head = parse(path.read_bytes())
         line_of(head)
     except OSError as error:
         raise AuditError(f"{path}: {error.strerror or error}") from None
@@ -101,11 +101,11 @@ def read_head(path: Path) -> dict[str, Any]:
 
 
 def replace_head(folder: Path, line: bytes) -> None:
-    """Raises OSError."""
+    """`line`: with its end. Raises OSError."""
     temporary = folder / f".{HEAD_FILE}"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(descriptor, "wb") as file:
-        file.write(line + b"\n")
+        file.write(line)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, folder / HEAD_FILE)

@@ -55,7 +55,7 @@ class LogFile:
         fresh = path is None
         if path is None:
             path = self._folder / name_of(seq)
-        elif not path.exists() and self.size:
+        elif not path.exists():
             raise TamperedError(f"{path} is gone")
         # Each write returns when it is on disk. A second call for that would wait for the
         # interpreter's lock once more, which a busy server holds for milliseconds at a time.
@@ -64,7 +64,7 @@ class LogFile:
             found = os.fstat(file)
             if found.st_size < self.size:
                 raise TamperedError(f"{path} was cut by someone else")
-            if not fresh and not self._ends_with(last, path):
+            if not self._ends_with(last, path):
                 raise TamperedError(f"{path} was replaced by someone else")
             os.ftruncate(file, self.size)
             os.fsync(file)

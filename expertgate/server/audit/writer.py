@@ -149,7 +149,7 @@ class AuditLog:
     def fault(self) -> str:
         """Why nothing can be written at the moment; empty where it can."""
         began = self._began
-        if not self._fault and began is not None and time.monotonic() - began > _WRITE_TIMEOUT_S:
+        if began is not None and time.monotonic() - began > _WRITE_TIMEOUT_S:
             return _TOO_SLOW
         return self._fault
 
@@ -185,7 +185,7 @@ class AuditLog:
                 return await Landing(queued.place)
         except TimeoutError:
             # The record still waits, or is being written.
-            refused: AuditUnavailable = AuditLate(self.fault or _TOO_SLOW)
+            refused: AuditUnavailable = AuditLate(_TOO_SLOW)
         except AuditUnavailable as error:
             refused = error
         if self.fail_open:
@@ -229,7 +229,7 @@ class AuditLog:
 
     def _push(self, queued: _Queued) -> None:
         with self._wake:
-            if not queued.waits and len(self._queue) >= _MAX_KEPT:
+            if len(self._queue) >= _MAX_KEPT:
                 self._lose(queued, "more records than can be kept wait for the disk")
                 return
             self._queue.append(queued)
@@ -280,7 +280,7 @@ class AuditLog:
                 closing = self._closing
             quiet = time.monotonic() - self._signed_at >= _SIGN_AFTER_S
             self._commit(taken, sign=closing or quiet)
-            if not self.healthy and not closing:
+            if not self.healthy:
                 # Nothing new comes meanwhile but what is kept, so there is no need to hurry.
                 with self._wake:
                     self._wake.wait_for(lambda: self._closing, _TICK_S)
@@ -306,8 +306,6 @@ class AuditLog:
             # Also what shows, without a request, whether the disk is back.
             gap = _stamped("gap", {"lost": unreported, "why": self._fault})
             taken.insert(0, _Queued(gap, waits=False))
-        elif not taken and not (sign and self._state.unsigned and not self._left):
-            return
         batch = _Batch(self._state, self.key, self._sign_every, left=self._left)
         written: list[tuple[_Queued, Written]] = []
         try:
@@ -321,6 +319,8 @@ class AuditLog:
             rotate = self._file.size + batch.size >= self._rotate_bytes
             if batch.state.unsigned and not batch.left and (sign or rotate):
                 batch.add_head()
+            if not batch.lines:
+                return
             began = self._began = time.monotonic()
             if self._head is not None and not (self.folder / folders.HEAD_FILE).exists():
                 # No server would go on with a log that has more than a start, and no such file.
@@ -417,7 +417,7 @@ class _Batch:
     def add_head(self) -> None:
         head = _stamped("head", {"key": self._key.id, "every": self._sign_every})
         self._add(self._key.sign_head({**head, **self._place()}), 0)
-        self.head = self.lines[-1][:-1]
+        self.head = self.lines[-1]
 
     def _place(self) -> dict[str, Any]:
         return {"seq": self.state.seq + 1, "prev": self.state.hash}
