@@ -8,6 +8,7 @@ from typing import Any
 
 PAGE = (Path(__file__).parents[3] / "docs" / "audit.md").read_text()
 _COMMON = {"v", "kind", "time", "seq", "prev"}
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
 
 
 def _table() -> dict[str, tuple[set[str], set[str]]]:
@@ -34,6 +35,7 @@ def check_fields(record: Mapping[str, Any]) -> None:
     always, sometimes = FIELDS[record["kind"]]
     assert always <= record.keys() - _COMMON <= always | sometimes, record
     assert record.keys() >= _COMMON
+    assert _TIME.fullmatch(record["time"])
 
 
 def examples() -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from starlette.testclient import TestClient
 from expertgate.server.admin import create_admin
 from expertgate.server.app import create_app
 from expertgate.server.audit import trail, writer
+from expertgate.server.audit.chain import AuditError
 from expertgate.server.audit.entry import Entry
 from expertgate.server.audit.trail import Trail
 from expertgate.server.changes import (
@@ -29,7 +30,7 @@ from expertgate.server.changes import (
     Withdrawn,
 )
 from expertgate.server.metrics import REQUESTS
-from tests.server.audit.application import BODY, CATALOGUE, service_of
+from tests.server.audit.application import BODY, CATALOGUE, EXPERTS, service_of
 from tests.server.audit.documented import FIELDS, check_fields, examples
 from tests.server.audit.logs import check, open_log, records, signing_key
 from tests.server.fakes import FakeEngine
@@ -101,6 +102,26 @@ def test_a_request_and_its_result(client, log, tmp_path):
     assert {key: request[key] for key in said} == said
     assert (result["status"], result["code"], result["effective"]) == (200, None, ["news"])
     assert result["finish_reasons"] == {"stop": 1}
+
+
+def test_a_request_is_told_with_the_address_that_it_came_from(client, service, log, tmp_path):
+    other = TestClient(create_app(service), client=("2001:db8::7", 7))
+    for user in ("alice", None):
+        ask(other, user=user)
+    ask(client)  # which has none
+    told = closed(log, tmp_path, "request", "refused")
+    assert [(record["kind"], record["address"]) for record in told] == [
+        ("request", "2001:db8::7"),
+        ("refused", "2001:db8::7"),
+        ("request", None),
+    ]
+
+
+def test_a_probe_is_told_with_every_expert(service, log, tmp_path):
+    recorded = asyncio.run(service.audit.probe())
+    (probe,) = closed(log, tmp_path, "probe")
+    assert (recorded.seq, probe["seq"]) == (1, 1)
+    assert probe["effective"] == list(EXPERTS)
 
 
 def test_every_kind_is_documented():
@@ -218,10 +239,10 @@ def test_refusals_are_told(client, log, tmp_path):
 
 
 def test_a_flood_of_refusals_fills_no_disk(client, log, service, tmp_path, monkeypatch):
-    for _ in range(50):
-        ask(client, user=None)
     for _ in range(15):
         ask(client, experts=["math"])
+    for _ in range(50):
+        ask(client, user=None)
     ask(client, user="bob", experts=["math"])
     service.audit.stop()
     assert check(tmp_path).faults == []
@@ -312,10 +333,14 @@ def test_open_on_failure_generates_all_the_same(tmp_path, engine, full_disk, cap
 
 
 def test_without_a_log_requests_are_waived(engine):
-    client = TestClient(create_app(service_of(None, engine)))
+    service = service_of(None, engine)
+    client = TestClient(create_app(service))
     assert ask(client).status_code == 200
     assert ask(client, user=None).status_code == 401
     assert client.get("/ready").status_code == 200
+    service.audit.changed(Suspended("math"))
+    service.catalogue = CATALOGUE.model_copy()
+    assert ask(client).status_code == 200
 
 
 def test_a_route_that_forgets_the_record_runs_nothing(client, engine, monkeypatch):
@@ -358,14 +383,25 @@ def test_changes_of_what_permissions_rest_on_are_told(service, log, tmp_path, ch
     assert {key: record[key] for key in said} == said
 
 
+def test_each_credential_that_changed_has_a_record(service, log, tmp_path):
+    changes = [CredentialChange(name, None, {"groups": []}, True) for name in ("ada", "bob")]
+    service.audit.changed(CredentialsChanged("corp", tuple(changes)))
+    told = closed(log, tmp_path, "credentials")
+    assert [(record["issuer"], record["id"]) for record in told] == [
+        ("corp", "ada"),
+        ("corp", "bob"),
+    ]
+
+
 def test_another_catalogue_is_told_before_what_it_names(client, service, log, tmp_path):
     experts = [one.model_copy(update={"owner": "another"}) for one in CATALOGUE.experts]
     ask(client)
     service.catalogue = CATALOGUE.model_copy(update={"experts": tuple(experts)})
     ask(client)
-    first, change, second = closed(log, tmp_path, "request", "catalogue")
-    assert change["experts"][1]["owner"] == "another"
-    assert first["catalogue"] != change["catalogue"] == second["catalogue"]
+    ask(client)
+    first, change, second, third = closed(log, tmp_path, "request", "catalogue")
+    assert (change["kind"], change["experts"][1]["owner"]) == ("catalogue", "another")
+    assert first["catalogue"] != change["catalogue"] == second["catalogue"] == third["catalogue"]
 
 
 def test_start_and_stop_are_told(tmp_path):
@@ -377,6 +413,23 @@ def test_start_and_stop_are_told(tmp_path):
     assert (head["kind"], last["kind"]) == ("head", "head")
     assert start["experts"][1] == {"name": "math", "owner": "math-owner", "sha256": "1" * 64}
     assert start["catalogue"] == trail.catalogue_digest
+    assert check(tmp_path).faults == []
+
+
+@pytest.mark.parametrize("fail_open", [False, True])
+def test_a_start_that_cannot_be_told_is_none_unless_the_log_is_open_on_failure(
+    tmp_path, full_disk, fail_open
+):
+    trail = Trail(open_log(tmp_path, fail_open=fail_open), CATALOGUE)
+    if fail_open:
+        trail.start("toy", "v" * 64)
+    else:
+        with pytest.raises(AuditError, match="audit: can't be written: No space left"):
+            trail.start("toy", "v" * 64)
+    full_disk.full = False
+    trail.stop()
+    told = [record["kind"] for record in records(tmp_path)]
+    assert ("start" in told, "stop" in told) == (fail_open, fail_open)
     assert check(tmp_path).faults == []
 
 

@@ -281,7 +281,9 @@ def test_torn_bytes_are_set_aside_and_told(tmp_path, torn):
     (recovered,) = (r for r in records(tmp_path) if r["kind"] == "recovered")
     assert (recovered["after"], recovered["torn_bytes"]) == (4, len(torn))
     assert recovered["torn_sha256"] == hashlib.sha256(torn).hexdigest()
-    assert (tmp_path / "audit" / recovered["kept_as"]).read_bytes() == torn
+    kept = tmp_path / "audit" / recovered["kept_as"]
+    assert kept.read_bytes() == torn
+    assert kept.stat().st_mode & 0o777 == 0o600
     assert any("a crash tore" in note for note in report.notes)
 
 
