@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 from starlette.testclient import TestClient
 
+from expertgate.policies.principal import Principal
 from expertgate.server.admin import create_admin
 from expertgate.server.app import create_app
 from expertgate.server.audit import trail, writer
@@ -29,6 +30,7 @@ from expertgate.server.changes import (
     Suspended,
     Withdrawn,
 )
+from expertgate.server.errors import ApiError
 from expertgate.server.metrics import REQUESTS
 from tests.server.audit.application import BODY, CATALOGUE, EXPERTS, service_of
 from tests.server.audit.documented import FIELDS, check_fields, examples
@@ -270,16 +272,25 @@ def test_an_operators_wrong_token_hides_nobody(client, service, log, tmp_path):
 
 
 def test_after_a_minute_refusals_are_told_one_by_one_again(client, log, tmp_path, monkeypatch):
+    now = [int(time.monotonic()) + 1]
+    monkeypatch.setattr(trail, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(trail, "_REFUSALS_EACH", 1)
-    ask(client, user=None)
-    ask(client, user=None)
-    monkeypatch.setattr(trail, "_REFUSALS_S", 0.0)
-    ask(client, user=None)
-    assert [r["kind"] for r in closed(log, tmp_path, "refused", "refusals")] == [
-        "refused",
-        "refusals",
-        "refused",
-    ]
+    for _ in range(3):
+        for _ in range(4):
+            ask(client, user=None)
+        now[0] += 60
+    found = closed(log, tmp_path, "refused", "refusals")
+    minute = ("refused", "refusals")
+    assert [record["kind"] for record in found] == [*minute, *minute, "refused"]
+    assert [record["more"][0]["count"] for record in found[1::2]] == [3, 3]
+
+
+def test_what_no_record_can_hold_of_a_name_is_told_as_a_question_mark(service, log, tmp_path):
+    who = Principal("ada\ud800", frozenset({"e", "d", "c", "b", "a", "\udfff"}), via="corp")
+    service.audit.refused("/v1/experts", who, None, ApiError(400, "invalid_request", "?", None))
+    (record,) = closed(log, tmp_path, "refused")
+    assert (record["principal"], record["via"]) == ("ada?", "corp")
+    assert record["groups"] == ["?", "a", "b", "c", "d", "e"]
 
 
 @pytest.fixture
