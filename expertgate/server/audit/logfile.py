@@ -8,7 +8,7 @@ from expertgate.server.audit.chain import digest
 from expertgate.server.audit.folder import name_of
 from expertgate.server.audit.signing import sync_folder
 
-_MAX_LINE_BYTES = 1 << 20
+_READ_BYTES = 1 << 16
 
 
 class LogFile:
@@ -79,10 +79,13 @@ class LogFile:
         """Whether the last record up to where we were is the one that we wrote."""
         if not self.size:
             return True
+        line, start = b"", self.size - 1  # without its end
         with path.open("rb") as file:
-            file.seek(max(0, self.size - _MAX_LINE_BYTES))
-            line = file.read(self.size - file.tell() - 1).rpartition(b"\n")[2]
-        return digest(line) == last
+            while start and b"\n" not in line:
+                end, start = start, max(0, start - _READ_BYTES)
+                file.seek(start)
+                line = file.read(end - start) + line
+        return digest(line.rpartition(b"\n")[2]) == last
 
     def _check(self, path: Path) -> None:
         """Whether what is open is still the log, and as we left it."""

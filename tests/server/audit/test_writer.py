@@ -549,6 +549,21 @@ def test_a_disk_that_fails_is_tried_once_in_a_tick_and_a_stop_waits_for_none(
     assert kinds(tmp_path) == ["gap", "result", "head"]
 
 
+@pytest.mark.parametrize("size", [1, (1 << 16) - 1, 1 << 16, 3 << 20])
+def test_a_last_record_of_any_length_is_known_again_after_a_disk_that_failed(tmp_path, disk, size):
+    """What is wrong with thousands of policies is long."""
+    log = open_log(tmp_path, rotate_bytes=1 << 23)
+    log.record("request")
+    log.record("policies_refused", fault="x" * size)
+    disk.write_error = errno.ENOSPC
+    fails(log)
+    disk.write_error = None
+    until(lambda: log.healthy)
+    log.close()
+    assert kinds(tmp_path) == ["request", "policies_refused", "gap", "head"]
+    assert check(tmp_path).faults == []
+
+
 def test_records_keep_their_order_while_the_disk_fails(tmp_path, disk):
     log = open_log(tmp_path)
     disk.write_error = errno.ENOSPC
