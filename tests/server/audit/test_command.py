@@ -191,6 +191,8 @@ _HEAD = b'{"key":"x","kind":"head","prev":"","seq":1,"signature":"","time":"","v
         _HEAD % b"NaN",
         _HEAD % b'"\\ud800"',
         _HEAD % (b"[" * 200_000 + b"]" * 200_000),
+        *(_HEAD % (b"[" * depth + b"]" * depth) for depth in (700, 900)),
+        b'{"kind":"request","prev":"","seq":1,"time":"","v":1}',
     ],
 )
 def test_a_head_that_is_none(call, folder, tmp_path, content):

@@ -446,10 +446,11 @@ def test_a_signed_log_without_its_head_file_is_not_gone_on_from(tmp_path):
 
 
 def test_nor_is_one_whose_last_file_has_a_start_alone(tmp_path):
-    for kind in ("request", "start"):
-        log = open_log(tmp_path, rotate_bytes=1)  # a file for each
-        log.record(kind)
-        log.close()
+    log = open_log(tmp_path, rotate_bytes=1)  # a file for each
+    log.record("request")
+    log.record("start")
+    log.close()
+    assert len(list((tmp_path / "audit").glob("*.jsonl"))) == 2
     (tmp_path / "audit" / HEAD_FILE).unlink()
     with pytest.raises(AuditError, match=r"head\.json: is missing"):
         open_log(tmp_path)
@@ -794,6 +795,33 @@ def test_a_head_whose_copy_hangs_is_a_disk_that_hangs(tmp_path, monkeypatch):
     until(lambda: log.healthy)
     log.close()
     assert check(tmp_path).faults == []
+
+
+def test_a_head_whose_copy_failed_is_copied_after_the_next_write(tmp_path, monkeypatch):
+    copy, errors = folders.replace_head, []
+
+    def failing(folder, line):
+        if errors:
+            raise errors.pop()
+        copy(folder, line)
+
+    def copied():
+        return json.loads((tmp_path / "audit" / HEAD_FILE).read_bytes())["seq"]
+
+    monkeypatch.setattr(folders, "replace_head", failing)
+    log = open_log(tmp_path, sign_every=2)
+    log.record("request")
+    log.record("request")
+    until((tmp_path / "audit" / HEAD_FILE).exists)
+    assert copied() == 3
+    errors.append(OSError(errno.EIO, os.strerror(errno.EIO)))
+    log.record("request")
+    log.record("request")
+    until(lambda: not errors)
+    assert copied() == 3
+    log.record("request")  # without a head of its own
+    until(lambda: copied() == 6)
+    log.close()
 
 
 def test_a_head_that_cannot_be_copied_is_told_once(tmp_path, caplog):
