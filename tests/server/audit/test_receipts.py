@@ -176,6 +176,17 @@ def test_receipts_outlast_the_server(tmp_path):
         assert ask(client, receipt=True).status_code == 200
 
 
+def test_also_one_that_started_long_before(tmp_path, monkeypatch):
+    """What its start says of the experts stands too far back to be read again."""
+    servers = lives(tmp_path)
+    long_ago = datetime.now(UTC) - timedelta(hours=3)
+    with monkeypatch.context() as patched:
+        patched.setattr(writer, "_stamped", functools.partial(stamped, long_ago))
+        client = next(servers)
+    answer = ask(client)
+    assert fetched(servers.send(True), answer).status_code == 200
+
+
 def test_what_no_head_has_signed_gives_no_receipt_after_a_crash(tmp_path):
     """Anybody who can write there could have written it, and had it signed."""
     servers = lives(tmp_path)
