@@ -201,6 +201,14 @@ def test_that_a_group_has_no_name_is_told_as_such(with_gateway, gateway, groups)
     assert "a name is 1 to 256" in refused(with_gateway, *raw).message
 
 
+def test_a_gateways_users_end_with_its_key(tmp_path):
+    path = tmp_path / "keys.yaml"
+    soon = datetime.now(UTC).replace(microsecond=0) + timedelta(days=1)
+    key = create_key(path, "portal", [], soon, may_assert=True)
+    found = ask(Identity(IdentityConfig(api_keys=path)), named(key, USER))
+    assert (found.id, found.expires) == ("portal/ada", soon)
+
+
 def test_a_key_that_ends_is_no_gateway(tmp_path):
     path = tmp_path / "keys.yaml"
     key = create_key(path, "portal", [], datetime.now(UTC) - timedelta(days=1), may_assert=True)

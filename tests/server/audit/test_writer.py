@@ -249,6 +249,15 @@ def test_a_head_puts_off_the_next_one(tmp_path, monkeypatch):
     log.close()
 
 
+def test_a_file_ends_with_a_head(tmp_path):
+    log = open_log(tmp_path, rotate_bytes=1, sign_every=100)
+    for _ in range(2):
+        log.record("request")
+    assert kinds(tmp_path) == ["request", "head"] * 2
+    assert len(list((tmp_path / "audit").glob("*.jsonl"))) == 2
+    log.close()
+
+
 def test_a_head_is_copied_once(tmp_path, monkeypatch):
     copied, copy = [], folders.replace_head
     monkeypatch.setattr(
