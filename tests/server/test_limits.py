@@ -279,10 +279,15 @@ def test_arguments_of_a_call_are_no_deeper_than_a_body(unread, kind):
         made = {"role": "assistant", "tool_calls": [call]}
         return json.dumps({"messages": [*CHAT["messages"], made]}).encode()
 
-    for deep in ("[" * 200_000, "[" * 66 + "]" * 66, '{"a":' * 66 + "1" + "}" * 66):
+    for deep in (
+        "[" * 200_000,
+        "[" * 66 + "]" * 66,
+        "[" * 65 + "1" + "]" * 65,
+        '{"a":' * 66 + "1" + "}" * 66,
+    ):
         error = refused(read, kind, body(deep))
         assert error.param == "messages[1].tool_calls[0].function.arguments"
-    for plain in ("", "no JSON", '{"a": ' + "1" * 5000 + "}", "[" * 60 + "]" * 60, '"x"'):
+    for plain in ("", "no JSON", '{"a": ' + "1" * 5000 + "}", "[" * 65 + "]" * 65, '"x"'):
         with pytest.raises(AssertionError, match="it was read"):
             read(kind, body(plain))
 
