@@ -199,8 +199,9 @@ def test_nor_is_what_a_stream_makes_of_it(site):
         async def send(message):
             sent.append(message.get("body", b""))
 
-        entry = SimpleNamespace(ended=lambda status, code: sent.append(code.encode()))
-        run = SimpleNamespace(grant=grant, headers={}, entry=entry)
+        run = SimpleNamespace(
+            grant=grant, headers={}, streamed=lambda code: sent.append(code.encode())
+        )
         await _GrantedStream(events(), answers.ending, run, None).stream_response(send)
 
     asyncio.run(story())
