@@ -67,12 +67,16 @@ class Lanes:
             return await self._large.run(partial(_uncollected, work), ANSWER)
 
 
-class Chat(OpenAIServingChat):
-    """vLLM's handler of chat; whole answers with log probabilities are JSON."""
+class _InLanes:
+    """A handler of vLLM's, which is given the lanes before its own arguments."""
 
     def __init__(self, lanes: Lanes, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._lanes = lanes
+
+
+class Chat(_InLanes, OpenAIServingChat):
+    """vLLM's handler of chat; whole answers with log probabilities are JSON."""
 
     async def chat_completion_full_generator(
         self, request: Any, result_generator: AsyncIterator[Any], *args: Any, **kwargs: Any
@@ -93,12 +97,8 @@ class _Unbuilt:
     build: Callable[[], Any]
 
 
-class Completion(OpenAIServingCompletion):
+class Completion(_InLanes, OpenAIServingCompletion):
     """vLLM's handler of plain completions; whole answers with log probabilities are JSON."""
-
-    def __init__(self, lanes: Lanes, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._lanes = lanes
 
     async def create_completion(self, request: Any, raw_request: Any = None) -> Any:
         answer = await super().create_completion(request, raw_request)
@@ -111,12 +111,8 @@ class Completion(OpenAIServingCompletion):
         return build() if request.logprobs is None else _Unbuilt(outputs, build)
 
 
-class Responses(OpenAIServingResponses):
+class Responses(_InLanes, OpenAIServingResponses):
     """vLLM's handler of responses; whole answers with log probabilities are JSON."""
-
-    def __init__(self, lanes: Lanes, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._lanes = lanes
 
     async def responses_full_generator(
         self, request: Any, params: Any, result_generator: AsyncIterator[Any], *args: Any, **kw: Any
